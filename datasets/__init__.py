@@ -1,0 +1,50 @@
+"""The datasets: their names, where they are kept, and a user's own.
+
+    train, test = datasets.create_default_splits("CIFAR10")
+
+A known dataset NAME is kept in <data_dir>/<name in lower case>/ (download.py puts it there), a user's own in
+<data_dir>/NAME/; both come back as datasets.hdf5.Dataset.
+"""
+import os
+import re
+
+from datasets import hdf5, own
+from datasets.errors import UserError
+
+NAMES = ("MNIST", "Fashion", "SVHN", "CIFAR10", "TinyImageNet", "ImageNet", "Digits")
+DATA_DIR = os.path.dirname(os.path.abspath(__file__))
+
+
+def folder(name, data_dir=DATA_DIR):
+    """Return the folder of dataset `name`. Raises UserError for a name that can name no dataset."""
+    if name in NAMES:
+        return os.path.join(os.path.abspath(data_dir), name.lower())
+    for known in NAMES:
+        if known.lower() == str(name).lower():
+            raise UserError(f"dataset {name!r}: did you mean {known}?")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
+        raise UserError(f"dataset name {name!r}: use one of {' '.join(NAMES)}, or letters, digits, '_' and '-' for a "
+                        "folder of your own in the data folder (no slashes, no dots)")
+    return os.path.join(os.path.abspath(data_dir), name)
+
+
+def is_prepared(name, data_dir=DATA_DIR):
+    """Return whether `name` can be read: packed and marked as whole, or a user's own data with its id.txt."""
+    place = folder(name, data_dir)
+    return hdf5.is_packed(place) or (name not in NAMES and own.is_there(place))
+
+
+def create_default_splits(name, data_dir=DATA_DIR, max_examples=None):
+    """Return (train, test), two datasets.hdf5.Dataset, of at most `max_examples` images each.
+
+    Raises UserError if the data is missing, broken or not in the layout.
+    """
+    place = folder(name, data_dir)
+    if max_examples is not None and max_examples < 1:
+        raise UserError(f"max_examples is {max_examples}: it must be at least 1")
+    if hdf5.is_packed(place):
+        return hdf5.open_packed(place, name, max_examples)
+    if name in NAMES:
+        raise UserError(f"{name} is not prepared in {place}: run `python download.py --dataset {name}`"
+                        + ("" if os.path.dirname(place) == DATA_DIR else f" with --data_dir {data_dir}"))
+    return own.open_own(place, name, max_examples)

@@ -1,0 +1,91 @@
+"""CIFAR-10: 50,000 + 10,000 images of 32x32 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html)."""
+import io
+import os
+import pickle
+import pickletools
+
+import numpy as np
+
+from datasets.archives import refusing, tar_gz_files
+from datasets.errors import UserError
+from datasets.hdf5 import Source
+
+FILES = {
+    "cifar-10-python.tar.gz": (170498071, "sha256", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
+}
+MIRRORS = ("https://www.cs.toronto.edu/~kriz/", "https://storage.googleapis.com/skypilot-example-data/datasets/")
+BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+MAX_MEMBER, MAX_TOTAL = 1 << 26, 1 << 29                                # a batch has 31 million bytes, all have 186
+
+
+def read(archive_dir):
+    """Return the Source of cifar-10-python.tar.gz, in the order of the batches: images uint8 [N, 32, 32, 3]."""
+    path = os.path.join(archive_dir, "cifar-10-python.tar.gz")
+    batches = {}
+    for member, stream in tar_gz_files(path, MAX_MEMBER, MAX_TOTAL):
+        name = member.removeprefix("./").removeprefix("cifar-10-batches-py/")
+        if name == "batches.meta" or name in BATCHES:
+            with refusing(path, member):
+                batches[name] = load_batch(stream.read(), name)
+    missing = [name for name in BATCHES + ["batches.meta"] if name not in batches]
+    if missing:
+        raise UserError(f"{path} has no cifar-10-batches-py/{missing[0]}")
+    class_names = batches.pop("batches.meta")
+    parts = ((int(name == "test_batch"), *batches[name], None) for name in BATCHES)
+    return Source(class_names, (32, 32, 3), sum(len(labels) for _, labels in batches.values()), parts)
+
+
+def load_batch(data, name):
+    """Return (images uint8 [n, 32, 32, 3], labels int [n]) of a pickled batch, or the class names of batches.meta."""
+    batch = unpickle(data)
+    if name == "batches.meta":
+        return [label.decode() for label in batch[b"label_names"]]
+    pixels, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
+    if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1] or labels.dtype.kind != "i":
+        raise UserError(f"{name}: data of shape {pixels.shape} and {labels.shape} {labels.dtype} labels: expected "
+                        "[N, 3072] and N integers")
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels   # channel, row, column -> row, column, channel
+
+
+def unpickle(data):
+    """Return what a Python 2 pickle holds, where only lists, dicts, strings, numbers and uint8 arrays are let through.
+
+    Raises pickle.UnpicklingError for anything else before it is built.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.proto > 2 or (opcode.name.endswith("PUT") and argument > len(data)):
+            raise pickle.UnpicklingError(f"{opcode.name} is nothing that a batch of CIFAR-10 needs")
+    return BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
+
+
+class Array:
+    """Stands in for numpy.ndarray, whose own __setstate__ need not see foreign bytes."""
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran_order, data = state
+        if dtype.name not in (b"u1", b"|u1", "u1", "|u1") or fortran_order or not isinstance(data, bytes):
+            raise pickle.UnpicklingError(f"an array of {dtype.name}: only uint8 in C order is known here")
+        self.array = np.frombuffer(data, np.uint8).reshape(shape)
+
+
+class DType:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, name, *_):
+        self.name = name
+
+    def __setstate__(self, state):
+        """The byte order: nothing that uint8 depends on."""
+
+
+class BatchUnpickler(pickle.Unpickler):
+    """Knows the three names in the pickles of CIFAR-10 and refuses every other."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("numpy", "ndarray"):
+            return "ndarray"
+        if (module, name) == ("numpy", "dtype"):
+            return DType
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return lambda *_: Array()
+        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; refused")

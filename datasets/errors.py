@@ -1,0 +1,62 @@
+"""How every script of the repo fails: one clear line on stderr and an exit code, never a traceback for a mistake.
+
+    2    a mistake of the user, or something that the user must provide (UserError, a path that cannot be used)
+    1    a failure of the world (WorldError: the network; OSError: the disk)
+    130  Ctrl-C
+"""
+import argparse
+import errno
+import os
+import sys
+
+# A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
+USER_ERRNO = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+              errno.ENAMETOOLONG)
+
+
+class UserError(Exception):
+    """The user's mistake, or something the user must provide: one line with the wrong value and what would be right."""
+
+
+class WorldError(Exception):
+    """The network or the disk failed: one line with what was tried."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keep the commands of a script's docstring as they are, and show the defaults that say something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser without abbreviations, whose errors are one line on stderr and exit code 2."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def one_line(text, limit=2000):
+    """`text` with every run of white space as one blank, cut after `limit` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[:limit] + " ..."
+
+
+def run(main):
+    """Call main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
+    try:
+        main()
+        return
+    except UserError as error:
+        code, message = 2, error
+    except WorldError as error:
+        code, message = 1, error
+    except OSError as error:                                            # requests' errors are OSErrors too
+        code, message = (2 if error.errno in USER_ERRNO else 1), f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    sys.exit(code)

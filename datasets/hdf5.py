@@ -1,0 +1,257 @@
+"""The one store: <folder>/data.hdf5, written once by download.py and read by everything else.
+
+    image       uint8 [N, h, w, c], one contiguous array; for ImageNet instead
+    jpeg        uint8 [bytes] with offset int64 [N + 1]: image i is jpeg[offset[i]:offset[i + 1]]
+    label       int32 [N]
+    split       uint8 [N], 0 train and 1 test: train first, in the archive's order
+    id          the ids, bytes [N]; id.txt holds them too, one a line
+    class_names strings [classes]
+    attribute `packed`: the mark, written last
+
+The file is built beside its target under another name, synced and renamed: a file without the mark, or under another
+name, does not count.
+"""
+import os
+import re
+import threading
+from typing import Iterator, NamedTuple
+
+import h5py
+import numpy as np
+
+from datasets.errors import UserError
+
+DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
+FORMAT = 1
+JPEG_CHUNK = 1 << 22
+LOCK = threading.Lock()                                                 # HDF5 serves one thread at a time anyway
+
+
+class Source(NamedTuple):
+    """What a dataset module's read() returns.
+
+    parts yields (split, images, labels, ids), all of split 0 before split 1: images uint8 [n, h, w, c] or a list of n
+    JPEG files as bytes, labels int [n], ids a list of n strings or None for running numbers.
+    """
+    class_names: list
+    image_shape: tuple | None                                           # (h, w, c), None for JPEG files
+    num_images: int | None                                              # None where only the end tells (JPEG files)
+    parts: Iterator
+
+
+def write(folder, source, bar=None):
+    """Pack `source` into folder/data.hdf5 and folder/id.txt; `bar` is updated with the images written.
+
+    Whatever happens on the way, data.hdf5 is the old one, none, or the whole new one.
+    Raises UserError for data that does not fit together, OSError if it cannot be written.
+    """
+    data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
+    remove_unfinished(folder)
+    try:
+        with h5py.File(data + UNFINISHED, "w") as file:
+            names = fill(file, source, bar)
+            file.flush()
+            file.attrs["packed"] = FORMAT
+        with open(ids + UNFINISHED, "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(name + "\n" for name in names)
+        for path in (ids, data):                                        # data.hdf5 last: it is what counts
+            sync(path + UNFINISHED)
+            os.replace(path + UNFINISHED, path)
+        sync(folder)
+    except Exception as error:
+        remove_unfinished(folder)
+        number = re.search(r"errno = (\d+)", str(error))               # h5py says so, whatever the class of the error
+        if number is None or isinstance(error, UserError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), data) from error
+    except BaseException:
+        remove_unfinished(folder)
+        raise
+
+
+def fill(file, source, bar):
+    """Write the arrays of `source` to an open file and return the ids."""
+    encoded, shape, total = source.image_shape is None, source.image_shape, source.num_images
+    if encoded:
+        image = file.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(JPEG_CHUNK,))
+        lengths = []
+    else:
+        image = file.create_dataset("image", (total, *shape), np.uint8)
+    labels, splits, ids = [], [], []
+    for split, images, part_labels, part_ids in source.parts:
+        start, stop = len(labels), len(labels) + len(images)
+        if encoded:
+            blob = np.frombuffer(b"".join(images), np.uint8)
+            image.resize(len(image) + len(blob), axis=0)
+            image[len(image) - len(blob):] = blob
+            lengths.extend(len(jpeg) for jpeg in images)
+        else:
+            if images.shape[1:] != tuple(shape) or stop > total:
+                raise UserError(f"images {start} to {stop} have shape {images.shape[1:]}: expected {total} of {shape}")
+            image[start:stop] = images
+        labels.extend(np.asarray(part_labels).tolist())
+        splits.extend([split] * len(images))
+        ids.extend(part_ids or [f"{('train', 'test')[split]}_{i:06d}" for i in range(start, stop)])
+        if bar is not None:
+            bar.update(len(images))
+    if not encoded and len(labels) != total:
+        raise UserError(f"found {len(labels)} images where {total} were expected")
+    check(np.asarray(labels), np.asarray(splits), ids, source.class_names)
+    if encoded:
+        file["offset"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    file["label"], file["split"] = np.asarray(labels, np.int32), np.asarray(splits, np.uint8)
+    file["id"] = np.array([name.encode() for name in ids])
+    file.create_dataset("class_names", data=list(source.class_names), dtype=h5py.string_dtype())
+    return ids
+
+
+def check(labels, splits, ids, class_names):
+    """Raise UserError unless labels, splits and ids make two whole splits."""
+    if len(class_names) < 2:
+        raise UserError(f"only {len(class_names)} class: a classifier needs at least 2")
+    if not len(labels) == len(splits) == len(ids):
+        raise UserError(f"{len(labels)} labels, {len(splits)} splits and {len(ids)} ids do not belong together")
+    for split, name in enumerate(("train", "test")):
+        if not np.any(splits == split):
+            raise UserError(f"the {name} split is empty")
+    if np.any(np.diff(splits) < 0) or splits[0] != 0 or splits[-1] != 1:
+        raise UserError("train images must come before test images")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
+    if len(set(ids)) != len(ids):
+        raise UserError(f"id {first_repeated(ids)!r} is there twice")
+    broken = next((name for name in ids if not name or "\n" in name or "\r" in name), None)
+    if broken is not None:
+        raise UserError(f"id {broken!r} is empty or has a line break in it")
+
+
+def first_repeated(ids):
+    """Return the first of `ids` that was there before."""
+    seen = set()
+    return next(name for name in ids if name in seen or seen.add(name))
+
+
+def sync(path):
+    """Wait until `path` (a file or a folder) is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder):
+    """Remove what a killed run may have left in `folder`."""
+    for name in (DATA, IDS):
+        if os.path.exists(os.path.join(folder, name + UNFINISHED)):
+            os.remove(os.path.join(folder, name + UNFINISHED))
+
+
+def is_packed(folder):
+    """Return whether folder/data.hdf5 was packed to its end and can be opened."""
+    try:
+        with h5py.File(os.path.join(folder, DATA), "r", locking=False) as file:
+            return file.attrs.get("packed") == FORMAT and ("image" in file or "jpeg" in file)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+        return False
+
+
+def open_packed(folder, name, max_examples=None):
+    """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file does not hold together."""
+    path = os.path.join(folder, DATA)
+    try:
+        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)       # no chunk cache: read just the bytes asked for
+        image = file["jpeg"] if "jpeg" in file else file["image"]
+        offset = file["offset"][:] if "jpeg" in file else None
+        labels, splits = file["label"][:].astype(np.int32), file["split"][:]
+        ids, class_names = [i.decode() for i in file["id"][:].tolist()], file["class_names"].asstr()[:].tolist()
+        check(labels, splits, ids, class_names)
+        if (len(image) if offset is None else len(offset) - 1) != len(labels):
+            raise UserError(f"{len(labels)} labels, but {len(image)} images")
+        if offset is not None and (offset[0] != 0 or np.any(np.diff(offset) <= 0) or offset[-1] != len(image)):
+            raise UserError("the offsets do not fit the JPEG files")
+    except Exception as error:
+        raise UserError(f"{path} is broken ({error}): delete it and run download.py again") from error
+    bounds = (0, np.count_nonzero(splits == 0), len(splits))
+    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names,
+                         image=image, rows=np.arange(a, b), offset=offset) for a, b in zip(bounds, bounds[1:]))
+
+
+class Dataset:
+    """One split of a dataset.
+
+    ids [N] strings, name, is_train, class_names, num_classes, labels int32 [N], dtype (np.uint8, or np.float32 for own
+    float images), image_shape (h, w, c) or (None, None, 3) when encoded, encoded: whether images are JPEG files, nbytes
+    of the images of this split. `max_examples` keeps that many, evenly spaced, so that archives sorted by class keep
+    all their classes.
+
+    image: where the images are, uint8 or float32 [rows, h, w, c] as an array or an h5py dataset, or the `jpeg` bytes
+    with their int64 `offset` [rows + 1]; rows: int [N], the row of each id.
+    """
+
+    def __init__(self, ids, name, max_examples=None, is_train=True, *, labels, class_names, image, rows, offset=None):
+        kept = np.arange(len(ids))
+        if max_examples is not None and max_examples < len(ids):
+            kept = np.arange(max_examples) * len(ids) // max_examples
+        self.ids, self.name, self.is_train = [ids[i] for i in kept], name, is_train
+        self.labels, self.class_names = np.ascontiguousarray(labels[kept], np.int32), list(class_names)
+        self.num_classes, self.encoded = len(self.class_names), offset is not None
+        self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
+        self.dtype = np.uint8 if image.dtype == np.uint8 else np.float32
+        self._image, self._rows, self._offset = image, np.asarray(rows, np.int64)[kept], offset
+        self._images = self._position = None
+        if self.encoded:
+            self.nbytes = int((offset[self._rows + 1] - offset[self._rows]).sum())
+        else:
+            self.nbytes = len(kept) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __repr__(self):
+        return f"Dataset({self.name}, {'train' if self.is_train else 'test'}, {len(self)} images of {self.image_shape})"
+
+    def images(self):
+        """Return the whole split as one array [N, h, w, c], read once and kept. TypeError when encoded."""
+        if self.encoded:
+            raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
+        if self._images is None:
+            self._images = self.read(np.arange(len(self)))
+        return self._images
+
+    def read(self, positions):
+        """Return the images at `positions`, int [n] in 0 ... N - 1 in any order, with repeats: [n, h, w, c], or a list
+        of n bytes when encoded. Reads each row once, in the file's order; may be called from several threads."""
+        positions = np.asarray(positions, np.int64).reshape(-1)
+        if self._images is not None:
+            return self._images[positions]
+        rows = self._rows[positions]
+        in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
+        with LOCK:
+            if in_order and not self.encoded:
+                return self._image[rows[0]:rows[-1] + 1]
+            if isinstance(self._image, np.ndarray):
+                return self._image[rows]
+            unique, inverse = np.unique(rows, return_inverse=True)
+            if self.encoded:
+                jpegs = [self._image[self._offset[row]:self._offset[row + 1]].tobytes() for row in unique]
+                return [jpegs[i] for i in inverse]
+            images = np.empty((len(unique), *self.image_shape), self.dtype)
+            for i, row in enumerate(unique):
+                self._image.read_direct(images, np.s_[row], np.s_[i])
+            return images[inverse]
+
+    def get_data(self, id):
+        """Return (image, label) of one id: float32 [h, w, c], uint8 images scaled to 0 ... 1, and one-hot float32
+        [num_classes]. Raises UserError for an unknown id."""
+        if self._position is None:
+            self._position = {name: i for i, name in enumerate(self.ids)}
+        if id not in self._position:
+            raise UserError(f"{self.name} has no id {id!r} in its {'train' if self.is_train else 'test'} split")
+        position = self._position[id]
+        image = self.read([position])[0]
+        if self.encoded:
+            from datasets.archives import decode_rgb
+            image = decode_rgb(image, self.name, id)
+        image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
+        return image, np.eye(self.num_classes, dtype=np.float32)[self.labels[position]]

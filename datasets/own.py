@@ -1,0 +1,172 @@
+"""A user's own dataset, datasets/YOUR_DATASET/, in the layout of the ancestor of this repo.
+
+    data.hy or data.hdf5      one group an id, with `image` [h, w, c] or [h, w] and `label`, one-hot [classes]
+    id.txt                    the ids, one a line
+    id_train.txt, id_test.txt optional: the split; without them 80/20 by a shuffle with a fixed seed
+
+uint8 images stay uint8, float images become float32 and must be finite; other integers must lie in 0 ... 255.
+The file may come from anywhere: nothing it claims is believed before it was compared with what it holds.
+"""
+import os
+
+import h5py
+import numpy as np
+
+from datasets.archives import refusing
+from datasets.errors import UserError
+from datasets.hdf5 import IDS, Dataset, first_repeated
+
+FILES = ("data.hy", "data.hdf5")
+SPLIT_SEED = 123
+MAX_CLASSES, MAX_CHUNK = 100_000, 1 << 28
+MAX_RATIO = 1100                                                        # deflate packs at most 1 : 1032
+
+
+def split_80_20(num):
+    """Return the shuffled positions of `num` examples as (train, test), the same in every script and every run."""
+    order = np.random.RandomState(SPLIT_SEED).permutation(num)
+    return order[:num - num // 5], order[num - num // 5:]
+
+
+def is_there(folder):
+    """Return whether `folder` has the files of an own dataset."""
+    return os.path.isfile(os.path.join(folder, IDS)) and any(os.path.isfile(os.path.join(folder, f)) for f in FILES)
+
+
+def open_own(folder, name, max_examples=None):
+    """Return (train, test), two Datasets, read whole into memory. Raises UserError naming the id and the value."""
+    found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
+    if len(found) != 1:
+        raise UserError(f"dataset {name}: {folder} holds " + ("both data.hy and data.hdf5: keep one of them" if found else
+                        "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)"))
+    train_ids, test_ids = read_splits(folder)
+    ids, path = train_ids + test_ids, found[0]
+    with refusing(path), h5py.File(path, "r", locking=False) as file:
+        labels, num_classes = read_labels(file, path, ids)
+        images = read_images(file, path, ids)
+    if len(set(labels[:len(train_ids)].tolist())) < 2:
+        raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
+    class_names = [str(i) for i in range(num_classes)]
+    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names, image=images,
+                         rows=np.arange(a, b)) for a, b in ((0, len(train_ids)), (len(train_ids), len(ids))))
+
+
+def read_ids(path):
+    """Return the ids in a text file, one a line; empty lines do not count."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: it must hold the ids, one a line")
+    with refusing(path), open(path, encoding="utf-8") as file:
+        ids = [line.strip() for line in file if line.strip()]
+    strange = next((id for id in ids if "/" in id or "\0" in id or id in (".", "..")), None)
+    if strange is not None:
+        raise UserError(f"{path}: id {strange!r} cannot be the name of a group")
+    if len(set(ids)) != len(ids):
+        raise UserError(f"{path}: id {first_repeated(ids)!r} is there twice")
+    if not ids:
+        raise UserError(f"{path} is empty: it must hold the ids, one a line")
+    return ids
+
+
+def read_splits(folder):
+    """Return the ids of (train, test)."""
+    ids = read_ids(os.path.join(folder, IDS))
+    files = [os.path.join(folder, f"id_{split}.txt") for split in ("train", "test")]
+    there = [file for file in files if os.path.exists(file)]
+    if len(there) == 1:
+        raise UserError(f"{there[0]} is there without {os.path.basename(next(f for f in files if f not in there))}: "
+                        "give both, or none for 80/20")
+    if not there:
+        if len(ids) < 5:
+            raise UserError(f"{folder}/{IDS} has {len(ids)} ids: 80/20 leaves the test split empty below 5")
+        return tuple([ids[i] for i in rows] for rows in split_80_20(len(ids)))
+    train, test = (read_ids(file) for file in files)
+    known, train_set = set(ids), set(train)
+    for file, split in zip(files, (train, test)):
+        unknown = next((id for id in split if id not in known), None)
+        if unknown is not None:
+            raise UserError(f"{file}: id {unknown!r} is not in {IDS}")
+    both = next((id for id in test if id in train_set), None)
+    if both is not None:
+        raise UserError(f"{files[1]}: id {both!r} is in id_train.txt too: train and test must not overlap")
+    return train, test
+
+
+def open_item(file, path, id, item):
+    """Return (h5py.h5d.DatasetID, shape, dtype) of `item` of an id, after everything it claims was checked."""
+    name = f"{id}/{item}".encode()
+    for link in (id.encode(), name):
+        if not file.id.links.exists(link):
+            raise UserError(f"{path} has no {link.decode()}" + ("" if link == name else f", but {IDS} has the id {id!r}"))
+        if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
+            raise UserError(f"{path}: {link.decode()} is a soft or external link; copy the data into the file")
+    if not isinstance(h5py.h5o.open(file.id, name), h5py.h5d.DatasetID):
+        raise UserError(f"{path}: {name.decode()} is a group: expected an array")
+    data = h5py.h5d.open(file.id, name)
+    creation, shape, dtype = data.get_create_plist(), data.shape, data.dtype
+    if dtype.kind not in "buif":
+        raise UserError(f"{path}: {name.decode()} has the type {dtype}: expected uint8 or float numbers")
+    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
+        raise UserError(f"{path}: {name.decode()} lies in another file; copy the data into this one")
+    chunk = creation.get_chunk() if creation.get_layout() == h5py.h5d.CHUNKED else ()
+    size = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize
+    held = min(data.get_storage_size(), os.path.getsize(path)) * (MAX_RATIO if creation.get_nfilters() else 1)
+    if size > held or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK:
+        raise UserError(f"{path}: {name.decode()} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
+                        "more than the file can hold")
+    return data, shape, dtype
+
+
+def read_array(data, shape, dtype):
+    """Return a checked HDF5 dataset as an array in the machine's byte order."""
+    array = np.empty(shape, dtype.newbyteorder("="))
+    data.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
+    return array
+
+
+def read_labels(file, path, ids):
+    """Return (labels int32 [N], number of classes) of the one-hot labels."""
+    labels, num_classes = np.empty(len(ids), np.int32), None
+    for i, id in enumerate(ids):
+        data, shape, dtype = open_item(file, path, id, "label")
+        num_classes = num_classes or (shape[0] if len(shape) == 1 else None)
+        if shape != (num_classes,) or num_classes > MAX_CLASSES:
+            raise UserError(f"{path}: label of id {id!r} has the shape {shape}: expected one-hot "
+                            + (f"[{num_classes}] as id {ids[0]!r} has" if i else f"[classes], at most {MAX_CLASSES}"))
+        label = read_array(data, shape, dtype)
+        if np.count_nonzero(label) != 1 or label.max() != 1:
+            raise UserError(f"{path}: label of id {id!r} is {np.array2string(label, threshold=20)}: expected one-hot, "
+                            "a single 1 among zeros")
+        labels[i] = label.argmax()
+    if num_classes < 2:
+        raise UserError(f"{path}: the labels have {num_classes} class: a classifier needs at least 2")
+    return labels, num_classes
+
+
+def read_images(file, path, ids):
+    """Return the images, uint8 or float32 [N, h, w, c]."""
+    images = None
+    for i, id in enumerate(ids):
+        data, shape, dtype = open_item(file, path, id, "image")
+        kind = np.float32 if dtype.kind == "f" else np.uint8
+        if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind == "b":
+            raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
+        shape_hwc = shape if len(shape) == 3 else (*shape, 1)
+        if images is None:
+            size, memory = int(np.prod(shape_hwc, dtype=object)) * len(ids), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if size * np.dtype(kind).itemsize > 0.8 * memory:
+                raise UserError(f"{path}: {len(ids)} images of {shape} need {size * np.dtype(kind).itemsize / 1e9:.1f} GB: "
+                                f"this machine has {memory / 1e9:.1f} GB")
+            images = np.empty((len(ids), *shape_hwc), kind)
+        if shape_hwc != images.shape[1:] or kind != images.dtype:
+            raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}, that of id {ids[0]!r} is "
+                            f"{images.dtype} of {images.shape[1:]}: all must agree")
+        image = read_array(data, shape, dtype).reshape(shape_hwc)
+        if kind == np.uint8 and dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
+            raise UserError(f"{path}: image of id {id!r} has values from {image.min()} to {image.max()}: expected 0 to "
+                            "255, or float numbers")
+        with np.errstate(over="ignore"):
+            images[i] = image
+        if kind == np.float32 and not np.isfinite(images[i]).all():
+            bad = np.argwhere(~np.isfinite(images[i]))[0].tolist()
+            raise UserError(f"{path}: image of id {id!r} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
+    return images
