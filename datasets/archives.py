@@ -55,6 +55,14 @@ class Bounded:
         return data
 
 
+def check_tar_end(file, path):
+    """Raise UserError unless the file ends as a tar does, in zeros: one cut between two members looks whole otherwise."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+    if file.read().strip(b"\0"):
+        raise UserError(f"{path} is cut short: it does not end as a tar does")
+    file.seek(0)
+
+
 def tar_files(file, path, limit):
     """Yield (name, stream) of each regular file of the tar stream `file`, each of at most `limit` bytes, in order.
 
