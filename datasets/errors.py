@@ -60,3 +60,20 @@ def run(main):
         code, message = 130, "interrupted"
     print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def import_tensorflow_quietly():
+    """Import TensorFlow without the notices on missing GPUs that it prints, past every setting, as it loads.
+
+    TF_CPP_MIN_LOG_LEVEL, where the user has set it, decides on what it says later.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        import tensorflow  # noqa: F401
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)

@@ -1,0 +1,304 @@
+"""Evaluate a run over a whole split, in inference mode.
+
+    python evaler.py --dataset CIFAR10                                  # the newest run of CIFAR10 under train_dir
+    python evaler.py --dataset CIFAR10 --train_dir train_dir/RUN        # one run folder
+    python evaler.py --dataset CIFAR10 --split train --batch_statistics reestimate
+
+Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
+and TensorBoard summaries (scalars, the confusion matrix as an image).
+"""
+import json
+import os
+from pathlib import Path
+
+import model as models          # first: it quietens TensorFlow as it loads
+
+import numpy as np
+import tensorflow as tf
+
+import datasets
+import ops
+from datasets.errors import ArgumentParser, UserError, run
+from input_ops import create_input_ops, network_image_shape
+
+EVALUATION_BATCH = 250          # images: fast, and a divisor of most test splits; results do not depend on it
+REESTIMATION_IMAGES = 10_000    # training images over which batch norm's statistics are estimated anew
+
+
+def make_predictor(model):
+    """A graph from (images [B, h, w, c], labels [B]) to each example's (loss [B], predicted class [B])."""
+    @tf.function(reduce_retracing=True)
+    def predict(images, labels):
+        logits = model(images, training=False)
+        loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+        return loss, tf.argmax(logits, axis=1, output_type=tf.int32)
+    return predict
+
+
+def evaluate(predict, batches, labels, num_classes):
+    """Evaluate over all of a split, remainder included.
+
+    Args:
+        predict: what make_predictor gave.
+        batches: tf.data.Dataset of (images, labels), each example once, in order.
+        labels: [N] the labels of the split, in the same order.
+        num_classes: K.
+
+    Returns:
+        dict with accuracy, loss (mean cross entropy, natural logarithm), images (N), per_class_accuracy [K] (None
+        for a class without images), confusion [K, K] int (label, prediction), losses [N] and predictions [N].
+    """
+    outputs = [predict(*batch) for batch in batches]
+    losses = np.concatenate([loss.numpy() for loss, _ in outputs])
+    predictions = np.concatenate([predicted.numpy() for _, predicted in outputs])
+    confusion = np.zeros((num_classes, num_classes), np.int64)
+    np.add.at(confusion, (labels, predictions), 1)
+    per_class = [int(row[k]) / int(row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
+    return {"accuracy": int(np.trace(confusion)) / len(labels), "loss": float(losses.mean(dtype=np.float64)),
+            "images": len(labels), "per_class_accuracy": per_class,
+            "confusion": confusion, "losses": losses, "predictions": predictions}
+
+
+def reestimate_batch_statistics(model, train, seed=0):
+    """Set the moving statistics of every BatchNorm to those of training images under the present weights.
+
+    Every norm normalizes by its own batch of EVALUATION_BATCH images meanwhile; the mean over the batches, and by
+    the law of total variance the variance over all of them, replace what training left. Weights stay as they are.
+    """
+    norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
+    size = min(EVALUATION_BATCH, len(train))
+    steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.use_batch_statistics = 0.0, True    # the moving statistics become those of the last batch
+
+    @tf.function
+    def batch_statistics(images):
+        model(images, training=False)                           # dropout stays off
+
+    moments = [[] for _ in norms]
+    for images, _ in create_input_ops(train, size, is_training=True, seed=seed, last_step=steps):
+        batch_statistics(images)
+        for found, norm in zip(moments, norms):
+            found.append((norm.moving_mean.numpy(), norm.moving_variance.numpy()))
+    for norm, momentum, found in zip(norms, momenta, moments):
+        means, variances = (np.array(values, np.float64) for values in zip(*found))
+        norm.momentum, norm.use_batch_statistics = momentum, False
+        norm.moving_mean.assign(means.mean(axis=0))
+        norm.moving_variance.assign(variances.mean(axis=0) + means.var(axis=0))
+
+
+# ------------------------------------------------------------------------------------------------- run folders
+
+
+def read_config(run_dir):
+    """config.json of a run folder, as a dict; UserError if it is not there or not one of trainer.py's."""
+    path = Path(run_dir) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        config["flags"]["dataset"], config["derived"]["model"]
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is no run folder: it has no config.json, which trainer.py writes") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it should be the JSON object that trainer.py wrote") from None
+    return config
+
+
+def find_run(train_dir, dataset):
+    """The run folder of this dataset whose checkpoint is the newest; train_dir may itself be one run folder."""
+    train_dir = Path(train_dir)
+    if (train_dir / "config.json").exists():
+        candidates = [train_dir]
+    else:
+        candidates = [path.parent for path in train_dir.glob("*/config.json")]
+    runs = [path for path in candidates if read_config(path)["flags"]["dataset"] == dataset]
+    if not runs:
+        names = sorted({read_config(path)["flags"]["dataset"] for path in candidates})
+        raise UserError(f"no run of {dataset} in {train_dir}" + (f", only of {', '.join(names)}" if names else "")
+                        + f": train one with 'python trainer.py --dataset {dataset}', or name another --train_dir")
+    finished = [path for path in runs if tf.train.latest_checkpoint(path)]
+    if not finished:
+        raise UserError(f"the runs of {dataset} in {train_dir} have no checkpoint yet")
+    return max(finished, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
+
+
+def build_model(config, image_shape, num_classes):
+    """The network of a run, from its config.json, for images of image_shape in num_classes classes."""
+    derived = config["derived"]
+    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16" if config["flags"]["dtype"] == "bfloat16" else "float32")
+    try:
+        return models.create_model(
+            derived["model"], image_shape, num_classes, config["flags"]["norm_type"], derived["groups"],
+            config["flags"]["group_size"], config["flags"]["weight_standardization"], derived["batch_norm_momentum"])
+    except ValueError as error:
+        raise UserError(f"{derived['model']} with --norm_type {config['flags']['norm_type']}: {error}") from error
+
+
+def weights_of(model):
+    """The variables that a checkpoint holds of a model, by name: weights, moving statistics, state of dropout."""
+    return {variable.path: variable.value for variable in model.variables}
+
+
+def load_weights(model, checkpoint):
+    """Read a model's variables from a checkpoint (a path, or a run folder: its newest); returns the path and step."""
+    path = str(checkpoint)
+    if os.path.isdir(path):
+        path = tf.train.latest_checkpoint(path) or path
+    try:
+        reader = tf.train.load_checkpoint(path)
+        stored = {name: shape for name, shape in reader.get_variable_to_shape_map().items() if name.startswith("model/")}
+    except (ValueError, tf.errors.OpError):
+        raise UserError(f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, "
+                        f"such as RUN_FOLDER/model-1000, or the run folder") from None
+    variables = weights_of(model)
+    key = "model/{}/.ATTRIBUTES/VARIABLE_VALUE".format
+    names = {key(name.replace("/", ".S")): name for name in variables}
+    for name in sorted(names.keys() ^ stored.keys()):
+        side = "the checkpoint lacks" if name in names else "the model lacks"
+        raise UserError(f"checkpoint {path} is of another model or norm: {side} {names.get(name, name)}")
+    for name, shape in stored.items():
+        wanted = variables[names[name]].shape
+        if list(wanted) != list(shape):
+            raise UserError(f"checkpoint {path} is of another model or number of classes: {names[name]} has the shape "
+                            f"{tuple(shape)} there and {tuple(wanted)} here")
+    for name, variable in names.items():
+        variables[variable].assign(reader.get_tensor(name))
+    return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+
+
+def to_uint8(images):
+    """Images of uint8, or of floats of any range, as uint8 for showing."""
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    low, high = min(0.0, float(images.min())), max(1.0, float(images.max()))
+    return np.round((images - low) / (high - low) * 255).astype(np.uint8)
+
+
+def image_grid(images, most=64):
+    """The first images of [N, h, w, c] side by side in one picture [1, H, W, 1 or 3], for TensorBoard."""
+    images = to_uint8(images[:most])
+    images = images if images.shape[-1] in (1, 3) else images[..., :1]
+    count, height, width, channels = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    grid = np.zeros((rows * columns, height, width, channels), np.uint8)
+    grid[:count] = images
+    grid = grid.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(1, rows * height, columns * width, channels)
+
+
+def confusion_image(confusion, class_names):
+    """The confusion matrix, each row as shares of its label, as a picture [1, H, W, 3] uint8."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 6.5), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the label's images")
+    axes.set(xlabel="prediction", ylabel="label", title=f"{confusion.sum()} images")
+    if len(class_names) <= 20:
+        ticks = range(len(class_names))
+        axes.set_xticks(ticks, class_names, rotation=45, ha="right")
+        axes.set_yticks(ticks, class_names)
+        for label, prediction in np.ndindex(*confusion.shape):
+            if confusion[label, prediction]:
+                axes.text(prediction, label, confusion[label, prediction], ha="center", va="center", fontsize=7,
+                          color="white" if shares[label, prediction] > 0.5 else "black")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[None, ..., :3]
+
+
+def draw_mistakes(path, split, result, most=25):
+    """Save the images that were most wrong as a PNG, each with its label, prediction and loss."""
+    from matplotlib.figure import Figure
+    wrong = np.flatnonzero(result["predictions"] != split.labels)
+    worst = wrong[np.argsort(-result["losses"][wrong], kind="stable")][:most]
+    figure = Figure(figsize=(10, 11), layout="constrained")
+    figure.suptitle(f"{split.name}: the {len(worst)} worst of {len(wrong)} mistakes in {len(split)} images")
+    images = split.read(worst) if len(worst) else []
+    if split.encoded:
+        images = [tf.io.decode_jpeg(jpeg, channels=3).numpy() for jpeg in images]
+    for place, (position, image) in enumerate(zip(worst, images), 1):
+        axes = figure.add_subplot(5, 5, place)
+        shown = to_uint8(image)
+        axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray")
+        label, prediction = (split.class_names[k][:24] for k in (split.labels[position], result["predictions"][position]))
+        axes.set_title(f"{label}, not\n{prediction} ({result['losses'][position]:.1f})", fontsize=8)
+        axes.axis("off")
+    figure.savefig(path, dpi=100)
+
+
+# ------------------------------------------------------------------------------------------------------ script
+
+
+def parse_flags():
+    parser = ArgumentParser(description="Evaluate a run over a whole split, in inference mode.")
+    parser.add_argument("--dataset", required=True, help="name of the dataset, one of the known or your own")
+    parser.add_argument("--train_dir", default="train_dir", help="where the run folders are, or one run folder")
+    parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
+    parser.add_argument("--batch_size", type=int, default=EVALUATION_BATCH, help="images at a time")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
+    parser.add_argument("--batch_statistics", choices=("moving", "reestimate"), default="moving",
+                        help="of batch norm: those that training left, or also those re-estimated over training images")
+    config = parser.parse_args()
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size must be at least 1, not {config.batch_size}")
+    return config
+
+
+def print_result(title, result, class_names):
+    print(f"{title}: accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, {result['images']} images")
+    for name, accuracy in zip(class_names, result["per_class_accuracy"]):
+        print(f"  {name:<24.24} " + ("no images" if accuracy is None else f"{100 * accuracy:6.2f} %"))
+
+
+def main():
+    flags = parse_flags()
+    if flags.checkpoint:
+        folder = Path(flags.checkpoint)
+        run_dir = folder if (folder / "config.json").exists() else folder.parent
+    else:
+        run_dir = find_run(flags.train_dir, flags.dataset)
+    config = read_config(run_dir)
+    if config["flags"]["dataset"] != flags.dataset:
+        raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config['flags']['dataset']}")
+    if flags.batch_statistics == "reestimate" and config["flags"]["norm_type"] != "batch":
+        raise UserError(f"--batch_statistics reestimate is for batch norm, but {run_dir} has --norm_type "
+                        f"{config['flags']['norm_type']}, which keeps no statistics")
+    train, test = datasets.create_default_splits(flags.dataset, flags.data_dir)
+    split = test if flags.split == "test" else train
+    model = build_model(config, network_image_shape(train), train.num_classes)
+    checkpoint, step = load_weights(model, flags.checkpoint or run_dir)
+    print(f"{checkpoint}: {config['derived']['model']}, {config['flags']['norm_type']} norm, step {step}")
+
+    batches = create_input_ops(split, flags.batch_size, is_training=False)
+    result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
+    print_result(f"{flags.dataset} {flags.split}", result, split.class_names)
+    record = {key: result[key] for key in ("accuracy", "loss", "images", "per_class_accuracy")}
+    record |= {"step": step, "split": flags.split, "dataset": flags.dataset, "checkpoint": checkpoint,
+               "class_names": split.class_names}
+    if flags.batch_statistics == "reestimate":
+        reestimate_batch_statistics(model, train, config["flags"]["seed"])
+        again = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
+        print_result(f"{flags.dataset} {flags.split}, statistics re-estimated", again, split.class_names)
+        record["reestimated"] = {key: again[key] for key in ("accuracy", "loss", "images", "per_class_accuracy")}
+
+    with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):
+        tf.summary.scalar(f"evaluation_{flags.split}/accuracy", result["accuracy"])
+        tf.summary.scalar(f"evaluation_{flags.split}/loss", result["loss"])
+        tf.summary.image(f"evaluation_{flags.split}/confusion", confusion_image(result["confusion"], split.class_names))
+    draw_mistakes(run_dir / "mistakes.png", split, result)
+    part = run_dir / f"evaluation.json.{os.getpid()}"
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(run_dir / "evaluation.json")
+    print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""The classifiers: the ancestor's four-convolution network, and the ResNets of He et al. (arXiv 1512.03385).
+
+    python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
+    python model.py --model resnet20 --norm_type group --groups 4
+"""
+from datasets.errors import ArgumentParser, UserError, import_tensorflow_quietly, run
+
+import_tensorflow_quietly()
+
+import keras
+
+import ops
+
+SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if 6 * n + 2 not in (50,))     # section 4.2: 6n + 2
+LARGE_RESNETS = {"resnet18": (False, [2, 2, 2, 2]), "resnet34": (False, [3, 4, 6, 3]),          # table 1
+                 "resnet50": (True, [3, 4, 6, 3]), "resnet101": (True, [3, 4, 23, 3])}
+MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
+
+
+def default_model(image_shape):
+    """resnet20 for images of at most 64 pixels a side, resnet50 above or where the side is not known."""
+    height, width, _ = image_shape
+    return "resnet20" if height and max(height, width) <= 64 else "resnet50"
+
+
+def default_groups(model):
+    """32 as in arXiv 1803.08494, and 8 for the 6n + 2 nets, whose first stage has 16 channels."""
+    return 8 if model in SMALL_RESNETS else 32
+
+
+def create_model(model, image_shape, num_classes, norm_type="group", groups=None, group_size=None,
+                 weight_standardization=False, momentum=0.9):
+    """Build a classifier as a Keras model from images to logits.
+
+    Args:
+        model: one of MODELS.
+        image_shape: (height, width, channels); height and width may be None for the ResNets.
+        num_classes: number of logits.
+        norm_type: one of ops.NORM_TYPES.
+        groups: of group norm; None is default_groups(model). group_size, channels a group, overrides it.
+        weight_standardization: standardize the weights of the convolutions (arXiv 1903.10520).
+        momentum: of the moving statistics of batch norm, each update.
+
+    Returns:
+        keras.Model from [N, height, width, channels] float32 to [N, num_classes] float32.
+
+    Raises:
+        ValueError: if the groups do not divide the channels of every norm, or leave a single value a group.
+    """
+    options = {"weight_standardization": weight_standardization, "norm_type": norm_type,
+               "groups": groups or default_groups(model), "group_size": group_size, "momentum": momentum}
+    image = keras.Input(image_shape, name="image")
+    if model == "convnet":
+        x = convnet(image, **options)
+    elif model in LARGE_RESNETS:
+        x = large_resnet(image, *LARGE_RESNETS[model], **options)
+    else:
+        x = small_resnet(image, blocks=(int(model.removeprefix("resnet")) - 2) // 6, **options)
+    logits = ops.fc(x, num_classes, name="logits")
+    logits = keras.layers.Activation("linear", dtype="float32", name="float32")(logits)
+    return keras.Model(image, logits, name=model)
+
+
+def convnet(x, **options):
+    """The ancestor's classifier of small images: four 4×4 convolutions of stride 2, then three dense layers."""
+    for i, filters in enumerate((64, 128, 256, 512), 1):
+        x = ops.conv2d(x, filters, 4, 2, f"layer{i}", "leaky_relu", **options)
+        x = keras.layers.Dropout(0.5, name=f"layer{i}_dropout")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    for i, units in enumerate((512, 128, 32), 1):
+        x = ops.fc(x, units, f"fc{i}", "leaky_relu")
+    return x
+
+
+def small_resnet(x, blocks, **options):
+    """Section 4.2 of He et al.: stages of 16, 32 and 64 channels; shortcuts are projections where sizes change."""
+    x = ops.conv2d(x, 16, 3, 1, "stem", "relu", **options)
+    for stage, filters in enumerate((16, 32, 64), 1):
+        for block in range(1, blocks + 1):
+            strides = 2 if stage > 1 and block == 1 else 1
+            x = ops.residual_block(x, filters, strides, f"stage{stage}_block{block}", **options)
+    return keras.layers.GlobalAveragePooling2D(name="pool")(x)
+
+
+def large_resnet(x, bottleneck, blocks, **options):
+    """Table 1 of He et al.; the stride of a bottleneck is on its 3×3 convolution, as has become the custom."""
+    x = ops.conv2d(x, 64, 7, 2, "stem", "relu", **options)
+    x = keras.layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
+    for stage, count in enumerate(blocks, 1):
+        for block in range(1, count + 1):
+            strides = 2 if stage > 1 and block == 1 else 1
+            x = ops.residual_block(x, 32 * 2 ** stage, strides, f"stage{stage}_block{block}", bottleneck, **options)
+    return keras.layers.GlobalAveragePooling2D(name="pool")(x)
+
+
+def add_model_flags(parser):
+    """The flags that choose a model, for model.py and trainer.py alike."""
+    parser.add_argument("--model", choices=MODELS, metavar="MODEL",
+                        help=f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
+                             f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above")
+    parser.add_argument("--norm_type", choices=ops.NORM_TYPES, default="batch", help="the normalization")
+    parser.add_argument("--groups", type=int, help="groups of group norm; by default 32, in the 6n+2 nets 8")
+    parser.add_argument("--group_size", type=int, help="channels a group, instead of --groups")
+    parser.add_argument("--weight_standardization", action="store_true",
+                        help="standardize the weights of the convolutions (arXiv 1903.10520)")
+
+
+def check_model_flags(config):
+    """Raise UserError for model flags that contradict each other or have no effect."""
+    for flag in ("groups", "group_size"):
+        value = getattr(config, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} must be at least 1, not {value}")
+        if value is not None and config.norm_type != "group":
+            raise UserError(f"--{flag} {value} has no effect with --norm_type {config.norm_type}: use --norm_type group")
+    if config.groups is not None and config.group_size is not None:
+        raise UserError(f"--groups {config.groups} and --group_size {config.group_size} say the same in two ways: "
+                        f"give one of them")
+
+
+def main():
+    parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
+    add_model_flags(parser)
+    parser.add_argument("--image_size", type=int, nargs=3, default=[32, 32, 3], metavar=("H", "W", "C"),
+                        help="height, width and channels of the images")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes")
+    config = parser.parse_args()
+    check_model_flags(config)
+    if min(config.image_size) < 1 or config.classes < 2:
+        raise UserError(f"--image_size needs three positive numbers and --classes at least 2, "
+                        f"not {config.image_size} and {config.classes}")
+    name = config.model or default_model(config.image_size)
+    try:
+        model = create_model(name, config.image_size, config.classes, config.norm_type, config.groups,
+                             config.group_size, config.weight_standardization)
+    except ValueError as error:
+        raise UserError(f"{name} with --norm_type {config.norm_type}: {error}") from error
+    model.summary(line_length=110)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,442 @@
+"""Normalization as pure functions, the Keras layers on them, and the building blocks of the models.
+
+    y = ops.group_norm(x, gamma, beta, groups=32)                        # a function of tensors
+    x = ops.GroupNorm(groups=8)(x)                                       # a layer for any Keras model
+    x = ops.residual_block(x, 64, strides=2, norm_type="group")          # a piece of a ResNet
+
+Group Normalization: Wu & He, arXiv 1803.08494. Batch Normalization: Ioffe & Szegedy, arXiv 1502.03167.
+Weight Standardization: Qiao et al., arXiv 1903.10520. Residual blocks: He et al., arXiv 1512.03385.
+"""
+import math
+
+import keras
+import tensorflow as tf
+
+NORM_TYPES = ("batch", "group", "layer", "instance", "none")
+EPSILON = 1e-5      # for every norm alike, as in the code of the GN paper's authors
+
+
+# ---------------------------------------------------------------------------------------------- pure functions
+
+
+def group_norm(x, gamma, beta, groups=32, epsilon=EPSILON, data_format="channels_last"):
+    """Normalize each example over groups of channels (arXiv 1803.08494, equations 1, 2, 3 and 7).
+
+        mu[n, g] = mean of x over the m values of group g of example n (its C / G channels, all positions)
+        var[n, g] = mean of (x - mu)^2 over the same values
+        xhat = (x - mu) / sqrt(var + epsilon),  y = gamma * xhat + beta
+
+    The gradient is in closed form. With dy the gradient that arrives, and the means over the same m values,
+
+        dbeta[c] = sum of dy,  dgamma[c] = sum of dy * xhat
+        dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + epsilon)
+
+    so that x - mu is the only large tensor kept for it. Every sum runs over the positions first, to [N, C], and
+    over the few channels of a group after that: the large tensor is never transposed, nor split into groups.
+
+    Args:
+        x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
+        gamma, beta: [C] scale and offset, or None to leave either out.
+        groups: G, a divisor of C; the channels g * C / G to (g + 1) * C / G - 1 are group g.
+        epsilon: added to the variance.
+        data_format: 'channels_last' or 'channels_first'.
+
+    Returns:
+        y, with the shape and type of x. Statistics, gamma and beta are float32 (float64 if x is).
+
+    Raises:
+        ValueError: if C is unknown, G does not divide C, or a group holds a single value (it would become 0).
+    """
+    x = tf.convert_to_tensor(x)
+    axis = _channel_axis(x, data_format)
+    check_groups(x.shape, axis, groups)
+    gamma, beta, dtype = _affine(x, axis, gamma, beta)
+    shape = _dynamic_shape(x)
+    positions = math.prod(shape[1:axis] + shape[axis + 1:])
+    last = axis == len(shape) - 1
+    flat = [shape[0], positions, shape[axis]] if last else [shape[0], shape[axis], positions]
+    y = _normalize_groups(tf.reshape(tf.cast(x, dtype), flat), gamma, beta, groups, epsilon, 1 if last else 2)
+    return tf.cast(tf.reshape(y, shape), x.dtype)
+
+
+def layer_norm(x, gamma, beta, epsilon=EPSILON, data_format="channels_last"):
+    """group_norm with a single group: the Layer Normalization that arXiv 1803.08494 (equation 5) compares with."""
+    return group_norm(x, gamma, beta, 1, epsilon, data_format)
+
+
+def instance_norm(x, gamma, beta, epsilon=EPSILON, data_format="channels_last"):
+    """group_norm with a group for each channel (arXiv 1803.08494, equation 6)."""
+    x = tf.convert_to_tensor(x)
+    return group_norm(x, gamma, beta, x.shape[_channel_axis(x, data_format)], epsilon, data_format)
+
+
+def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis):
+    """group_norm on x of [N, positions, C] (position_axis 1) or [N, C, positions] (position_axis 2)."""
+    channels = x.shape[3 - position_axis]
+    count = tf.cast(tf.shape(x)[position_axis], x.dtype)
+
+    def wide(per_channel):                                      # [N, C] → [N, 1, C] or [N, C, 1]
+        return tf.expand_dims(per_channel, position_axis)
+
+    def group_mean(per_channel):                                # [N, C] → [N, C], alike within a group
+        if groups == channels:
+            return per_channel
+        grouped = tf.reshape(per_channel, [-1, groups, channels // groups])
+        mean = tf.reduce_mean(grouped, axis=2, keepdims=True)
+        return tf.reshape(tf.broadcast_to(mean, tf.shape(grouped)), tf.shape(per_channel))
+
+    @tf.custom_gradient
+    def normalize(x, gamma, beta):
+        mean = group_mean(tf.reduce_mean(x, axis=position_axis))
+        centred = x - wide(mean)                                # E[x^2] - E[x]^2 would lose all digits at mean >> std
+        variance = group_mean(tf.reduce_mean(tf.square(centred), axis=position_axis))
+        inverse_std = tf.math.rsqrt(variance + epsilon)         # [N, C]
+        y = centred * wide(gamma * inverse_std) + wide(beta[tf.newaxis])
+
+        def gradient(dy):
+            sum_dy = tf.reduce_sum(dy, axis=position_axis)                                      # [N, C]
+            sum_dy_xhat = tf.reduce_sum(dy * centred, axis=position_axis) * inverse_std         # [N, C]
+            mean_dxhat = group_mean(gamma * sum_dy) / count
+            mean_dxhat_xhat = group_mean(gamma * sum_dy_xhat) / count
+            dx = (dy * wide(gamma * inverse_std) - centred * wide(mean_dxhat_xhat * inverse_std * inverse_std)
+                  - wide(mean_dxhat * inverse_std))
+            return dx, tf.reduce_sum(sum_dy_xhat, axis=0), tf.reduce_sum(sum_dy, axis=0)
+
+        return y, gradient
+
+    return normalize(x, gamma, beta)
+
+
+def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=0.9, epsilon=EPSILON,
+               data_format="channels_last"):
+    """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
+
+    In training, by the mean and variance of the batch; else by moving_mean and moving_variance. The pure
+    function changes nothing: it returns the moving statistics that the caller should keep.
+
+    Args:
+        x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
+        gamma, beta: [C] scale and offset, or None to leave either out.
+        moving_mean, moving_variance: [C], float32 (float64 if x is).
+        training: Python bool: normalize by the batch, or by the moving statistics.
+        momentum: share of the old moving statistics in the new: new = momentum * old + (1 - momentum) * batch.
+        epsilon: added to the variance.
+        data_format: 'channels_last' or 'channels_first'.
+
+    Returns:
+        (y, new_moving_mean, new_moving_variance); the latter two unchanged without training. x is normalized by
+        the batch's own variance (divided by the m values a channel), the moving variance learns the unbiased
+        one (m - 1): at small batches only that is the right size for unseen images.
+
+    Raises:
+        ValueError: if C is unknown, or in training a channel statically holds a single value.
+    """
+    x = tf.convert_to_tensor(x)
+    axis = _channel_axis(x, data_format)
+    if training and math.prod(size or 2 for i, size in enumerate(x.shape) if i != axis) == 1:
+        raise ValueError(f"batch_norm in training needs at least 2 values a channel, not 1: the shape is {x.shape}; "
+                         f"use a larger batch, or group_norm")
+    if axis != x.shape.rank - 1:
+        x = tf.experimental.numpy.moveaxis(x, axis, -1)
+    gamma, beta, dtype = _affine(x, -1, gamma, beta)
+    shape = _dynamic_shape(x)
+    normalize = _batch_norm_by_moments if dtype == tf.float64 else _batch_norm_fused
+    y, moving_mean, moving_variance = normalize(
+        tf.reshape(x, [shape[0], math.prod(shape[1:-1]), 1, shape[-1]]), gamma, beta,
+        tf.cast(moving_mean, dtype), tf.cast(moving_variance, dtype), training, momentum, epsilon)
+    y = tf.reshape(y, shape)
+    if axis != x.shape.rank - 1:
+        y = tf.experimental.numpy.moveaxis(y, -1, axis)
+    return y, moving_mean, moving_variance
+
+
+def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon):
+    """batch_norm of x [N, positions, 1, C] by TensorFlow's own kernel, which also moves the statistics."""
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x, scale=gamma, offset=beta, mean=moving_mean, variance=moving_variance, epsilon=epsilon,
+        exponential_avg_factor=1.0 - momentum, is_training=training)
+    return (y, mean, variance) if training else (y, moving_mean, moving_variance)
+
+
+def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon):
+    """The same by the definition, for the types that the kernel lacks."""
+    mean, variance = moving_mean, moving_variance
+    if training:
+        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
+        unbiased = variance * count / tf.maximum(count - 1, 1)
+        moving_mean = momentum * moving_mean + (1 - momentum) * mean
+        moving_variance = momentum * moving_variance + (1 - momentum) * unbiased
+    return (x - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, moving_mean, moving_variance
+
+
+def standardize_weights(kernel, epsilon=EPSILON):
+    """Centre and scale each filter over its inputs (arXiv 1903.10520, equations 8 to 10).
+
+    Args:
+        kernel: [..., inputs, filters] convolution or dense weights, any float type.
+        epsilon: added to the variance.
+
+    Returns:
+        Weights of the same shape and type, each filter with mean 0 and variance 1 / fan_in: the scale of LeCun's
+        initialisation, so that the outputs keep the variance of the inputs whether a norm follows or not.
+    """
+    weights = tf.cast(kernel, tf.float64 if kernel.dtype == tf.float64 else tf.float32)
+    axes = list(range(kernel.shape.rank - 1))
+    mean, variance = tf.nn.moments(weights, axes)
+    fan_in = math.prod(kernel.shape[:-1])
+    return tf.cast((weights - mean) * tf.math.rsqrt(fan_in * (variance + epsilon / fan_in)), kernel.dtype)
+
+
+def check_groups(shape, axis, groups):
+    """Raise ValueError unless groups divides the static channels shape[axis] and leaves 2 values a group."""
+    channels = shape[axis]
+    if channels is None:
+        raise ValueError(f"the number of channels must be known, but axis {axis} of the shape {shape} is None")
+    if not isinstance(groups, int) or groups < 1 or channels % groups:
+        raise ValueError(f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
+                         f"valid numbers of groups are {divisors(channels)}")
+    sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
+    if None not in sizes and math.prod(sizes) * channels == groups:
+        raise ValueError(f"{groups} groups on {channels} channels of one position leave a single value a group, "
+                         f"which normalization turns into 0: use fewer than {channels} groups")
+
+
+def divisors(number):
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _channel_axis(x, data_format):
+    if data_format not in ("channels_last", "channels_first"):
+        raise ValueError(f"data_format must be 'channels_last' or 'channels_first', not {data_format!r}")
+    if x.shape.rank is None or not 2 <= x.shape.rank <= 5:
+        raise ValueError(f"x must have rank 2 to 5, [N, ..., C] or [N, C, ...], but its shape is {x.shape}")
+    if not x.dtype.is_floating:
+        raise ValueError(f"x must be of a float type, not {x.dtype.name}")
+    return x.shape.rank - 1 if data_format == "channels_last" else 1
+
+
+def _affine(x, axis, gamma, beta):
+    """gamma and beta as [C] tensors of the type that statistics have, and this type."""
+    dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
+    channels = x.shape[axis]
+    if channels is None:
+        raise ValueError(f"the number of channels must be known, but the shape is {x.shape}")
+    gamma = tf.ones([channels], dtype) if gamma is None else tf.cast(gamma, dtype)
+    beta = tf.zeros([channels], dtype) if beta is None else tf.cast(beta, dtype)
+    for name, value in (("gamma", gamma), ("beta", beta)):
+        if not value.shape.is_compatible_with([channels]):
+            raise ValueError(f"{name} must have the shape ({channels},) of the channels, not {value.shape}")
+    return gamma, beta, dtype
+
+
+def _dynamic_shape(x):
+    """The shape as a list, of Python numbers where they are known and tensors where they are not."""
+    sizes = tf.shape(x) if None in x.shape else None
+    return [sizes[i] if size is None else size for i, size in enumerate(x.shape)]
+
+
+# ------------------------------------------------------------------------------------------------ Keras layers
+
+
+class _Norm(keras.layers.Layer):
+    """What GroupNorm and BatchNorm share: gamma and beta, in float32 whatever the layer computes in."""
+
+    def __init__(self, axis=-1, epsilon=EPSILON, center=True, scale=True, beta_initializer="zeros",
+                 gamma_initializer="ones", beta_regularizer=None, gamma_regularizer=None, beta_constraint=None,
+                 gamma_constraint=None, **kwargs):
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.epsilon = epsilon
+        self.center = center
+        self.scale = scale
+        self.beta_initializer = keras.initializers.get(beta_initializer)
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
+        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
+        self.beta_constraint = keras.constraints.get(beta_constraint)
+        self.gamma_constraint = keras.constraints.get(gamma_constraint)
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        rank = len(input_shape)
+        axis = self.axis + rank if self.axis < 0 else self.axis
+        if axis not in (1, rank - 1):
+            raise ValueError(f"axis must be the first after the batch (1) or the last (-1), not {self.axis} "
+                             f"for an input of shape {tuple(input_shape)}")
+        self.channel_axis = axis
+        self.channels = input_shape[axis]
+        if self.channels is None:
+            raise ValueError(f"the number of channels must be known, but the input's shape is {tuple(input_shape)}")
+        self.data_format = "channels_last" if axis == rank - 1 else "channels_first"
+        self.gamma = self._vector("gamma", self.gamma_initializer, self.gamma_regularizer,
+                                  self.gamma_constraint) if self.scale else None
+        self.beta = self._vector("beta", self.beta_initializer, self.beta_regularizer,
+                                 self.beta_constraint) if self.center else None
+
+    def _vector(self, name, initializer, regularizer=None, constraint=None, trainable=True):
+        return self.add_weight(name=name, shape=(self.channels,), initializer=initializer, regularizer=regularizer,
+                               constraint=constraint, trainable=trainable, autocast=False,
+                               dtype="float64" if self.compute_dtype == "float64" else "float32")
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        config = {"axis": self.axis, "epsilon": self.epsilon, "center": self.center, "scale": self.scale}
+        for kind, owner in (("initializer", keras.initializers), ("regularizer", keras.regularizers),
+                            ("constraint", keras.constraints)):
+            for name in ("beta", "gamma"):
+                config[f"{name}_{kind}"] = owner.serialize(getattr(self, f"{name}_{kind}"))
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable("group_norm")
+class GroupNorm(_Norm):
+    """group_norm as a layer, with the arguments of keras.layers.GroupNormalization (epsilon is 1e-5 here).
+
+    Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. groups=-1 is a group for each channel.
+    """
+
+    def __init__(self, groups=32, axis=-1, epsilon=EPSILON, center=True, scale=True, **kwargs):
+        super().__init__(axis=axis, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        self.groups = groups
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        check_groups(tuple(input_shape), self.channel_axis, self.actual_groups)
+
+    @property
+    def actual_groups(self):
+        return self.channels if self.groups == -1 else self.groups
+
+    def call(self, inputs):
+        return group_norm(inputs, self.gamma, self.beta, self.actual_groups, self.epsilon, self.data_format)
+
+    def get_config(self):
+        return {**super().get_config(), "groups": self.groups}
+
+
+@keras.saving.register_keras_serializable("group_norm")
+class BatchNorm(_Norm):
+    """batch_norm as a layer, with the arguments of keras.layers.BatchNormalization (epsilon is 1e-5 here).
+
+    Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. The statistics are those of the batch
+    that this replica sees, as in arXiv 1803.08494.
+    """
+
+    def __init__(self, axis=-1, momentum=0.99, epsilon=EPSILON, center=True, scale=True,
+                 moving_mean_initializer="zeros", moving_variance_initializer="ones", **kwargs):
+        super().__init__(axis=axis, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        self.momentum = momentum
+        self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
+        self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
+        self.use_batch_statistics = False       # True: normalize by the batch, and move, without training too
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.moving_mean = self._vector("moving_mean", self.moving_mean_initializer, trainable=False)
+        self.moving_variance = self._vector("moving_variance", self.moving_variance_initializer, trainable=False)
+
+    def call(self, inputs, training=False):
+        training = (bool(training) and self.trainable) or self.use_batch_statistics
+        y, moving_mean, moving_variance = batch_norm(
+            inputs, self.gamma, self.beta, self.moving_mean, self.moving_variance, training, self.momentum,
+            self.epsilon, self.data_format)
+        if training:
+            self.moving_mean.assign(moving_mean)
+            self.moving_variance.assign(moving_variance)
+        return y
+
+    def get_config(self):
+        config = {"momentum": self.momentum}
+        config["moving_mean_initializer"] = keras.initializers.serialize(self.moving_mean_initializer)
+        config["moving_variance_initializer"] = keras.initializers.serialize(self.moving_variance_initializer)
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable("group_norm")
+class StandardizedConv2D(keras.layers.Conv2D):
+    """keras.layers.Conv2D whose kernel passes through standardize_weights before each use."""
+
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, standardize_weights(tf.convert_to_tensor(kernel)))
+
+
+# ---------------------------------------------------------------------------------- building blocks of the models
+
+
+def norm(x, norm_type, groups=32, group_size=None, momentum=0.9, gamma="ones", name=None):
+    """The norm of norm_type (one of NORM_TYPES) on x [N, ..., C]; group_size, channels a group, overrides groups."""
+    channels = x.shape[-1]
+    if norm_type == "none":
+        return x
+    if norm_type == "batch":
+        return BatchNorm(momentum=momentum, gamma_initializer=gamma, name=name)(x)
+    if norm_type == "group" and group_size is not None:
+        if channels % group_size:
+            raise ValueError(f"group_size must divide the channels of every norm: {channels} channels cannot be split "
+                             f"into groups of {group_size}; valid here are {divisors(channels)}")
+        groups = channels // group_size
+    elif norm_type != "group":
+        groups = {"layer": 1, "instance": channels}[norm_type]
+    return GroupNorm(groups, gamma_initializer=gamma, name=name)(x)
+
+
+def conv2d(x, filters, kernel_size, strides, name, activation=None, weight_standardization=False, gamma="ones",
+           norm_type="none", **norm_options):
+    """Convolution → norm → activation, in this order.
+
+    Args:
+        x: [N, H, W, C] Keras tensor.
+        filters, kernel_size, strides: of the convolution, which pads to H / strides, W / strides and has a bias only
+            where no norm with its beta follows. He initialisation (arXiv 1502.01852).
+        name: the layers are called name_conv, name_norm and name_relu.
+        activation: None, 'relu' or 'leaky_relu' (slope 0.2).
+        weight_standardization: standardize the weights before each use.
+        gamma: 'ones' or 'zeros', what the norm's gamma starts at.
+        norm_type, norm_options: as in norm.
+
+    Returns:
+        [N, ceil(H / strides), ceil(W / strides), filters].
+    """
+    convolution = StandardizedConv2D if weight_standardization else keras.layers.Conv2D
+    x = convolution(filters, kernel_size, strides, padding="same", use_bias=norm_type == "none",
+                    kernel_initializer="he_normal", name=f"{name}_conv")(x)
+    x = norm(x, norm_type, gamma=gamma, name=f"{name}_norm", **norm_options)
+    if activation is not None:
+        slope = {"relu": 0.0, "leaky_relu": 0.2}[activation]
+        x = keras.layers.ReLU(negative_slope=slope, name=f"{name}_relu")(x)
+    return x
+
+
+def fc(x, units, name, activation=None):
+    """A dense layer with bias on x [N, inputs], then None or 'leaky_relu' (slope 0.2); He initialisation."""
+    x = keras.layers.Dense(units, kernel_initializer="he_normal", name=name)(x)
+    return x if activation is None else keras.layers.LeakyReLU(0.2, name=f"{name}_relu")(x)
+
+
+def residual_block(x, filters, strides, name, bottleneck=False, **options):
+    """A residual block (arXiv 1512.03385, figure 5): conv → norm → relu, ..., conv → norm, plus x, relu.
+
+    Args:
+        x: [N, H, W, C] Keras tensor.
+        filters: channels of the 3×3 convolutions.
+        strides: of the first 3×3 convolution; H and W shrink by it.
+        bottleneck: False: 3×3, 3×3. True: 1×1, 3×3, 1×1 with 4 * filters channels out.
+        options: of conv2d. The last gamma of a block starts at 0, so that the block starts as its shortcut
+            (arXiv 1803.08494, section 4.1).
+
+    Returns:
+        [N, ceil(H / strides), ceil(W / strides), filters or 4 * filters].
+    """
+    if bottleneck:
+        y = conv2d(x, filters, 1, 1, f"{name}_1", "relu", **options)
+        y = conv2d(y, filters, 3, strides, f"{name}_2", "relu", **options)
+        y = conv2d(y, 4 * filters, 1, 1, f"{name}_3", gamma="zeros", **options)
+    else:
+        y = conv2d(x, filters, 3, strides, f"{name}_1", "relu", **options)
+        y = conv2d(y, filters, 3, 1, f"{name}_2", gamma="zeros", **options)
+    if strides > 1 or x.shape[-1] != y.shape[-1]:
+        x = conv2d(x, y.shape[-1], 1, strides, f"{name}_shortcut", **options)
+    return keras.layers.ReLU(name=f"{name}_relu")(keras.layers.Add(name=f"{name}_add")([x, y]))

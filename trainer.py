@@ -1,0 +1,492 @@
+"""Train a classifier with the normalization and the batch size of your choice.
+
+    python trainer.py --dataset CIFAR10 --norm_type group --batch_size 2
+    python trainer.py --dataset MNIST --norm_type batch --model convnet --max_training_step 500
+    python trainer.py --resume train_dir/RUN                    # go on where a run stopped
+    tensorboard --logdir train_dir
+
+A step is max_batch_size images, in max_batch_size / batch_size updates, so that the curves of different batch sizes
+share an axis. batch_size is the number of images that batch norm sees.
+"""
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import evaler                   # first: it quietens TensorFlow as it loads
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorboard.plugins.hparams import api as hparams
+from tqdm import tqdm
+
+import datasets
+import download
+import model as models
+from datasets.errors import ArgumentParser, UserError, WorldError, run
+from input_ops import create_input_ops, network_image_shape
+
+CLIP_NORM = 20.0        # gradients are clipped to this global norm, as in the ancestor
+FETCHED_ON_FIRST_USE = ("MNIST", "Fashion", "SVHN", "CIFAR10", "Digits")
+EPOCHS = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "TinyImageNet": 30, "ImageNet": 90, "Digits": 20}
+OWN_EPOCHS = 30
+FLIPPED = ("CIFAR10", "Fashion", "TinyImageNet", "ImageNet")        # a mirrored digit is another sign
+CHECKPOINTS_KEPT = 3
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def parse_flags(argv=None):
+    parser = ArgumentParser(description="Train a classifier with the normalization and batch size of your choice.")
+    parser.add_argument("--dataset", help="MNIST, Fashion, SVHN, CIFAR10, TinyImageNet, ImageNet, Digits or your own")
+    parser.add_argument("--prefix", default="default", help="first part of the run folder's name")
+    models.add_model_flags(parser)
+    parser.add_argument("--batch_size", type=int, help="images an update, all of which batch norm sees together; "
+                                                       "by default --max_batch_size")
+    parser.add_argument("--max_batch_size", type=int, default=64, help="images a step, a multiple of --batch_size")
+    parser.add_argument("--max_training_step", type=int, help="steps to train; by default a number of epochs that "
+                                                              "suits the dataset")
+    parser.add_argument("--optimizer", choices=("adam", "momentum"),
+                        help="by default momentum (0.9) for ImageNet, else adam")
+    parser.add_argument("--learning_rate", type=float, help="rate at max_batch_size images an update; by default 1e-3 "
+                                                            "for adam, 0.05 for momentum")
+    parser.add_argument("--no_adjust_learning_rate", action="store_true",
+                        help="do not scale the rate by batch_size / max_batch_size")
+    parser.add_argument("--lr_schedule", choices=("constant", "step", "cosine"), default="cosine",
+                        help="constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at the end")
+    parser.add_argument("--warmup_steps", type=int, default=0, help="steps of linear increase of the rate at the start")
+    parser.add_argument("--weight_decay", type=float, help="L2 penalty on all weights, gamma and beta included; "
+                                                           "by default 1e-4 with momentum, 0 with adam")
+    parser.add_argument("--augment", action="store_true", help="flip and crop at random; the default for photographs")
+    parser.add_argument("--no_augment", action="store_true", help="show the images as they are")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="bfloat16: Keras' mixed precision; statistics, gamma, beta and logits stay float32")
+    parser.add_argument("--jit_compile", action="store_true", help="compile the training step with XLA")
+    parser.add_argument("--seed", type=int, default=0, help="of initialisation, order, augmentation and dropout")
+    parser.add_argument("--checkpoint", help="start from the weights of this checkpoint or run folder")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with the flags that it was given")
+    parser.add_argument("--log_step", type=int, default=10, help="steps between lines of log and of metrics.jsonl")
+    parser.add_argument("--write_summary_step", type=int, default=10, help="steps between TensorBoard scalars")
+    parser.add_argument("--test_sample_step", type=int, help="steps between tests on the whole test split; by default "
+                                                             "an epoch")
+    parser.add_argument("--ckpt_save_step", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
+    parser.add_argument("--train_dir", default="train_dir", help="where to make the run folder")
+    flags = parser.parse_args(argv)
+    if flags.resume is not None:
+        given = [name for name, value in vars(flags).items()
+                 if value != parser.get_default(name) and name not in ("resume", "data_dir")]
+        if given:
+            raise UserError(f"--resume goes on with the flags of the run, so --{given[0]} {getattr(flags, given[0])} "
+                            f"has no effect: leave it out, or start a new run")
+    else:
+        check_flags(flags)
+    return flags
+
+
+def check_flags(flags):
+    """Raise UserError for values out of range and flags that contradict each other."""
+    if flags.dataset is None:
+        raise UserError(f"--dataset is missing: give one of {', '.join(datasets.NAMES)} or your own")
+    if not flags.prefix or any(c in flags.prefix for c in "/\\\0") or flags.prefix in (".", ".."):
+        raise UserError(f"--prefix {flags.prefix!r} must be a plain name, for it begins the name of a folder")
+    models.check_model_flags(flags)
+    for name in ("max_batch_size", "log_step", "write_summary_step", "ckpt_save_step"):
+        at_least(flags, name, 1)
+    for name in ("batch_size", "test_sample_step", "max_training_step"):
+        at_least(flags, name, 1)
+    at_least(flags, "warmup_steps", 0)
+    at_least(flags, "seed", 0)
+    for name in ("learning_rate", "weight_decay"):
+        value = getattr(flags, name)
+        if value is not None and not (math.isfinite(value) and value >= 0 and (value > 0 or name == "weight_decay")):
+            raise UserError(f"--{name} must be a positive number, not {value}")
+    if flags.seed >= 2 ** 31:
+        raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
+    if flags.batch_size is not None and flags.max_batch_size % flags.batch_size:
+        fitting = -(-flags.max_batch_size // flags.batch_size) * flags.batch_size
+        raise UserError(f"--batch_size {flags.batch_size} does not divide --max_batch_size {flags.max_batch_size}: a step "
+                        f"is max_batch_size images in whole updates; --max_batch_size {fitting} would do")
+    if flags.augment and flags.no_augment:
+        raise UserError("--augment and --no_augment contradict each other: give one of them")
+    if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
+        raise UserError(f"--warmup_steps {flags.warmup_steps} is more than --max_training_step {flags.max_training_step}")
+
+
+def at_least(flags, name, low):
+    value = getattr(flags, name)
+    if value is not None and value < low:
+        raise UserError(f"--{name} must be at least {low}, not {value}")
+
+
+def derive(flags, train):
+    """What follows from the flags and the data; after this nothing of the configuration changes."""
+    optimizer = flags.optimizer or ("momentum" if flags.dataset == "ImageNet" else "adam")
+    batch_size = flags.batch_size or flags.max_batch_size
+    learning_rate = flags.learning_rate or {"adam": 1e-3, "momentum": 0.05}[optimizer]
+    scale = 1.0 if flags.no_adjust_learning_rate else batch_size / flags.max_batch_size
+    weight_decay = flags.weight_decay if flags.weight_decay is not None else {"adam": 0.0, "momentum": 1e-4}[optimizer]
+    epoch = math.ceil(len(train) / flags.max_batch_size)
+    steps = flags.max_training_step or EPOCHS.get(flags.dataset, OWN_EPOCHS) * epoch
+    name = flags.model or models.default_model(network_image_shape(train))
+    if flags.warmup_steps > steps:
+        raise UserError(f"--warmup_steps {flags.warmup_steps} is more than the {steps} steps of this run")
+    return {
+        "model": name, "groups": flags.groups or models.default_groups(name), "batch_size": batch_size,
+        "updates_per_step": flags.max_batch_size // batch_size, "optimizer": optimizer,
+        "base_learning_rate": learning_rate, "peak_learning_rate": learning_rate * scale, "weight_decay": weight_decay,
+        # A step forgets a tenth of the statistics, in however many updates: each batch size averages over as many images.
+        "batch_norm_momentum": 0.9 ** (batch_size / flags.max_batch_size),
+        "augment": flags.augment or (flags.dataset in FLIPPED and not flags.no_augment),
+        "max_training_step": steps, "test_sample_step": flags.test_sample_step or epoch,
+    }
+
+
+def learning_rate_at(step, config):
+    """The rate of step number `step`, counted from 0."""
+    flags, derived = config["flags"], config["derived"]
+    peak, steps, warmup = derived["peak_learning_rate"], derived["max_training_step"], flags["warmup_steps"]
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if flags["lr_schedule"] == "step":
+        return peak * 0.1 ** sum(step >= share * steps for share in (0.3, 0.6, 0.9))
+    if flags["lr_schedule"] == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+
+class Optimizer(tf.Module):
+    """Adam (arXiv 1412.6980) or SGD with momentum 0.9, by TensorFlow's fused kernels: one operation a variable.
+
+    At small batches the update is a large part of a step, and Keras' optimizers spend a dozen operations a variable.
+    """
+
+    def __init__(self, kind, variables):
+        super().__init__()
+        self.kind, self.variables_updated = kind, list(variables)
+        self.learning_rate = tf.Variable(0.0, trainable=False)
+        slots = {"adam": 2, "momentum": 1}[kind]
+        self.slots = [[tf.Variable(tf.zeros_like(v), trainable=False) for v in variables] for _ in range(slots)]
+        self.beta_powers = [tf.Variable(beta, trainable=False) for beta in (0.9, 0.999)] if kind == "adam" else []
+
+    def apply(self, gradients):
+        if self.kind == "momentum":
+            for variable, accumulator, gradient in zip(self.variables_updated, *self.slots, gradients):
+                tf.raw_ops.ResourceApplyMomentum(var=variable.handle, accum=accumulator.handle, lr=self.learning_rate,
+                                                 grad=gradient, momentum=0.9)
+            return
+        power1, power2 = self.beta_powers
+        for variable, m, v, gradient in zip(self.variables_updated, *self.slots, gradients):
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle, m=m.handle, v=v.handle, beta1_power=power1, beta2_power=power2,
+                lr=self.learning_rate, beta1=0.9, beta2=0.999, epsilon=1e-8, grad=gradient)
+        power1.assign(power1 * 0.9)
+        power2.assign(power2 * 0.999)
+
+
+def make_train_step(model, optimizer, totals, config):
+    """The graph of a step, from (images [max_batch_size, h, w, c], labels) to whether all was finite, and the loss.
+
+    totals [3] float64 sums the losses, the correct predictions and the images, in training mode, until it is read.
+    """
+    derived = config["derived"]
+    updates, batch_size, weight_decay = derived["updates_per_step"], derived["batch_size"], derived["weight_decay"]
+    weights = [variable.value for variable in model.trainable_variables]
+
+    def update(images, labels):
+        with tf.GradientTape() as tape:
+            logits = model(images, training=True)
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+            objective = loss = tf.reduce_mean(losses)
+            if weight_decay:
+                objective += weight_decay * tf.add_n([tf.nn.l2_loss(weight) for weight in weights])
+        gradients = tape.gradient(objective, weights)
+        norm = tf.linalg.global_norm(gradients)
+        optimizer.apply([gradient * (CLIP_NORM / tf.maximum(norm, CLIP_NORM)) for gradient in gradients])
+        correct = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
+        totals.assign_add(tf.stack([tf.reduce_sum(tf.cast(losses, tf.float64)),
+                                    tf.reduce_sum(tf.cast(correct, tf.float64)), batch_size]))
+        return tf.math.is_finite(loss) & tf.math.is_finite(norm), loss
+
+    @tf.function(jit_compile=config["flags"]["jit_compile"] or None)
+    def train_step(images, labels):
+        if updates == 1:
+            return update(images, labels)
+        finite, loss = True, 0.0
+        for i in tf.range(updates):
+            if finite:                          # nothing is learned after the update that failed
+                here = slice(i * batch_size, (i + 1) * batch_size)
+                finite, loss = update(tf.ensure_shape(images[here], [batch_size, *images.shape[1:]]),
+                                      tf.ensure_shape(labels[here], [batch_size]))
+        return finite, loss
+
+    return train_step
+
+
+# ------------------------------------------------------------------------------------------------- run folders
+
+
+def make_run_dir(flags, derived):
+    """A new folder train_dir/<prefix>-<dataset>_lr_..._bs_..._norm_type_...-<time>, this run's alone."""
+    name = (f"{flags.prefix}-{flags.dataset}_lr_{derived['base_learning_rate']:g}_bs_{derived['batch_size']}"
+            f"_norm_type_{flags.norm_type}-{time.strftime('%Y%m%d-%H%M%S')}")
+    for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
+        path = Path(flags.train_dir) / (name + suffix)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:         # started in the same second
+            if not path.is_dir():
+                raise
+    raise UserError(f"{flags.train_dir} has 999 run folders called {name}: name another --train_dir")
+
+
+def describe(flags, derived, train, test):
+    """config.json: all that it takes to evaluate or to continue a run."""
+    return {
+        "flags": {name: value for name, value in vars(flags).items() if name != "resume"} | {
+            "data_dir": str(Path(flags.data_dir).resolve())},
+        "derived": derived,
+        "data": {"train": len(train), "test": len(test), "image_shape": list(network_image_shape(train)),
+                 "num_classes": train.num_classes, "class_names": list(train.class_names)},
+        "versions": {"python": platform.python_version(), "tensorflow": tf.__version__, "keras": keras.__version__,
+                     "numpy": np.__version__, "machine": platform.machine(), "processors": os.cpu_count()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def write_whole(path, text):
+    """Write a file so that it is either there as a whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def trim_metrics(path, step):
+    """Drop the rows after `step` from metrics.jsonl: the steps that a continued run does again."""
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    write_whole(path, "".join(kept))
+
+
+def trim_events(run_dir, step):
+    """Drop the TensorBoard events after `step`, and what a kill left half-written, from a run folder's event files."""
+    files = sorted(path for path in run_dir.glob("events.out.tfevents.*") if not path.name.endswith(".evaluation"))
+    kept = {}                           # a record that an interrupted trim left in two files counts once
+    for path in files:
+        try:
+            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                event = tf.compat.v1.Event.FromString(record)
+                if event.step <= step and not event.file_version:
+                    kept[record] = None
+        except tf.errors.DataLossError:
+            pass                        # the end of the file was never written
+    if files:
+        part = run_dir / "events.part"
+        with tf.io.TFRecordWriter(str(part)) as writer:
+            writer.write(tf.compat.v1.Event(file_version="brain.Event:2").SerializeToString())
+            for record in kept:
+                writer.write(record)
+        part.replace(files[0])
+        for path in files[1:]:
+            path.unlink()
+
+
+def write_hparams(config):
+    """The settings that TensorBoard's HParams table shows, against the last test accuracy."""
+    flags, derived = config["flags"], config["derived"]
+    settings = {"dataset": flags["dataset"], "norm_type": flags["norm_type"], "batch_size": derived["batch_size"],
+                "learning_rate": derived["base_learning_rate"], "model": derived["model"], "seed": flags["seed"],
+                "optimizer": derived["optimizer"], "weight_standardization": flags["weight_standardization"]}
+    hparams.hparams_config(hparams=[hparams.HParam(name) for name in settings],
+                           metrics=[hparams.Metric("test_loss/accuracy", display_name="test accuracy"),
+                                    hparams.Metric("test_loss/loss", display_name="test loss")])
+    hparams.hparams(settings)
+
+
+# -------------------------------------------------------------------------------------------------- the script
+
+
+class Interruption:
+    """Remembers a SIGTERM or Ctrl-C, so that the run can save at the end of its step."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.remember)
+
+    def remember(self, number, _):
+        self.signal = number
+
+
+def load_data(flags):
+    name = flags.dataset
+    if name in FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, flags.data_dir):
+        print(f"{name} is not in {flags.data_dir} yet: preparing it first", flush=True)
+        download.prepare(name, flags.data_dir)
+    return datasets.create_default_splits(name, flags.data_dir)
+
+
+def open_run(flags):
+    """Make a new run folder, or open the one to resume; returns (run_dir, config, train, test)."""
+    if flags.resume is None:
+        train, test = load_data(flags)
+        derived = derive(flags, train)
+        config = describe(flags, derived, train, test)
+        return None, config, train, test
+    run_dir = Path(flags.resume)
+    config = evaler.read_config(run_dir)
+    if flags.data_dir != datasets.DATA_DIR:
+        config["flags"]["data_dir"] = flags.data_dir
+    train, test = datasets.create_default_splits(config["flags"]["dataset"], config["flags"]["data_dir"])
+    for split, data in (("train", train), ("test", test)):
+        if len(data) != config["data"][split]:
+            raise UserError(f"{run_dir} was trained with {config['data'][split]} {split} images, but "
+                            f"{config['flags']['data_dir']} has {len(data)} now: the data changed")
+    return run_dir, config, train, test
+
+
+def train_run(run_dir, config, train, test, model, optimizer, totals, done, manager, interruption):
+    """The training loop: from the step that `done` holds to the last."""
+    settings, derived = config["flags"], config["derived"]
+    step, steps = int(done), derived["max_training_step"]
+    train_step = make_train_step(model, optimizer, totals, config)
+    predict = evaler.make_predictor(model)
+    test_batches = create_input_ops(test, evaler.EVALUATION_BATCH, is_training=False)
+    batches = create_input_ops(train, settings["max_batch_size"], True, derived["augment"], settings["seed"],
+                               first_step=step, last_step=steps)
+    metrics = open(run_dir / "metrics.jsonl", "a")
+    writer = tf.summary.create_file_writer(str(run_dir))
+    if step == 0:
+        with writer.as_default(step=0):
+            write_hparams(config)
+    bar = tqdm(total=steps, initial=step, unit="step", disable=None)
+    say = bar.write if not bar.disable else lambda line: print(line, flush=True)
+    clock, timed_images, last_row = time.perf_counter(), 0, step
+    seconds_a_step = None
+    for images, labels in batches:
+        optimizer.learning_rate.assign(learning_rate_at(step, config))
+        finite, loss = train_step(images, labels)
+        if not finite:
+            stop_at_nan(run_dir, step + 1, float(loss), float(optimizer.learning_rate), manager)
+        step += 1
+        done.assign(step)
+        bar.update()
+        timed_images += len(labels)
+        if seconds_a_step is None:              # the first step traces the graph: it is not timed
+            seconds_a_step, clock, timed_images = 0.0, time.perf_counter(), 0
+        test_due = step % derived["test_sample_step"] == 0 or step == steps
+        log_due = step % settings["log_step"] == 0 or step == steps
+        write_due = step % settings["write_summary_step"] == 0 or test_due
+        if log_due or write_due:
+            row = {"step": step, **training_row(totals, optimizer)}
+            if timed_images:
+                row["images_per_second"] = timed_images / (time.perf_counter() - clock)
+                seconds_a_step = settings["max_batch_size"] / row["images_per_second"]
+            if test_due:
+                result = evaler.evaluate(predict, test_batches, test.labels, test.num_classes)
+                row |= {"test_loss/accuracy": result["accuracy"], "test_loss/loss": result["loss"]}
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            if write_due:
+                write_summaries(writer, row, images if test_due else None, test)
+            if log_due or test_due:
+                say(line_of_log(row, steps, seconds_a_step))
+            clock, timed_images = time.perf_counter(), 0
+        if step % settings["ckpt_save_step"] == 0 or step == steps or interruption.signal:
+            saving = time.perf_counter()
+            writer.flush()
+            manager.save(checkpoint_number=step)
+            clock += time.perf_counter() - saving
+        if interruption.signal and step < steps:
+            bar.close()
+            print(f"stopped by {signal.Signals(interruption.signal).name} after step {step}, which is saved; go on with\n"
+                  f"  python trainer.py --resume {run_dir}", flush=True)
+            sys.exit(128 + interruption.signal)
+    bar.close()
+    writer.close()
+    print(f"done: {steps} steps, run folder {run_dir}")
+
+
+def training_row(totals, optimizer):
+    """The means over the steps since the last row, in training mode, and the rate that the optimizer used."""
+    loss, correct, images = totals.numpy()
+    totals.assign(tf.zeros_like(totals))
+    return {"loss/accuracy": correct / images, "loss/loss": loss / images,
+            "learning_rate": float(optimizer.learning_rate)}
+
+
+def line_of_log(row, steps, seconds_a_step):
+    left = int((steps - row["step"]) * seconds_a_step)
+    line = (f"step {row['step']:>{len(str(steps))}}/{steps}  loss {row['loss/loss']:.4f}  "
+            f"accuracy {100 * row['loss/accuracy']:6.2f} %  rate {row['learning_rate']:.2e}")
+    if "images_per_second" in row:
+        line += f"  {row['images_per_second']:7.1f} images/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    if "test_loss/accuracy" in row:
+        line += f"  TEST accuracy {100 * row['test_loss/accuracy']:.2f} %  loss {row['test_loss/loss']:.4f}"
+    return line
+
+
+def write_summaries(writer, row, images, test):
+    """The row's scalars under their names, and grids of training and test images where `images` is given."""
+    with writer.as_default(step=row["step"]):
+        for tag, value in row.items():
+            if tag != "step":
+                tf.summary.scalar(tag, value)
+        if images is not None:
+            tf.summary.image("img/image", evaler.image_grid(images.numpy()))
+            test_images, _ = next(iter(create_input_ops(test, min(64, len(test)), is_training=False)))
+            tf.summary.image("test_img/image", evaler.image_grid(test_images.numpy()))
+
+
+def stop_at_nan(run_dir, step, loss, rate, manager):
+    last = manager.latest_checkpoint
+    raise WorldError(f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning rate "
+                     f"{rate:g}; " + (f"the last good checkpoint is {last}" if last else f"{run_dir} has no checkpoint yet")
+                     + "; start anew with a smaller --learning_rate")
+
+
+def main():
+    flags = parse_flags()
+    interruption = Interruption()
+    run_dir, config, train, test = open_run(flags)
+    settings, derived = config["flags"], config["derived"]
+    keras.utils.set_random_seed(settings["seed"])
+    model = evaler.build_model(config, network_image_shape(train), train.num_classes)
+    if settings["checkpoint"]:
+        path, _ = evaler.load_weights(model, settings["checkpoint"])
+        print(f"starting from the weights of {path}")
+    optimizer = Optimizer(derived["optimizer"], [variable.value for variable in model.trainable_variables])
+    totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+    done = tf.Variable(0, dtype=tf.int64, trainable=False)
+    if run_dir is None:
+        run_dir = make_run_dir(flags, derived)
+        write_whole(run_dir / "config.json", json.dumps(config, indent=1) + "\n")
+    checkpoint = tf.train.Checkpoint(model=evaler.weights_of(model), optimizer=optimizer, totals=totals, step=done)
+    manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
+    if manager.latest_checkpoint:
+        checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+    step, steps = int(done), derived["max_training_step"]
+    if flags.resume:
+        trim_metrics(run_dir / "metrics.jsonl", step)
+        trim_events(run_dir, step if step else -1)
+        print(f"going on at step {step} of {steps}")
+    print(f"{settings['dataset']}: {len(train)} train, {len(test)} test images of "
+          f"{'x'.join(map(str, network_image_shape(train)))} in {train.num_classes} classes\n"
+          f"{derived['model']}: {model.count_params():,} parameters, {settings['norm_type']} norm; {derived['optimizer']}, "
+          f"batch size {derived['batch_size']}, {derived['updates_per_step']} updates a step, {steps} steps\n"
+          f"run folder: {run_dir}", flush=True)
+    train_run(run_dir, config, train, test, model, optimizer, totals, done, manager, interruption)
+
+
+if __name__ == "__main__":
+    run(main)
