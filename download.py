@@ -98,11 +98,12 @@ def fetch_from(url, part, expected, checksum, timeout, is_last):
     while True:
         resumed = have_bytes(part) > 0
         try:
-            whole = receive(url, part, size if checksum else None, timeout, is_last)
+            whole = have_bytes(part) == size or receive(url, part, size if checksum else None, timeout, is_last)
             reason = f"the connection ended after {have_bytes(part)} of {size} bytes"
         except (requests.RequestException, HTTPError) as error:
-            whole, reason = False, one_line(error, 300)
-        if whole or have_bytes(part) == size:
+            whole = False
+            reason = f"{type(error).__name__} after {have_bytes(part)} of {size} bytes ({one_line(error, 300)})"
+        if whole:
             found = hash_file(part, kind)
             if found == right:
                 return
@@ -135,7 +136,9 @@ def receive(url, part, size, timeout, is_last):
     have = have_bytes(part)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
-        if response.status_code == 416 and have:                        # nothing after our end: then it is not this file
+        if response.status_code == 416 and have:                        # nothing after our end: whole, or another file
+            if response.headers.get("Content-Range") == f"bytes */{have}":
+                return True
             os.remove(part)
             return False
         if response.status_code not in (200, 206):
@@ -209,9 +212,11 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
         module = importlib.import_module(f"datasets.{name.lower()}")
         archives = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
         pack(name, folder, lambda: module.read(archives))
-        if archives == folder and module.MIRRORS and not keep_archives: # what nobody can fetch again is never deleted
-            for file in module.FILES:
-                os.remove(os.path.join(folder, file))
+        # What --archive_dir names stays, and so does what no mirror gives again.
+        done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
+        for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
+            if os.path.exists(path):
+                os.remove(path)
 
 
 def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_dir=datasets.DATA_DIR):
@@ -233,9 +238,12 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
 def pack(name, folder, read):
     """Write the Source that read() returns into `folder`, and print what was made."""
     began = time.monotonic()
-    source = read()
-    with progress(source.num_images, f"pack {name}", " images") as bar:
-        hdf5.write(folder, source, bar)
+    try:
+        source = read()
+        with progress(source.num_images, f"pack {name}", " images") as bar:
+            hdf5.write(folder, source, bar)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     train, test = hdf5.open_packed(folder, name)
     shape = "JPEG files" if train.encoded else "x".join(str(size) for size in train.image_shape)
     print(f"{name}: {len(train)} train + {len(test)} test images of {shape} in {train.num_classes} classes, "

@@ -3,6 +3,7 @@
 What is wrong in one ends in a UserError that names the archive and the member; only errors of the disk pass through.
 """
 import contextlib
+import errno
 import gzip
 import io
 import os
@@ -27,8 +28,8 @@ def refusing(path, member=None):
     except (UserError, WorldError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:      # parsers raise OSErrors without a number
-            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # parsers' own have no number, or
+            raise                                                       # come from a seek to a place that cannot be
         where = f"{path}, member {member}" if member else path
         if isinstance(error, MemoryError):
             raise UserError(f"{where} does not fit in memory") from error
@@ -55,12 +56,17 @@ class Bounded:
         return data
 
 
-def check_tar_end(file, path):
-    """Raise UserError unless the file ends as a tar does, in zeros: one cut between two members looks whole otherwise."""
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
-    if file.read().strip(b"\0"):
-        raise UserError(f"{path} is cut short: it does not end as a tar does")
-    file.seek(0)
+class StrictTarInfo(tarfile.TarInfo):
+    """Makes a broken header an error: tarfile takes it, or a missing one, for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:                                  # the zeros that end every tar
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"cut short or changed ({error})") from error
 
 
 def tar_files(file, path, limit):
@@ -68,7 +74,7 @@ def tar_files(file, path, limit):
 
     Raises UserError for links, devices, names that lead out of the archive and members that are too big.
     """
-    with refusing(path), tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20) as tar:
+    with refusing(path), tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20, tarinfo=StrictTarInfo) as tar:
         for member in tar:
             check_name(member.name, path)
             tar.members.clear()                                         # or the list of a million members stays
@@ -84,7 +90,10 @@ def tar_files(file, path, limit):
 def tar_gz_files(path, limit, total):
     """Yield (name, stream) as tar_files does, of a tar.gz of at most `total` bytes unpacked."""
     with refusing(path), gzip.open(path) as file:
-        yield from tar_files(Bounded(file, total, path), path, limit)
+        bounded = Bounded(file, total, path)
+        yield from tar_files(bounded, path, limit)
+        while bounded.read(1 << 20):                                    # to the end, where gzip keeps its checksum
+            continue
 
 
 def zip_files(archive, path, limit):
@@ -110,12 +119,11 @@ def load_mat(file, path, shapes, limit):
     """Return the variables of a MATLAB v5 file that are named in `shapes`, as scipy.io.loadmat gives them.
 
     file: a seekable binary file. shapes: {name: function of (shape, MATLAB class) that says whether it may be read}.
-    Nothing is read before every element was found to unpack to at most `limit` bytes in all.
+    SciPy sees nothing before it was unpacked to at most `limit` bytes, and its elements were found to be in order.
     """
     from scipy.io import loadmat, whosmat
     with refusing(path):
-        check_mat_size(file, path, limit)
-        file.seek(0)
+        file = unpack_mat(file, path, limit)
         found = {name: (shape, kind) for name, shape, kind in whosmat(file)}
         for name, is_right in shapes.items():
             if name not in found:
@@ -123,33 +131,85 @@ def load_mat(file, path, shapes, limit):
             if not is_right(*found[name]):
                 shape, kind = found[name]
                 raise UserError(f"{path}: variable {name} is {kind} of shape {shape}: that is not this dataset's")
-        file.seek(0)
-        return loadmat(file, variable_names=list(shapes), squeeze_me=False)
+        return loadmat(file, variable_names=list(shapes))
 
 
-def check_mat_size(file, path, limit):
-    """Raise UserError unless the elements of a MATLAB v5 file are whole and unpack to at most `limit` bytes."""
+def unpack_mat(file, path, limit):
+    """Return a MATLAB v5 file with its compressed elements (type 15) unpacked, as a binary file. Raises UserError."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     header = file.read(128)
     if header[126:128] not in (b"IM", b"MI") or header[124:126] not in (b"\x00\x01", b"\x01\x00"):
         raise UserError(f"{path} is not a MATLAB v5 file")
     order = "<" if header[126:128] == b"IM" else ">"
-    unpacked = 0
+    unpacked = io.BytesIO()
+    unpacked.write(header)
     while file.tell() < size:
-        kind, length = struct.unpack(order + "II", file.read(8))
+        tag = file.read(8)
+        kind, length = struct.unpack(order + "II", tag)
         if kind not in (14, 15) or length > size - file.tell():
             raise UserError(f"{path} is cut short or no MATLAB v5 file: an element of type {kind} claims {length} bytes")
-        end = file.tell() + length
-        inflate = zlib.decompressobj()
-        while kind == 15 and file.tell() < end:                         # 15: a zlib stream around an element
-            data = file.read(min(1 << 16, end - file.tell()))
-            while data:
-                unpacked += len(inflate.decompress(data, 1 << 20))
-                if unpacked > limit:
-                    raise UserError(f"{path} unpacks to more than {limit} bytes; refused")
-                data = inflate.unconsumed_tail
-        file.seek(end)
+        if kind == 14:
+            data = tag + file.read(length)
+        else:
+            data = zlib.decompressobj().decompress(file.read(length), limit + 1)
+        if unpacked.tell() + len(data) > limit:
+            raise UserError(f"{path} unpacks to more than {limit} bytes; refused")
+        check_mat(memoryview(data), order, path)
+        unpacked.write(data)
+    unpacked.seek(0)
+    return unpacked
+
+
+def check_mat(data, order, path, depth=0):
+    """Raise UserError unless `data` is a row of whole elements of known types: SciPy takes their word for it, and dies.
+
+    An element is type and length, uint32 each, and its bytes, filled up to 8; one of up to 4 bytes has the length in the
+    upper half of the type. A matrix (type 14) holds elements: flags with its class, sizes, name, and what depends on the
+    class.
+    """
+    position, elements = 0, []
+    while position < len(data):
+        kind, length = struct.unpack_from(order + "II", data, position)
+        start, step = position + 8, 8 + (length + 7) // 8 * 8
+        is_small = kind >> 16 > 0
+        if is_small:
+            kind, length, start, step = kind & 0xFFFF, kind >> 16, position + 4, 8
+        inner = data[start:start + length]
+        if kind not in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14, 16, 17, 18) or len(inner) < length or (is_small and length > 4):
+            raise UserError(f"{path} is broken: an element of type {kind} claims {length} bytes")
+        if kind == 14 and length:
+            check_mat(inner, order, path, depth + 1)
+        elements.append((kind, inner))
+        position += step
+    if depth > 0:
+        check_matrix(elements, order, path, depth)
+
+
+def check_matrix(elements, order, path, depth):
+    """Raise UserError unless [(type, bytes)] are flags, sizes, name and the contents of a cell, struct, char or numeric
+    matrix, in the number that its sizes say."""
+    kinds, sizes = [kind for kind, _ in elements], [len(inner) for _, inner in elements]
+    is_right = kinds[:3] == [6, 5, 1] and sizes[0] == 8 and sizes[1] in range(8, 36, 4) and depth <= 8
+    if is_right:
+        matrix_class = struct.unpack_from(order + "I", elements[0][1])[0] & 255
+        shape = np.frombuffer(elements[1][1], order + "i4").tolist()
+        count, is_complex = int(np.prod(shape, dtype=object)), struct.unpack_from(order + "I", elements[0][1])[0] & 0x800
+        if matrix_class == 2 and kinds[3:5] == [5, 1] and sizes[3] == 4:    # struct: the length of a name, all names
+            length = struct.unpack_from(order + "I", elements[3][1])[0]
+            fields = sizes[4] // length if 0 < length <= 64 else 0
+            is_right = fields > 0 and kinds[5:] == [14] * (fields * count)
+        elif matrix_class == 1:                                         # cell
+            is_right = kinds[3:] == [14] * count
+        elif matrix_class == 4:                                         # char: count is of characters
+            is_right = len(kinds) == 4 and kinds[3] in (1, 2, 4, 16, 17, 18) and (sizes[3] >= count)
+        else:                                                           # double, single, int8 ... uint64
+            item = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 4, 9: 8, 12: 8, 13: 8}
+            is_right = (6 <= matrix_class <= 15 and not is_complex and len(kinds) == 4 and kinds[3] in item
+                        and sizes[3] == count * item[kinds[3]])
+        is_right = is_right and min(shape) >= 0
+    if not is_right:
+        raise UserError(f"{path} is broken: a matrix has elements of the types {kinds[:8]} and sizes {sizes[:8]}")
 
 
 def open_image(data, path, member):

@@ -1,0 +1,221 @@
+"""Tiny archives in the exact official formats, made from random images, and what a reader must find in them.
+
+    splits, class_names = archives.make("CIFAR10", folder)
+    splits["train"]        (images uint8 [N, h, w, c] or a list of JPEG files, labels [N]), in the archive's order
+"""
+import gzip
+import io
+import os
+import struct
+import tarfile
+import zipfile
+
+import h5py
+import numpy as np
+from PIL import Image
+from scipy.io import savemat
+
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+WNIDS = ("n03000001", "n01000002", "n02000003", "n00500004")                # not sorted: order matters
+
+
+def make(name, folder, per_class=2, seed=0):
+    """Write the archives of dataset `name` into `folder`; return ({"train": ..., "test": ...}, class names)."""
+    os.makedirs(folder, exist_ok=True)
+    return MAKERS[name](str(folder), per_class, np.random.default_rng(seed))
+
+
+def pictures(rng, classes, per_class, shape):
+    """Return random uint8 images [N, *shape], brighter the higher their class, and their shuffled labels."""
+    labels = rng.permutation(np.repeat(np.arange(classes), per_class))
+    images = rng.integers(0, 120, (len(labels), *shape)) + 120 * labels.reshape(-1, *[1] * len(shape)) // max(classes - 1, 1)
+    return images.astype(np.uint8), labels
+
+
+def idx(path, array):
+    """Write an IDX file: big-endian magic 0x08 (uint8) and rank, the sizes, the bytes."""
+    with gzip.open(path, "wb") as file:
+        file.write(struct.pack(f">{1 + array.ndim}i", 2048 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
+
+
+def make_mnist(folder, per_class, rng, class_names=tuple("0123456789")):
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = pictures(rng, 10, per_class, (28, 28))
+        idx(os.path.join(folder, f"{prefix}-images-idx3-ubyte.gz"), images)
+        idx(os.path.join(folder, f"{prefix}-labels-idx1-ubyte.gz"), labels)
+        splits[split] = images[..., None], labels
+    return splits, list(class_names)
+
+
+def make_fashion(folder, per_class, rng):
+    return make_mnist(folder, per_class, rng, FASHION.split(","))
+
+
+def make_svhn(folder, per_class, rng):
+    splits = {}
+    for split in ("train", "test"):
+        images, labels = pictures(rng, 10, per_class, (32, 32, 3))
+        savemat(os.path.join(folder, f"{split}_32x32.mat"), do_compression=True,
+                mdict={"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]})
+        splits[split] = images, labels
+    return splits, list("0123456789")
+
+
+def py2_string(data):
+    """A str of Python 2, pickled."""
+    return (b"U" + struct.pack("<B", len(data)) if len(data) < 256 else b"T" + struct.pack("<i", len(data))) + data
+
+
+def py2_list(items):
+    """A list of already pickled items."""
+    return b"](" + b"".join(items) + b"e"
+
+
+def py2_array(array):
+    """A uint8 matrix as numpy pickled it under Python 2."""
+    return (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+            + b"".join(b"J" + struct.pack("<i", size) for size in array.shape) + b"\x86"
+            + b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+            + py2_string(array.tobytes()) + b"tb")
+
+
+def py2_dict(**items):
+    """A pickle, protocol 2, of a dict of already pickled values."""
+    return b"\x80\x02}(" + b"".join(py2_string(key.encode()) + value for key, value in items.items()) + b"u."
+
+
+def add(tar, name, data, **fields):
+    """Add a member to a tar; `fields` overwrite the header's."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def cifar10_members(per_class, rng):
+    """Return ({member: bytes} of the archive, in the official, unsorted order, splits)."""
+    names, members = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], {}
+    batches = [pictures(rng, 10, per_class, (32, 32, 3)) for _ in names]
+    for name, (images, labels) in zip(names, batches):
+        rows = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
+        members[name] = py2_dict(batch_label=py2_string(name.encode()), data=py2_array(rows),
+                                 labels=py2_list([b"K" + bytes([label]) for label in labels]),
+                                 filenames=py2_list([py2_string(b"%05d.png" % i) for i in range(len(labels))]))
+    members["batches.meta"] = py2_dict(num_cases_per_batch=b"M\x10'", num_vis=b"M\x00\x0c", label_names=py2_list(
+        [py2_string(name.encode()) for name in CIFAR10.split()]))
+    members["readme.html"] = b"<meta HTTP-EQUIV='REFRESH'>"
+    order = ["data_batch_4", "readme.html", "test_batch", "data_batch_3", "batches.meta", "data_batch_2", "data_batch_5",
+             "data_batch_1"]
+    images, labels = ([np.concatenate(arrays) for arrays in zip(*batches[:5])])
+    return ({"cifar-10-batches-py/" + name: members[name] for name in order},
+            {"train": (images, labels), "test": batches[5]})
+
+
+def tar_gz(path, members):
+    """Write {name: bytes} as a tar.gz with the folders of the members."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name in dict.fromkeys(os.path.dirname(name) for name in members):
+            add(tar, name, b"", type=tarfile.DIRTYPE)
+        for name, data in members.items():
+            add(tar, name, data)
+
+
+def make_cifar10(folder, per_class, rng):
+    members, splits = cifar10_members(per_class, rng)
+    tar_gz(os.path.join(folder, "cifar-10-python.tar.gz"), members)
+    return splits, CIFAR10.split()
+
+
+def picture_file(image, mode="RGB", kind="JPEG"):
+    """Return uint8 [h, w, 3] as an image file in `mode`; flat 8x8 blocks survive JPEG nearly unchanged."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).convert(mode).save(buffer, kind, **({"quality": 95, "subsampling": 0} if mode == "RGB"
+                                                               and kind == "JPEG" else {}))
+    return buffer.getvalue()
+
+
+def blocks(rng, classes, per_class, height, width):
+    """Return images [N, height, width, 3] of flat 8x8 blocks, and their labels."""
+    images, labels = pictures(rng, classes, per_class, (height // 8, width // 8, 3))
+    return images.repeat(8, axis=1).repeat(8, axis=2), labels
+
+
+def make_tinyimagenet(folder, per_class, rng):
+    train, train_labels = blocks(rng, len(WNIDS), per_class, 64, 64)
+    val, val_labels = blocks(rng, len(WNIDS), per_class, 64, 64)
+    root = "tiny-imagenet-200/"
+    with zipfile.ZipFile(os.path.join(folder, "tiny-imagenet-200.zip"), "w") as archive:
+        archive.writestr(root, "")
+        archive.writestr(root + "wnids.txt", "".join(wnid + "\n" for wnid in WNIDS))
+        for i, (image, label) in enumerate(zip(train, train_labels)):
+            mode = "L" if i == 0 else "RGB"
+            archive.writestr(f"{root}train/{WNIDS[label]}/images/{WNIDS[label]}_{i}.JPEG", picture_file(image, mode))
+        for i, image in enumerate(val):
+            archive.writestr(f"{root}val/images/val_{i}.JPEG", picture_file(image))
+        lines = [f"val_{i}.JPEG\t{WNIDS[label]}\t0\t0\t63\t63\n" for i, label in enumerate(val_labels)]
+        archive.writestr(root + "val/val_annotations.txt", "".join(lines[i] for i in rng.permutation(len(lines))))
+        archive.writestr(root + "test/images/test_0.JPEG", picture_file(val[0]))
+    train[0] = np.asarray(Image.fromarray(train[0]).convert("L"))[..., None]
+    return {"train": (train, train_labels), "test": (val, val_labels)}, list(WNIDS)
+
+
+def devkit(path, wnids, ids, truth):
+    """Write the devkit: ids is the ILSVRC2012_ID of each WNID, truth the ILSVRC2012_ID of each val image in name order."""
+    rows = sorted((int(id), wnid, f"name of {wnid}", "gloss", 0) for id, wnid in zip(ids, wnids))
+    rows.append((len(rows) + 1, "n00000001", "an inner node", "gloss", 3))
+    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")
+    synsets = np.array(rows, [(field, "O") for field in fields]).reshape(-1, 1)
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": synsets})
+    tar_gz(path, {"ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+                  "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt":
+                  "".join(f"{id}\n" for id in truth).encode()})
+
+
+def make_imagenet(folder, per_class, rng):
+    wnids, ids = sorted(WNIDS), rng.permutation(len(WNIDS)) + 1
+    while np.array_equal(ids, np.arange(len(ids)) + 1):
+        ids = rng.permutation(ids)
+    train, train_labels = blocks(rng, len(wnids), per_class, 72, 96)
+    order = np.argsort(train_labels, kind="stable")
+    train, train_labels = train[order], train_labels[order]
+    odd = [picture_file(train[0], "CMYK"), picture_file(train[1], "L"), picture_file(train[2], "RGB", "PNG")]
+    jpegs = odd + [picture_file(image) for image in train[3:]]
+    with tarfile.open(os.path.join(folder, "ILSVRC2012_img_train.tar"), "w") as tar:
+        for label, wnid in enumerate(wnids):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as class_tar:
+                for i in np.flatnonzero(train_labels == label):
+                    add(class_tar, f"{wnid}_{i}.JPEG", jpegs[i])
+            add(tar, f"{wnid}.tar", inner.getvalue())
+    val, val_labels = blocks(rng, len(wnids), per_class, 64, 80)
+    in_tar = rng.permutation(len(val))
+    val_jpegs = [picture_file(image) for image in val]
+    with tarfile.open(os.path.join(folder, "ILSVRC2012_img_val.tar"), "w") as tar:
+        for i in in_tar:
+            add(tar, f"ILSVRC2012_val_{i + 1:08d}.JPEG", val_jpegs[i])
+    devkit(os.path.join(folder, "ILSVRC2012_devkit_t12.tar.gz"), wnids, ids, ids[val_labels])
+    return ({"train": (jpegs, train_labels), "test": ([val_jpegs[i] for i in in_tar], val_labels[in_tar])},
+            [f"name of {wnid}" for wnid in wnids])
+
+
+MAKERS = {"MNIST": make_mnist, "Fashion": make_fashion, "SVHN": make_svhn, "CIFAR10": make_cifar10,
+          "TinyImageNet": make_tinyimagenet, "ImageNet": make_imagenet}
+
+
+def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):
+    """Write an own dataset in the ancestor's layout into `folder`; return (ids, images, labels)."""
+    os.makedirs(folder, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    ids, labels = [str(i) for i in rng.permutation(num)], np.arange(num) % classes
+    images = rng.integers(0, 256, (num, *shape)).astype(dtype)
+    with h5py.File(os.path.join(folder, file), "w") as data:
+        for id, image, label in zip(ids, images, labels):
+            group = data.create_group(id)
+            group["image"], group["label"] = image, np.eye(classes)[label]
+    with open(os.path.join(folder, "id.txt"), "w") as text:
+        text.writelines(id + "\n" for id in ids)
+    return ids, images, labels

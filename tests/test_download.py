@@ -1,0 +1,376 @@
+"""download.py against a real server on the loopback, killed, run twice at once, and on a full disk."""
+import gzip
+import hashlib
+import http.server
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+import archives
+import datasets
+import download
+from datasets import cifar10, digits, hdf5, mnist
+from datasets.errors import UserError, WorldError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FILE = "cifar-10-python.tar.gz"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.files; server.faults[path] is a list of what to do wrong, one a request."""
+
+    def do_GET(self):
+        server, start = self.server, int(self.headers.get("Range", "bytes=0-")[6:-1])
+        server.requests.append((self.path, start))
+        fault = server.faults.get(self.path, [])
+        fault = fault.pop(0) if fault else None
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        if fault == "redirect":
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere" + self.path)
+            return self.end_headers()
+        data = server.files[self.path.removeprefix("/elsewhere")]
+        if fault == "html":
+            data = b"<html>please accept the cookies</html>"
+        if fault == "wrong":
+            data = bytes(len(data))
+        if fault in ("no range", "no range drop"):
+            start = 0
+        if start >= len(data):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
+        if fault != "short":                                            # then only the end of the connection ends the body
+            self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        body = data[start:]
+        self.wfile.write(body[:len(body) // 2] if fault in ("drop", "stall", "short", "no range drop") else body)
+        if fault == "stall":
+            self.wfile.flush()
+            server.released.wait(30)
+
+    def log_message(self, *_):
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server with the archives of CIFAR10 and MNIST under /."""
+    for name in ("CIFAR10", "MNIST"):
+        archives.make(name, tmp_path / "served")
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.daemon_threads, web.faults, web.requests, web.released = True, {}, [], threading.Event()
+    web.files = {"/" + file.name: file.read_bytes() for file in (tmp_path / "served").iterdir()}
+    web.url = f"http://127.0.0.1:{web.server_port}"
+    threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
+    yield web
+    web.released.set()
+    web.shutdown()
+    web.server_close()
+
+
+@pytest.fixture
+def own_mirrors(server, monkeypatch):
+    """Let CIFAR10 and MNIST know only this server, as two mirrors, and the hashes of its files."""
+    for module in (cifar10, mnist):
+        monkeypatch.setattr(module, "MIRRORS", (server.url + "/", server.url.replace("127.0.0.1", "localhost") + "/"))
+        monkeypatch.setattr(module, "FILES", {
+            file: (len(server.files["/" + file]), kind, hashlib.new(kind, server.files["/" + file]).hexdigest())
+            for file, (_, kind, _) in module.FILES.items()})
+    monkeypatch.setattr(download, "RETRY_WAIT", 0.0)
+
+
+def call(*args, **kwargs):
+    """Run download.py, and return the finished process."""
+    return subprocess.run([sys.executable, os.path.join(ROOT, "download.py"), *map(str, args)], text=True, timeout=60,
+                          capture_output=True, **kwargs)
+
+
+def one_line(result, code):
+    """Check that a process failed with `code` and one line on stderr, and return that line."""
+    assert result.returncode == code, result
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("download.py: error: "), result.stderr
+    return result.stderr
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("faults, requests", [
+    ([], 1), ([404], 2), ([403], 2), ([500], 2), (["html"], 2), (["wrong"], 2), (["redirect"], 2), (["drop"], 2),
+    (["drop", "drop", "drop", "drop"], 5), (["short"], 2), (["drop", "no range"], 2), (["drop", 500], 3),
+    (["no range drop", "wrong", "no range"], 3), ([404, "drop", "no range drop"], 4)])
+def test_the_right_file_in_the_end(server, own_mirrors, tmp_path, faults, requests):
+    server.faults["/" + FILE] = list(faults)
+    download.prepare("CIFAR10", tmp_path / "data", keep_archives=True)
+    folder = tmp_path / "data" / "cifar10"
+    assert (folder / FILE).read_bytes() == server.files["/" + FILE]
+    assert len(server.requests) == requests
+    assert sorted(os.listdir(folder)) == [".lock", FILE, "data.hdf5", "id.txt"]
+
+
+def test_a_dropped_connection_goes_on_where_it_stopped(server, own_mirrors, tmp_path):
+    server.faults["/" + FILE] = ["drop"]
+    download.prepare("CIFAR10", tmp_path)
+    assert [start for _, start in server.requests] == [0, len(server.files["/" + FILE]) // 2]
+
+
+def test_a_stalled_connection_times_out(server, own_mirrors, tmp_path):
+    server.faults["/" + FILE] = ["stall"]
+    download.prepare("CIFAR10", tmp_path, timeout=0.3)
+    assert len(server.requests) == 2
+
+
+def test_a_slow_mirror_is_left_for_the_next(server, own_mirrors, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "SLOW_AFTER", 0.0)
+    monkeypatch.setattr(download, "SLOW_RATE", 1e15)
+    monkeypatch.setattr(download, "BLOCK", 4096)
+    download.prepare("CIFAR10", tmp_path)
+    assert [start for _, start in server.requests] == [0, 4096]            # the second mirror takes over
+
+
+@pytest.mark.parametrize("fault, said", [
+    (404, "status 404"), (403, "status 403"), (500, "status 500"), ("html", "a web page"), ("wrong", "sha256"),
+    ("no range drop", "Connection broken")])
+def test_no_mirror_has_it(server, own_mirrors, tmp_path, fault, said):
+    server.faults["/" + FILE] = [fault] * 1000
+    with pytest.raises(WorldError) as error:
+        download.prepare("CIFAR10", tmp_path)
+    size, _, digest = cifar10.FILES[FILE]
+    for part in (server.url + "/" + FILE, said, str(size), digest, str(tmp_path / "cifar10"), "--archive_dir"):
+        assert part in str(error.value)
+    assert not (tmp_path / "cifar10" / FILE).exists()
+    assert not datasets.is_prepared("CIFAR10", tmp_path)
+
+
+def test_a_whole_part_file_is_verified_not_fetched(server, own_mirrors, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / (FILE + ".part")).write_bytes(server.files["/" + FILE])
+    download.prepare("CIFAR10", tmp_path)
+    assert server.requests == []
+
+
+def test_a_part_file_of_something_else_is_replaced(server, own_mirrors, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / (FILE + ".part")).write_bytes(b"the beginning of another file")
+    download.prepare("CIFAR10", tmp_path, keep_archives=True)
+    assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
+
+
+def test_archives_go_unless_kept_and_a_second_run_does_nothing(server, own_mirrors, tmp_path, capsys):
+    download.prepare("MNIST", tmp_path)
+    assert sorted(os.listdir(tmp_path / "mnist")) == [".lock", "data.hdf5", "id.txt"]
+    assert "MNIST: 20 train + 20 test images of 28x28x1 in 10 classes" in capsys.readouterr().out
+    fetched = len(server.requests)
+    download.prepare("MNIST", tmp_path)
+    assert "packed already" in capsys.readouterr().out and len(server.requests) == fetched
+
+
+def test_killed_while_fetching_and_started_again(server, tmp_path):
+    server.faults["/" + FILE] = ["stall"]
+    args = ["--dataset", "CIFAR10", "--mirror", server.url, "--no_checksum", "--data_dir", str(tmp_path), "--keep_archives"]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "download.py"), *args], stdout=subprocess.DEVNULL)
+    part, half = tmp_path / "cifar10" / (FILE + ".part"), len(server.files["/" + FILE]) // 2
+    wait_for(lambda: part.exists() and server.requests)
+    process.kill()
+    process.wait()
+    have = part.stat().st_size
+    assert have <= half and sorted(os.listdir(tmp_path / "cifar10")) == [".lock", FILE + ".part"]
+    part.write_bytes(server.files["/" + FILE][:1000])                       # as if more had reached the disk
+    result = call(*args)
+    assert result.returncode == 0 and server.requests[-1] == ("/" + FILE, 1000), result.stderr
+    assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
+
+
+def wait_for(condition):
+    """Poll until condition() holds."""
+    limit = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def test_two_at_once(server, tmp_path):
+    server.faults["/" + FILE] = ["stall"]
+    command = [sys.executable, os.path.join(ROOT, "download.py"), "--dataset", "CIFAR10", "--mirror", server.url,
+               "--no_checksum", "--data_dir", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: server.requests)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert "waiting for another process" in second.stdout.readline()
+    server.released.set()
+    assert "packed in" in first.communicate(timeout=60)[0]
+    assert "packed already" in second.communicate(timeout=60)[0]
+    assert first.returncode == second.returncode == 0
+    assert len(server.requests) == 2                                    # the stalled one and its continuation
+
+
+# --- archives that the user places ------------------------------------------------------------------------------------
+
+def test_archive_dir_with_another_hash(tmp_path):
+    archives.make("CIFAR10", tmp_path / "archives" / "cifar10")
+    line = one_line(call("--dataset", "CIFAR10", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path), 2)
+    found = hashlib.sha256((tmp_path / "archives" / "cifar10" / FILE).read_bytes()).hexdigest()
+    assert found in line and cifar10.FILES[FILE][2] in line and "--no_checksum" in line
+    result = call("--datasets", "CIFAR10", "Digits", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path,
+                  "--no_checksum")
+    assert result.returncode == 0 and "warning" in result.stdout and found in result.stdout
+    assert os.listdir(tmp_path / "archives" / "cifar10") == [FILE]
+    assert datasets.is_prepared("Digits", tmp_path)
+
+
+def test_imagenet_is_never_fetched(tmp_path):
+    line = one_line(call("--dataset", "ImageNet", "--data_dir", tmp_path), 2)
+    assert all(file in line for file in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "devkit", "image-net.org"))
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--dataset"], "expected at least one"), ([], "--dataset"), (["--dataset", "cifar10"], "did you mean CIFAR10"),
+    (["--dataset", "a/b"], "no slashes"), (["--dataset", ".."], "no dots"), (["--dataset", ""], "no slashes"),
+    (["--dataset", "Flowers"], "--image_dir"), (["--dataset", "Digits", "Flowers"], "Flowers"),
+    (["--data", "Digits"], "--dataset"), (["--dataset", "Digits", "--mirror", "http://x"], "no effect"),
+    (["--dataset", "MNIST", "--mirror", "ftp://x"], "http://"), (["--dataset", "MNIST", "--archive_dir", "none"], "no"),
+    (["--dataset", "MNIST", "--archive_dir", ".", "--mirror", "http://x"], "no effect"),
+    (["--dataset", "A", "--test_image_dir", "."], "--image_dir"), (["--dataset", "A", "--image_size", "8", "8"], "--image_dir"),
+    (["--dataset", "A", "B", "--image_dir", "."], "one dataset"), (["--dataset", "MNIST", "--image_dir", "."], "another name"),
+    (["--dataset", "A", "--image_dir", ".", "--no_checksum"], "no effect"), (["--dataset", "A", "--image_dir", "none"], "none"),
+    (["--dataset", "A", "--image_dir", ".", "--image_size", "0", "8"], "0 8"), (["--dataset", "Digits", "--timeout", "-1"], "-1"),
+    (["--dataset", "Digits", "--data_dir", "/dev/null/data"], "/dev/null/data")])
+def test_mistakes_of_the_user(args, said, tmp_path):
+    for line in [one_line(call(*args, cwd=tmp_path), 2)]:
+        assert said in line
+    assert not any("data.hdf5" in files for _, _, files in os.walk(tmp_path))
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+def big_archives(folder):
+    """Write MNIST archives of a size that takes a moment to pack."""
+    archives.make("MNIST", folder)
+    for prefix in ("train", "t10k"):
+        archives.idx(folder / f"{prefix}-images-idx3-ubyte.gz", np.zeros((40000, 28, 28), np.uint8))
+        archives.idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(40000) % 10)
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2])
+def test_killed_while_packing(tmp_path, moment):
+    big_archives(tmp_path / "archives")
+    args = ["--dataset", "MNIST", "--archive_dir", str(tmp_path / "archives"), "--data_dir", str(tmp_path), "--no_checksum"]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "download.py"), *args], stdout=subprocess.DEVNULL)
+    unfinished = tmp_path / "mnist" / "data.hdf5.unfinished"
+    wait_for(lambda: unfinished.exists() and unfinished.stat().st_size >= (0, 1000, 20_000_000)[moment])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert unfinished.exists() and not datasets.is_prepared("MNIST", tmp_path)
+    with pytest.raises(UserError, match="download.py"):
+        datasets.create_default_splits("MNIST", tmp_path)
+    assert call(*args).returncode == 0
+    assert sorted(os.listdir(tmp_path / "mnist")) == [".lock", "data.hdf5", "id.txt"]
+    assert len(datasets.create_default_splits("MNIST", tmp_path)[0]) == 40000
+
+
+def limit_files(size):
+    """Let no file grow beyond `size` bytes: writing more fails as on a full disk (the signal would kill otherwise)."""
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return limit
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000, 200_000, 62_000_000])
+def test_a_disk_that_is_full_while_packing(tmp_path, size):
+    big_archives(tmp_path / "archives")
+    args = ["--dataset", "MNIST", "--archive_dir", str(tmp_path / "archives"), "--data_dir", str(tmp_path), "--no_checksum"]
+    one_line(call(*args, preexec_fn=limit_files(size)), 1)
+    assert os.listdir(tmp_path / "mnist") == [".lock"]
+    assert call(*args).returncode == 0 and datasets.is_prepared("MNIST", tmp_path)
+
+
+def test_a_disk_that_is_full_while_fetching(server, tmp_path):
+    args = ["--dataset", "CIFAR10", "--mirror", server.url, "--no_checksum", "--data_dir", tmp_path]
+    one_line(call(*args, preexec_fn=limit_files(10_000)), 1)
+    assert sorted(os.listdir(tmp_path / "cifar10")) == [".lock", FILE + ".part"]
+    assert call(*args).returncode == 0 and server.requests[-1] == ("/" + FILE, 10_000)
+
+
+def test_a_failure_while_packing_keeps_the_old_file(tmp_path):
+    download.prepare("Digits", tmp_path)
+    before = (tmp_path / "digits" / "data.hdf5").read_bytes()
+
+    def parts():
+        yield next(digits.read().parts)
+        raise UserError("the archive is broken")
+    with pytest.raises(UserError, match="the archive is broken"):
+        hdf5.write(tmp_path / "digits", digits.read()._replace(parts=parts()))
+    assert (tmp_path / "digits" / "data.hdf5").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "digits")) == [".lock", "data.hdf5", "id.txt"]
+
+
+def test_a_file_without_the_mark_is_packed_again(tmp_path):
+    download.prepare("Digits", tmp_path)
+    with h5py.File(tmp_path / "digits" / "data.hdf5", "r+") as file:
+        del file.attrs["packed"]
+    assert not datasets.is_prepared("Digits", tmp_path)
+    download.prepare("Digits", tmp_path)
+    assert datasets.is_prepared("Digits", tmp_path)
+
+
+# --- folders of images ------------------------------------------------------------------------------------------------
+
+def image_folders(folder, sizes=((10, 12),)):
+    """Write six images a class, of many kinds."""
+    kinds = [("png", "RGB"), ("png", "L"), ("png", "RGBA"), ("png", "P"), ("bmp", "RGB"), ("jpg", "CMYK")]
+    for number, name in enumerate(("cat", "dog")):
+        os.makedirs(folder / name)
+        for i, (suffix, mode) in enumerate(kinds):
+            image = Image.new("RGB", sizes[i % len(sizes)][::-1], (40 + 80 * number,) * 3)
+            image.convert(mode).save(folder / name / f"{i}.{suffix}")
+    (folder / "cat" / "notes.txt").write_text("no image")
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    image_folders(tmp_path / "images")
+    Image.fromarray(np.full((10, 12), 40 * 257, np.uint16)).save(tmp_path / "images" / "cat" / "deep.png")
+    result = call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path)
+    assert "Pets: 11 train + 2 test images of 10x12x3 in 2 classes" in result.stdout and "notes.txt" in result.stdout
+    for split in datasets.create_default_splits("Pets", tmp_path):
+        assert split.class_names == ["cat", "dog"]
+        assert np.abs(split.images().astype(int) - (40 + 80 * split.labels[:, None, None, None])).max() <= 2
+
+
+def test_a_test_folder_and_a_size(tmp_path):
+    image_folders(tmp_path / "images", ((10, 12), (20, 9)))
+    image_folders(tmp_path / "test", ((16, 16),))
+    args = ["--dataset", "Pets", "--image_dir", tmp_path / "images", "--test_image_dir", tmp_path / "test", "--data_dir", tmp_path]
+    assert "--image_size" in one_line(call(*args), 2).split("left out")[-1]
+    assert call(*args, "--image_size", "8", "6").returncode == 0
+    train, test = datasets.create_default_splits("Pets", tmp_path)
+    assert train.images().shape == test.images().shape == (12, 8, 6, 3)
+    (tmp_path / "test" / "cow").mkdir()
+    args[1] = "Cattle"
+    assert "cow" in one_line(call(*args), 2)
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path):
+    image_folders(tmp_path / "images")
+    (tmp_path / "images" / "dog" / "4.bmp").write_bytes(b"BM no image")
+    assert "4.bmp" in one_line(call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path), 2)
+
+
+def test_gzip_of_a_wrong_length_is_named(tmp_path):
+    archives.make("MNIST", tmp_path / "archives")
+    path = tmp_path / "archives" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
+    line = one_line(call("--dataset", "MNIST", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path, "--no_checksum"), 2)
+    assert str(path) in line and "15679 bytes" in line
