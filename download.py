@@ -198,9 +198,9 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
     Raises UserError for what the user must provide or put right, WorldError or OSError if the network or the disk fails.
     """
     if name not in datasets.NAMES:
-        datasets.folder(name, data_dir)                                 # raises for a name in another case
+        datasets.folder_of(name, data_dir)                                 # raises for a name in another case
         raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
-    folder = datasets.folder(name, data_dir)
+    folder = datasets.folder_of(name, data_dir)
     if datasets.is_prepared(name, data_dir):
         print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
         return
@@ -222,7 +222,7 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
 def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_dir=datasets.DATA_DIR):
     """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
     from datasets.folder import read
-    folder = datasets.folder(name, data_dir)
+    folder = datasets.folder_of(name, data_dir)
     if name in datasets.NAMES:
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
     with locked(folder):
@@ -298,7 +298,7 @@ def main():
         return
     for name in args.dataset:                                           # all names before the first hour of fetching
         if name not in datasets.NAMES:
-            datasets.folder(name, args.data_dir)
+            datasets.folder_of(name, args.data_dir)
             raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
     for name in args.dataset:
         prepare(name, args.data_dir, args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout)

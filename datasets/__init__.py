@@ -15,7 +15,7 @@ NAMES = ("MNIST", "Fashion", "SVHN", "CIFAR10", "TinyImageNet", "ImageNet", "Dig
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
 
-def folder(name, data_dir=DATA_DIR):
+def folder_of(name, data_dir=DATA_DIR):
     """Return the folder of dataset `name`. Raises UserError for a name that can name no dataset."""
     if name in NAMES:
         return os.path.join(os.path.abspath(data_dir), name.lower())
@@ -30,7 +30,7 @@ def folder(name, data_dir=DATA_DIR):
 
 def is_prepared(name, data_dir=DATA_DIR):
     """Return whether `name` can be read: packed and marked as whole, or a user's own data with its id.txt."""
-    place = folder(name, data_dir)
+    place = folder_of(name, data_dir)
     return hdf5.is_packed(place) or (name not in NAMES and own.is_there(place))
 
 
@@ -39,7 +39,7 @@ def create_default_splits(name, data_dir=DATA_DIR, max_examples=None):
 
     Raises UserError if the data is missing, broken or not in the layout.
     """
-    place = folder(name, data_dir)
+    place = folder_of(name, data_dir)
     if max_examples is not None and max_examples < 1:
         raise UserError(f"max_examples is {max_examples}: it must be at least 1")
     if hdf5.is_packed(place):
