@@ -81,18 +81,18 @@ def train_files(path, index):
 
 def val_files(path, truth):
     """Yield (path, name, JPEG file, label) of the flat tar: name ILSVRC2012_val_<i>.JPEG has the label truth[i - 1]."""
-    count = 0
+    seen = set()
     with open(path, "rb") as file:
         for name, stream in tar_files(file, path, MAX_JPEG):
             with refusing(path, name):
                 jpeg = stream.read()
                 number = int(os.path.splitext(name)[0].rsplit("_", 1)[1])
-            if not 1 <= number <= len(truth):
-                raise UserError(f"{path}, member {name}: the devkit has labels for 1 to {len(truth)}")
-            count += 1
+            if not 1 <= number <= len(truth) or number in seen:
+                raise UserError(f"{path}, member {name}: the devkit has labels for 1 to {len(truth)}, each once")
+            seen.add(number)
             yield path, os.path.basename(name), jpeg, truth[number - 1]
-    if count != len(truth):
-        raise UserError(f"{path} has {count} images, the devkit has {len(truth)} labels")
+    if len(seen) != len(truth):
+        raise UserError(f"{path} has {len(seen)} images, the devkit has {len(truth)} labels")
 
 
 def parts(*splits):

@@ -134,7 +134,7 @@ def read_labels(file, path, ids):
                             + (f"[{num_classes}] as id {ids[0]!r} has" if i else f"[classes], at most {MAX_CLASSES}"))
         label = read_array(data, shape, dtype)
         if np.count_nonzero(label) != 1 or label.max() != 1:
-            raise UserError(f"{path}: label of id {id!r} is {np.array2string(label, threshold=20)}: expected one-hot, "
+            raise UserError(f"{path}: label of id {id!r} is {label[:20].tolist()}: expected one-hot, "
                             "a single 1 among zeros")
         labels[i] = label.argmax()
     if num_classes < 2:

@@ -15,7 +15,7 @@ MIRRORS = ("http://ufldl.stanford.edu/housenumbers/",)
 CLASS_NAMES = [str(digit) for digit in range(10)]
 SHAPES = {"X": lambda shape, kind: len(shape) == 4 and shape[:3] == (32, 32, 3) and shape[3] > 0 and kind == "uint8",
           "y": lambda shape, kind: len(shape) == 2 and shape[0] > 0 and shape[1] == 1}
-MAX_BYTES = 1 << 29                                                     # train has 225 million
+MAX_BYTES = 1 << 28                                                     # train has 225 million
 PART = 4096
 
 

@@ -1,0 +1,576 @@
+"""The readers against tiny archives in the official formats, element by element; hostile archives; own datasets."""
+import gzip
+import io
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+import zlib
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+import archives
+import datasets
+import download
+from datasets import cifar10, digits, hdf5, imagenet, mnist, svhn, tinyimagenet
+from datasets.errors import UserError, one_line
+
+CIFAR, ZIP = "cifar-10-python.tar.gz", "tiny-imagenet-200.zip"
+
+
+def packed(name, tmp_path, **kwargs):
+    """Make and pack tiny archives; return (expected splits, expected class names, train and test)."""
+    splits, class_names = archives.make(name, tmp_path / "archives", **kwargs)
+    download.prepare(name, tmp_path / "data", tmp_path / "archives", checksum=False)
+    return splits, class_names, datasets.create_default_splits(name, tmp_path / "data")
+
+
+# --- what the readers find --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["MNIST", "Fashion", "SVHN", "CIFAR10"])
+def test_images_and_labels_are_those_of_the_archive(name, tmp_path):
+    splits, class_names, found = packed(name, tmp_path, per_class=3)
+    for split, dataset in zip(("train", "test"), found):
+        images, labels = splits[split]
+        np.testing.assert_array_equal(dataset.images(), images)
+        np.testing.assert_array_equal(dataset.labels, labels)
+        assert dataset.class_names == class_names and dataset.num_classes == 10 and not dataset.encoded
+        assert dataset.image_shape == images.shape[1:] and dataset.nbytes == images.nbytes and dataset.dtype == np.uint8
+        assert dataset.is_train == (split == "train") and dataset.labels.dtype == np.int32
+    ids = (tmp_path / "data" / name.lower() / "id.txt").read_text().split()
+    assert ids == found[0].ids + found[1].ids and len(set(ids)) == len(ids)
+
+
+def test_svhn_keeps_all_of_train_and_calls_ten_zero(tmp_path):
+    _, _, (train, test) = packed("SVHN", tmp_path, per_class=3)
+    assert len(train) == len(test) == 30 and sorted(set(train.labels.tolist())) == list(range(10))
+
+
+def test_cifar_pixels_are_channel_row_column_in_the_archive(tmp_path):
+    members, _ = archives.cifar10_members(1, np.random.default_rng(0))
+    image = np.arange(3072, dtype=np.int64).reshape(1, 3072) % 251
+    members["cifar-10-batches-py/test_batch"] = archives.py2_dict(
+        data=archives.py2_array(image.astype(np.uint8)), labels=archives.py2_list([b"K\x07"]))
+    archives.tar_gz(tmp_path / CIFAR, members)
+    *_, (split, images, labels, _) = cifar10.read(tmp_path).parts
+    assert split == 1 and images.shape == (1, 32, 32, 3) and labels.tolist() == [7]
+    assert images[0, 5, 9].tolist() == [(channel * 1024 + 5 * 32 + 9) % 251 for channel in range(3)]
+
+
+def test_tinyimagenet_maps_val_labels_by_file_name(tmp_path):
+    splits, wnids, found = packed("TinyImageNet", tmp_path, per_class=5)
+    assert found[0].class_names == wnids == list(archives.WNIDS)               # the order of wnids.txt, which is not sorted
+    for split, dataset in zip(("train", "test"), found):
+        images, labels = splits[split]
+        np.testing.assert_array_equal(dataset.labels, labels)
+        assert dataset.image_shape == (64, 64, 3)
+        rest = slice(1, None) if split == "train" else slice(None)             # train image 0 is gray
+        assert np.abs(dataset.images()[rest].astype(int) - images[rest]).max() <= 6     # JPEG, quality 95
+    assert found[1].ids[:3] == ["val_0.JPEG", "val_1.JPEG", "val_2.JPEG"]
+    gray = found[0].images()[0]
+    assert (gray == gray[..., :1]).all()
+
+
+def test_imagenet_index_is_the_rank_of_the_wnid(tmp_path):
+    splits, class_names, (train, test) = packed("ImageNet", tmp_path, per_class=3)
+    assert train.class_names == class_names == [f"name of {wnid}" for wnid in sorted(archives.WNIDS)]
+    assert train.encoded and train.image_shape == (None, None, 3)
+    np.testing.assert_array_equal(train.labels, splits["train"][1])
+    np.testing.assert_array_equal(test.labels, splits["test"][1])
+    assert test.read(np.arange(len(test))) == splits["test"][0]
+    jpegs = train.read(np.arange(len(train)))
+    assert jpegs[3:] == splits["train"][0][3:] and jpegs[1] == splits["train"][0][1]     # RGB and gray as they are
+    for i in (0, 2):                                                           # CMYK and PNG are JPEG in RGB now
+        image = Image.open(io.BytesIO(jpegs[i]))
+        original = Image.open(io.BytesIO(splits["train"][0][i])).convert("RGB")
+        assert image.format == "JPEG" and image.mode == "RGB"
+        assert np.abs(np.asarray(image, int) - np.asarray(original, int)).max() <= 8
+    assert train.nbytes == sum(map(len, jpegs)) and train.get_data(train.ids[4])[0].shape == (72, 96, 3)
+    with pytest.raises(TypeError, match="read"):
+        train.images()
+
+
+def test_digits_are_those_of_scikit_learn(tmp_path):
+    from sklearn.datasets import load_digits
+    download.prepare("Digits", tmp_path)
+    train, test = datasets.create_default_splits("Digits", tmp_path)
+    assert len(train) == 1437 and len(test) == 360
+    original = load_digits()
+    for split in (train, test):
+        rows = [int(id.split("_")[1]) for id in split.ids]
+        np.testing.assert_array_equal(split.images()[..., 0], np.floor(original.images[rows] * 255 / 16 + 0.5))
+        np.testing.assert_array_equal(split.labels, original.target[rows])
+    assert next(digits.read().parts)[3] == train.ids                            # the same split every time
+
+
+# --- Dataset ----------------------------------------------------------------------------------------------------------
+
+def test_read_takes_any_order_with_repeats(tmp_path):
+    splits, _, (train, _) = packed("CIFAR10", tmp_path, per_class=2)
+    images, positions = splits["train"][0], [7, 3, 3, 99, 0, 7]
+    for _ in range(2):
+        np.testing.assert_array_equal(train.read(positions), images[positions])
+        np.testing.assert_array_equal(train.read([4, 5, 6]), images[4:7])
+        assert train.read(np.array([], int)).shape == (0, 32, 32, 3)
+        train.images()                                                         # and once more from memory
+    with pytest.raises(IndexError):
+        train.read([100])
+
+
+def test_read_from_many_threads(tmp_path):
+    splits, _, (train, _) = packed("CIFAR10", tmp_path, per_class=2)
+    wrong = []
+
+    def work(seed):
+        for positions in np.random.default_rng(seed).integers(0, len(train), (20, 16)):
+            if not np.array_equal(train.read(positions), splits["train"][0][positions]):
+                wrong.append(positions)
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_get_data_is_the_ancestors(tmp_path):
+    splits, _, (train, _) = packed("MNIST", tmp_path)
+    image, label = train.get_data(train.ids[5])
+    np.testing.assert_array_equal(image, splits["train"][0][5] / np.float32(255))
+    assert image.dtype == label.dtype == np.float32 and label.tolist() == np.eye(10)[splits["train"][1][5]].tolist()
+    with pytest.raises(UserError, match="no id 'none'"):
+        train.get_data("none")
+
+
+def test_max_examples_are_spread_over_the_split(tmp_path):
+    splits, _, (whole, _) = packed("CIFAR10", tmp_path, per_class=2)
+    train, test = datasets.create_default_splits("CIFAR10", tmp_path / "data", max_examples=25)
+    assert len(train) == 25 and len(test) == 20 and train.ids == whole.ids[::4]
+    np.testing.assert_array_equal(train.images(), splits["train"][0][::4])
+    np.testing.assert_array_equal(train.labels, splits["train"][1][::4])
+    with pytest.raises(UserError, match="at least 1"):
+        datasets.create_default_splits("CIFAR10", tmp_path / "data", max_examples=0)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "label", "split", "image", "text"])
+def test_a_packed_file_that_was_damaged(tmp_path, damage):
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    if damage == "truncate":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "text":
+        path.write_text("<html>")
+    else:
+        with h5py.File(path, "r+") as file:
+            if damage == "label":
+                file["label"][3] = 10
+            elif damage == "split":
+                file["split"][0] = 1
+            else:
+                del file["image"]
+                file["image"] = np.zeros((3, 8, 8, 1), np.uint8)
+    with pytest.raises(UserError, match="download.py"):
+        datasets.create_default_splits("Digits", tmp_path)
+
+
+def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
+    code = "import sys, datasets, download; sys.exit(str({'tensorflow', 'scipy', 'sklearn', 'imageio', 'PIL'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                            cwd=os.path.dirname(datasets.DATA_DIR))
+    assert result.stderr.strip() == "set()"
+
+
+# --- hostile archives -------------------------------------------------------------------------------------------------
+
+def refused(read, *words):
+    """Check that reading raises a UserError in one line with all of `words`."""
+    with pytest.raises(UserError) as error:
+        source = read()
+        list(source.parts)
+    for word in words:
+        assert word in str(error.value)
+    assert str(error.value) == one_line(error.value)
+
+
+CIFAR_MEMBERS = {
+    "path traversal": ({"name": "../../evil"}, "leads out"), "absolute path": ({"name": "/tmp/evil"}, "leads out"),
+    "symbolic link": ({"name": "link", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "link"),
+    "hard link": ({"name": "link", "type": tarfile.LNKTYPE, "linkname": "readme.html"}, "link"),
+    "device": ({"name": "null", "type": tarfile.CHRTYPE}, "device"),
+    "huge member": ({"name": "cifar-10-batches-py/data_batch_1", "size": 1 << 40}, "claims 1099511627776 bytes")}
+
+
+@pytest.mark.parametrize("kind", CIFAR_MEMBERS)
+def test_hostile_members_of_a_tar(tmp_path, kind):
+    fields, said = CIFAR_MEMBERS[kind]
+    members, _ = archives.cifar10_members(1, np.random.default_rng(0))
+    archives.tar_gz(tmp_path / "good.tar.gz", members)
+    data = gzip.decompress((tmp_path / "good.tar.gz").read_bytes())
+    info = tarfile.TarInfo()
+    for field, value in fields.items():
+        setattr(info, field, value)
+    (tmp_path / CIFAR).write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + data))
+    refused(lambda: cifar10.read(tmp_path), CIFAR, fields["name"], said)
+    assert sorted(os.listdir(tmp_path)) == sorted([CIFAR, "good.tar.gz"])
+
+
+def bad_pickle(data):
+    """A tar of CIFAR-10 whose first batch is `data`."""
+    members, _ = archives.cifar10_members(1, np.random.default_rng(0))
+    return {**members, "cifar-10-batches-py/data_batch_1": data}
+
+
+class Touch:
+    """Pickles to a call of os.mkdir."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("data, said", [
+    (b"cos\nsystem\n(U\x04trueRt.", "os.system"), (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", "builtins.eval"),
+    (b"\x80\x02cnumpy\nload\n.", "numpy.load"), (b"\x80\x02}r\xff\xff\xff\x7f.", "LONG_BINPUT"), (b"\x80\x04\x95", "broken"),
+    (pickle.dumps({b"data": 1}, 4), "nothing that"), (b"\x80\x02]q\x00.", "broken"), (b"", "broken"),
+    (archives.py2_dict(data=archives.py2_array(np.zeros((2, 3071), np.uint8)), labels=archives.py2_list([b"K\x01"])), "3071"),
+    (archives.py2_dict(data=archives.py2_array(np.zeros((2, 3072), np.uint8)), labels=archives.py2_list([b"K\x01"])), "(2, 3072)"),
+    (archives.py2_dict(data=archives.py2_array(np.zeros((1, 3072), np.uint8)).replace(b"u1K", b"O8K"),
+                       labels=archives.py2_list([b"K\x01"])), "O8")])
+def test_hostile_pickles(tmp_path, data, said):
+    archives.tar_gz(tmp_path / CIFAR, bad_pickle(data))
+    refused(lambda: cifar10.read(tmp_path), CIFAR, "data_batch_1", said)
+
+
+def test_a_pickle_that_runs_code_does_not_run(tmp_path):
+    archives.tar_gz(tmp_path / CIFAR, bad_pickle(pickle.dumps(Touch(str(tmp_path / "evil")), 2)))
+    refused(lambda: cifar10.read(tmp_path), "mkdir; refused")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_cifar_labels_out_of_range_and_missing_batches(tmp_path):
+    batch = archives.py2_dict(data=archives.py2_array(np.zeros((1, 3072), np.uint8)), labels=archives.py2_list([b"K\x0a"]))
+    archives.tar_gz(tmp_path / CIFAR, bad_pickle(batch))
+    with pytest.raises(UserError, match="0 to 10: expected 0 to 9"):
+        download.prepare("CIFAR10", tmp_path / "data", tmp_path, checksum=False)
+    members = bad_pickle(batch)
+    del members["cifar-10-batches-py/data_batch_3"]
+    archives.tar_gz(tmp_path / CIFAR, members)
+    refused(lambda: cifar10.read(tmp_path), "data_batch_3")
+
+
+@pytest.mark.parametrize("name, file", [("CIFAR10", CIFAR), ("MNIST", "train-images-idx3-ubyte.gz"), ("SVHN", "train_32x32.mat"),
+                                        ("TinyImageNet", ZIP), ("ImageNet", "ILSVRC2012_img_train.tar"),
+                                        ("ImageNet", "ILSVRC2012_devkit_t12.tar.gz")])
+@pytest.mark.parametrize("damage", ["empty", "first half", "all but a byte", "html", "a byte lost"])
+def test_damaged_archives(tmp_path, name, file, damage):
+    archives.make(name, tmp_path)
+    data = (tmp_path / file).read_bytes()
+    end = {"all but a byte": -1 if not file.endswith(".tar") else -20_000}.get(damage)
+    (tmp_path / file).write_bytes({"empty": b"", "first half": data[:len(data) // 2], "all but a byte": data[:end],
+                                   "html": b"<html>" + b" " * 2000,
+                                   "a byte lost": data[:len(data) // 2] + data[len(data) // 2 + 1:]}[damage])
+    reader = {"CIFAR10": cifar10, "MNIST": mnist, "SVHN": svhn, "TinyImageNet": tinyimagenet, "ImageNet": imagenet}[name]
+    refused(lambda: reader.read(tmp_path), file)
+
+
+def test_a_tar_bomb(tmp_path):
+    with gzip.open(tmp_path / CIFAR, "wb", compresslevel=1) as file:
+        for i in range(9):
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{i}")
+            info.size = 1 << 26
+            file.write(info.tobuf())
+            file.write(bytes(1 << 26))
+    refused(lambda: cifar10.read(tmp_path), "unpacks to more than")
+
+
+@pytest.mark.parametrize("shape, said", [((10**6, 10**3, 10**3), "claims"), ((-1, 28, 28), "claims"), ((0, 28, 28), "claims"),
+                                         ((2, 28, 27), "more bytes"), ((2, 28, 29), "only")])
+def test_idx_sizes(tmp_path, shape, said):
+    archives.make("MNIST", tmp_path)
+    with gzip.open(tmp_path / "t10k-images-idx3-ubyte.gz", "wb") as file:
+        file.write(struct.pack(">4i", 2051, *shape) + bytes(2 * 28 * 28))
+    refused(lambda: mnist.read(tmp_path), "t10k-images", said)
+
+
+def test_idx_labels_for_images(tmp_path):
+    archives.make("MNIST", tmp_path)
+    os.replace(tmp_path / "t10k-labels-idx1-ubyte.gz", tmp_path / "t10k-images-idx3-ubyte.gz")
+    refused(lambda: mnist.read(tmp_path), "2049", "2051")
+
+
+def bomb():
+    """A MATLAB file whose only element unpacks to more than is let through."""
+    packer = zlib.compressobj(1)
+    data = b"".join(packer.compress(bytes(1 << 24)) for _ in range(17)) + packer.flush()
+    return b" " * 124 + b"\x00\x01IM" + struct.pack("<II", 15, len(data)) + data
+
+
+@pytest.mark.parametrize("variables, said", [
+    ({"X": np.zeros((32, 32, 3, 4), np.uint8)}, "no variable y"), ({"X": np.zeros((32, 32, 4), np.uint8)}, "(32, 32, 4)"),
+    ({"X": np.zeros((32, 32, 3, 4), np.float32)}, "single"), ({"X": "text"}, "char"),
+    ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((3, 1))}, "one a label"),
+    ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.zeros((4, 1))}, "1 ... 10"),
+    ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.full((4, 1), 1.5)}, "1 ... 10"), (bomb, "unpacks to more")])
+def test_mat_of_another_shape(tmp_path, variables, said):
+    archives.make("SVHN", tmp_path)
+    if callable(variables):
+        (tmp_path / "test_32x32.mat").write_bytes(variables())
+    else:
+        savemat(tmp_path / "test_32x32.mat", variables, do_compression=True)
+    refused(lambda: svhn.read(tmp_path), "test_32x32.mat", said)
+
+
+def test_mat_with_an_unknown_element_type_does_not_reach_scipy(tmp_path):
+    archives.make("SVHN", tmp_path)
+    savemat(tmp_path / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((4, 1))})
+    data = (tmp_path / "test_32x32.mat").read_bytes()
+    tag = struct.pack("<II", 2, 32 * 32 * 3 * 4)                               # the pixels: type uint8
+    (tmp_path / "test_32x32.mat").write_bytes(data.replace(tag, struct.pack("<II", 132, 32 * 32 * 3 * 4)))
+    refused(lambda: svhn.read(tmp_path), "element of type 132")
+
+
+@pytest.mark.parametrize("add, said", [
+    (("../../evil", b""), "leads out"), (("/etc/evil", b""), "leads out"), (("big", bytes((1 << 23) + 1)), "claims"),
+    (("tiny-imagenet-200/train/n00500004/images/x.JPEG", b"\xff\xd8 no image"), "x.JPEG"),
+    (("tiny-imagenet-200/train/n99999999/images/y.JPEG", b""), "y.JPEG"),
+    (("tiny-imagenet-200/val/images/val_99.JPEG", b""), "val_99.JPEG"),
+    (("tiny-imagenet-200/val/images/val_0.JPEG", archives.picture_file(np.zeros((64, 63, 3), np.uint8))), "64x63")])
+def test_hostile_members_of_a_zip(tmp_path, add, said):
+    archives.make("TinyImageNet", tmp_path)
+    with pytest.warns(UserWarning) if add[0].endswith("val_0.JPEG") else open(os.devnull):
+        with zipfile.ZipFile(tmp_path / ZIP, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(*add)
+    refused(lambda: tinyimagenet.read(tmp_path), ZIP, add[0].rsplit("/", 1)[-1], said)
+    assert os.listdir(tmp_path) == [ZIP]
+
+
+def test_a_link_in_a_zip(tmp_path):
+    archives.make("TinyImageNet", tmp_path)
+    info = zipfile.ZipInfo("tiny-imagenet-200/link")
+    info.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / ZIP, "a") as archive:
+        archive.writestr(info, "/etc/passwd")
+    refused(lambda: tinyimagenet.read(tmp_path), "link")
+
+
+def bomb_png():
+    """A PNG that claims 50,000 x 50,000 pixels."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 50000, 50000, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("name, jpeg, said", [
+    ("val_00000009.JPEG", b"no image", "val_00000009"), ("val_00000010.JPEG", b"", "1 to 9"), ("val_x.JPEG", b"", "val_x"),
+    ("../val_00000009.JPEG", b"", "leads out"), ("val_00000002.JPEG", b"", "each once"),
+    ("val_00000009.JPEG", archives.picture_file(np.zeros((64, 64, 3), np.uint8))[:400], "val_00000009"),
+    ("val_00000009.JPEG", bomb_png(), "val_00000009"), ("folder/", b"", "8 images")])
+def test_hostile_images_of_imagenet(tmp_path, name, jpeg, said):
+    archives.make("ImageNet", tmp_path)
+    archives.devkit(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", sorted(archives.WNIDS), [1, 2, 3, 4], [1] * 9)
+    with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as tar:
+        archives.add(tar, name, jpeg, **({"type": tarfile.DIRTYPE} if name == "folder/" else {}))
+    refused(lambda: imagenet.read(tmp_path), "ILSVRC2012_img_val.tar", said)
+
+
+def test_imagenet_devkit_that_does_not_fit(tmp_path):
+    archives.make("ImageNet", tmp_path)
+    path, wnids = tmp_path / "ILSVRC2012_devkit_t12.tar.gz", sorted(archives.WNIDS)
+    archives.devkit(path, wnids, [1, 2, 3, 4], [1, 2, 5] + [1] * 5)            # 5 is the inner node
+    refused(lambda: imagenet.read(tmp_path), "5 is the ILSVRC2012_ID of no class")
+    archives.devkit(path, wnids[:3], [1, 2, 3], [1] * 8)
+    refused(lambda: imagenet.read(tmp_path), "n03000001.tar", "the devkit does not name")
+
+
+# --- own datasets in the ancestor's layout ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("file", ["data.hy", "data.hdf5"])
+@pytest.mark.parametrize("shape, dtype", [((8, 6, 3), np.uint8), ((8, 6), np.uint8), ((5, 5, 1), np.float32), ((4, 4, 2), ">f8"),
+                                          ((4, 4, 3), np.int64)])
+def test_own_data(tmp_path, file, shape, dtype):
+    ids, images, labels = archives.make_own(tmp_path / "Mine", shape=shape, dtype=dtype, file=file, classes=3)
+    assert datasets.is_prepared("Mine", tmp_path) and not datasets.is_prepared("Other", tmp_path)
+    splits = datasets.create_default_splits("Mine", tmp_path)
+    assert [len(split) for split in splits] == [16, 4] and set(splits[0].ids + splits[1].ids) == set(ids)
+    for split in splits:
+        rows = [ids.index(id) for id in split.ids]
+        expected = images[rows] if len(shape) == 3 else images[rows][..., None]
+        np.testing.assert_array_equal(split.images(), expected)
+        np.testing.assert_array_equal(split.read([2, 0]), expected[[2, 0]])
+        assert split.images().dtype == split.dtype == (np.float32 if images.dtype.kind == "f" else np.uint8)
+        np.testing.assert_array_equal(split.labels, labels[rows])
+        assert split.num_classes == 3 and split.image_shape == expected.shape[1:]
+    image, label = splits[0].get_data(splits[0].ids[0])
+    scale = 1 if images.dtype.kind == "f" else 255
+    np.testing.assert_allclose(image.reshape(shape), images[ids.index(splits[0].ids[0])] / scale, rtol=1e-7)
+    assert label.sum() == 1
+    again = datasets.create_default_splits("Mine", tmp_path)
+    assert [split.ids for split in again] == [split.ids for split in splits]
+
+
+def test_own_split_files_fix_the_split(tmp_path):
+    ids, images, _ = archives.make_own(tmp_path / "Mine")
+    (tmp_path / "Mine" / "id_train.txt").write_text("\n".join(ids[7:1:-1]))
+    (tmp_path / "Mine" / "id_test.txt").write_text("\n".join(ids[10:13]) + "\n\n")
+    train, test = datasets.create_default_splits("Mine", tmp_path)
+    assert train.ids == ids[7:1:-1] and test.ids == ids[10:13]
+    np.testing.assert_array_equal(train.images(), images[7:1:-1])
+
+
+def replace(file, name, value):
+    """Replace an array of an HDF5 file."""
+    del file[name]
+    file[name] = value
+
+
+def in_file(change):
+    """A change of the open HDF5 file, given its first id."""
+    def apply(folder, ids):
+        with h5py.File(folder / "data.hy", "r+") as file:
+            change(file, ids[0])
+    return apply
+
+
+def in_text(name, lines):
+    """A change of a text file: lines(ids) are its new ids."""
+    return lambda folder, ids: (folder / name).write_text("".join(f"{line}\n" for line in lines(ids)))
+
+
+def split_files(train, test):
+    """A change that writes both split files."""
+    def apply(folder, ids):
+        in_text("id_train.txt", train)(folder, ids)
+        in_text("id_test.txt", test)(folder, ids)
+    return apply
+
+
+def all_labels(value):
+    """A change of every label."""
+    def change(file, id):
+        for name in file:
+            replace(file, name + "/label", value)
+    return in_file(change)
+
+
+def external_storage(file, id):
+    del file[id]["image"]
+    file[id].create_dataset("image", (8, 8, 3), np.uint8, external=[("/etc/passwd", 0, 192)])
+
+
+def virtual(file, id):
+    layout = h5py.VirtualLayout((8, 8, 3), np.uint8)
+    layout[:] = h5py.VirtualSource("other.hdf5", "image", (8, 8, 3))
+    del file[id]["image"]
+    file[id].create_virtual_dataset("image", layout)
+
+
+def huge(**kwargs):
+    """A change that lets an image claim far more than the file holds."""
+    def change(file, id):
+        del file[id]["image"]
+        file[id].create_dataset("image", dtype=np.uint8, **kwargs)
+    return in_file(change)
+
+
+def deflate_bomb(file, id):
+    del file[id]["image"]
+    data = file[id].create_dataset("image", (1 << 15, 1 << 15, 3), np.uint8, chunks=(1 << 13, 1 << 13, 1), compression="gzip")
+    data[:1 << 13, :1 << 13, 0] = 0
+
+
+def nan(file, id):
+    image = np.zeros((8, 8, 3), np.float32)
+    image[1, 2, 0] = np.nan
+    for name in file:
+        replace(file, name + "/image", image)
+
+
+MISTAKES = {
+    "no data": (lambda folder, ids: os.remove(folder / "data.hy"), "neither data.hy nor data.hdf5"),
+    "two files": (lambda folder, ids: (folder / "data.hdf5").write_bytes((folder / "data.hy").read_bytes()), "keep one"),
+    "no id.txt": (lambda folder, ids: os.remove(folder / "id.txt"), "id.txt is missing"),
+    "empty id.txt": (in_text("id.txt", lambda ids: []), "id.txt is empty"),
+    "id.txt no text": (lambda folder, ids: (folder / "id.txt").write_bytes(b"\xff\xfe\x00"), "id.txt"),
+    "too few ids": (in_text("id.txt", lambda ids: ids[:4]), "4 ids"),
+    "unknown id": (in_text("id.txt", lambda ids: [*ids, "nobody"]), "'nobody'"),
+    "doubled id": (in_text("id.txt", lambda ids: [*ids, ids[3]]), "twice"),
+    "id with a slash": (in_text("id.txt", lambda ids: [*ids, "a/b"]), "'a/b'"),
+    "id is a dot": (in_text("id.txt", lambda ids: [*ids, ".."]), "'..'"),
+    "only id_train.txt": (in_text("id_train.txt", lambda ids: ids), "without id_test.txt"),
+    "empty test split": (split_files(lambda ids: ids, lambda ids: []), "id_test.txt is empty"),
+    "empty train split": (split_files(lambda ids: [], lambda ids: ids), "id_train.txt is empty"),
+    "overlapping splits": (split_files(lambda ids: ids[:9], lambda ids: ids[8:]), "overlap"),
+    "unknown id in a split": (split_files(lambda ids: ids[:9], lambda ids: ["x9"]), "'x9' is not in id.txt"),
+    "doubled id in a split": (split_files(lambda ids: ids[:9] + ids[:1], lambda ids: ids[9:]), "twice"),
+    "no image": (in_file(lambda file, id: file[id].pop("image")), "/image"),
+    "no label": (in_file(lambda file, id: file[id].pop("label")), "/label"),
+    "image is a group": (in_file(lambda file, id: (file[id].pop("image"), file[id].create_group("image"))), "is a group"),
+    "id is an array": (in_file(lambda file, id: replace(file, id, np.zeros(3))), "is broken"),
+    "label not one-hot": (in_file(lambda file, id: replace(file, id + "/label", [1.0, 1.0])), "[1.0, 1.0]"),
+    "label all zero": (in_file(lambda file, id: replace(file, id + "/label", [0.0, 0.0])), "[0.0, 0.0]"),
+    "label of another size": (in_file(lambda file, id: replace(file, id + "/label", [0, 1, 0])), "one-hot"),
+    "label a number": (all_labels(1), "one-hot"),
+    "label NaN": (in_file(lambda file, id: replace(file, id + "/label", [np.nan, 0])), "[nan, 0.0]"),
+    "label text": (in_file(lambda file, id: replace(file, id + "/label", "cat")), "object"),
+    "one class": (all_labels([1.0]), "1 class"),
+    "all of one class": (all_labels([0, 1]), "all train images are of class 1"),
+    "image of another size": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 9, 3), np.uint8))), "(8, 9, 3)"),
+    "image of another type": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3)))), "float64"),
+    "image of rank 4": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((1, 8, 8, 3)))), "(1, 8, 8, 3)"),
+    "image empty": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((0, 8, 3), np.uint8))), "(0, 8, 3)"),
+    "image of objects": (in_file(lambda file, id: replace(file, id + "/image", ["a", "b"])), "object"),
+    "image of booleans": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3), bool))), "bool"),
+    "image complex": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3), complex))), "complex128"),
+    "image of 16 bits": (in_file(lambda file, id: replace(file, id + "/image", np.full((8, 8, 3), 300))), "300"),
+    "image negative": (in_file(lambda file, id: replace(file, id + "/image", np.full((8, 8, 3), -1))), "-1"),
+    "NaN pixel": (in_file(nan), "nan at [1, 2, 0]"),
+    "soft link": (in_file(lambda file, id: (file[id].pop("image"), file[id].update(image=h5py.SoftLink("/1/image")))), "link"),
+    "external link": (in_file(lambda file, id: replace(file, id, h5py.ExternalLink("x.hdf5", "/"))), "link"),
+    "external storage": (in_file(external_storage), "another file"),
+    "virtual array": (in_file(virtual), "another file"),
+    "claims a terabyte": (huge(shape=(1 << 20, 1 << 20, 1)), "more than the file can hold"),
+    "claims a terabyte in chunks": (huge(shape=(1 << 20, 1 << 20, 1), chunks=(64, 64, 1)), "more than the file can hold"),
+    "deflate bomb": (in_file(deflate_bomb), "more than the file can hold"),
+    "never written": (huge(shape=(8, 8, 3)), "more than the file can hold"),
+    "truncated": (lambda folder, ids: os.truncate(folder / "data.hy", 5000), "truncated"),
+    "empty file": (lambda folder, ids: os.truncate(folder / "data.hy", 0), "data.hy"),
+    "no HDF5": (lambda folder, ids: (folder / "data.hy").write_text("image,label\n"), "data.hy"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_in_own_data(tmp_path, mistake):
+    ids, _, _ = archives.make_own(tmp_path / "Mine")
+    change, said = MISTAKES[mistake]
+    change(tmp_path / "Mine", ids)
+    with pytest.raises(UserError) as error:
+        datasets.create_default_splits("Mine", tmp_path)
+    assert said in str(error.value) and str(tmp_path / "Mine") in str(error.value)
+    assert str(error.value) == one_line(error.value)
+
+
+@pytest.mark.parametrize("name, said", [("cifar10", "did you mean CIFAR10"), ("imagenet", "did you mean ImageNet"), ("", "name ''"),
+                                        ("a/b", "no slashes"), ("..", "no dots"), ("data.hy", "no dots"), ("-x", "letters"),
+                                        ("MNIST", "download.py --dataset MNIST"), ("Nowhere", "neither data.hy")])
+def test_names(tmp_path, name, said):
+    with pytest.raises(UserError, match="dataset|MNIST") as error:
+        datasets.create_default_splits(name, tmp_path)
+    assert said in str(error.value)
+
+
+def test_a_few_mutated_files_end_in_user_errors(tmp_path):
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fuzz_readers.py")
+    result = subprocess.run([sys.executable, script, "--files", "180", "--keep", str(tmp_path)], capture_output=True, text=True,
+                            timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
