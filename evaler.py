@@ -125,7 +125,8 @@ def find_run(train_dir, dataset):
 def build_model(config, image_shape, num_classes):
     """The network of a run, from its config.json, for images of image_shape in num_classes classes."""
     derived = config["derived"]
-    tf.keras.mixed_precision.set_global_policy("mixed_bfloat16" if config["flags"]["dtype"] == "bfloat16" else "float32")
+    policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[config["flags"]["dtype"]]
+    tf.keras.mixed_precision.set_global_policy(policy)
     try:
         return models.create_model(
             derived["model"], image_shape, num_classes, config["flags"]["norm_type"], derived["groups"],
@@ -146,10 +147,11 @@ def load_weights(model, checkpoint):
         path = tf.train.latest_checkpoint(path) or path
     try:
         reader = tf.train.load_checkpoint(path)
-        stored = {name: shape for name, shape in reader.get_variable_to_shape_map().items() if name.startswith("model/")}
+        shapes = reader.get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError):
         raise UserError(f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, "
                         f"such as RUN_FOLDER/model-1000, or the run folder") from None
+    stored = {name: shape for name, shape in shapes.items() if name.startswith("model/")}
     variables = weights_of(model)
     key = "model/{}/.ATTRIBUTES/VARIABLE_VALUE".format
     names = {key(name.replace("/", ".S")): name for name in variables}
@@ -227,8 +229,9 @@ def draw_mistakes(path, split, result, most=25):
         axes = figure.add_subplot(5, 5, place)
         shown = to_uint8(image)
         axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray")
-        label, prediction = (split.class_names[k][:24] for k in (split.labels[position], result["predictions"][position]))
-        axes.set_title(f"{label}, not\n{prediction} ({result['losses'][position]:.1f})", fontsize=8)
+        label = split.class_names[split.labels[position]]
+        prediction = split.class_names[result["predictions"][position]]
+        axes.set_title(f"{label:.24}, not\n{prediction:.24} ({result['losses'][position]:.1f})", fontsize=8)
         axes.axis("off")
     figure.savefig(path, dpi=100)
 

@@ -112,7 +112,8 @@ def check_model_flags(config):
         if value is not None and value < 1:
             raise UserError(f"--{flag} must be at least 1, not {value}")
         if value is not None and config.norm_type != "group":
-            raise UserError(f"--{flag} {value} has no effect with --norm_type {config.norm_type}: use --norm_type group")
+            raise UserError(f"--{flag} {value} has no effect with --norm_type {config.norm_type}: "
+                            f"use --norm_type group")
     if config.groups is not None and config.group_size is not None:
         raise UserError(f"--groups {config.groups} and --group_size {config.group_size} say the same in two ways: "
                         f"give one of them")

@@ -111,12 +111,13 @@ def check_flags(flags):
         raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
     if flags.batch_size is not None and flags.max_batch_size % flags.batch_size:
         fitting = -(-flags.max_batch_size // flags.batch_size) * flags.batch_size
-        raise UserError(f"--batch_size {flags.batch_size} does not divide --max_batch_size {flags.max_batch_size}: a step "
-                        f"is max_batch_size images in whole updates; --max_batch_size {fitting} would do")
+        raise UserError(f"--batch_size {flags.batch_size} does not divide --max_batch_size {flags.max_batch_size}: a "
+                        f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do")
     if flags.augment and flags.no_augment:
         raise UserError("--augment and --no_augment contradict each other: give one of them")
     if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
-        raise UserError(f"--warmup_steps {flags.warmup_steps} is more than --max_training_step {flags.max_training_step}")
+        raise UserError(f"--warmup_steps {flags.warmup_steps} is more than --max_training_step "
+                        f"{flags.max_training_step}")
 
 
 def at_least(flags, name, low):
@@ -141,7 +142,8 @@ def derive(flags, train):
         "model": name, "groups": flags.groups or models.default_groups(name), "batch_size": batch_size,
         "updates_per_step": flags.max_batch_size // batch_size, "optimizer": optimizer,
         "base_learning_rate": learning_rate, "peak_learning_rate": learning_rate * scale, "weight_decay": weight_decay,
-        # A step forgets a tenth of the statistics, in however many updates: each batch size averages over as many images.
+        # A step forgets a tenth of the statistics, in however many updates: every batch size averages over the same
+        # number of images.
         "batch_norm_momentum": 0.9 ** (batch_size / flags.max_batch_size),
         "augment": flags.augment or (flags.dataset in FLIPPED and not flags.no_augment),
         "max_training_step": steps, "test_sample_step": flags.test_sample_step or epoch,
@@ -371,7 +373,7 @@ def train_run(run_dir, config, train, test, model, optimizer, totals, done, mana
             write_hparams(config)
     bar = tqdm(total=steps, initial=step, unit="step", disable=None)
     say = bar.write if not bar.disable else lambda line: print(line, flush=True)
-    clock, timed_images, last_row = time.perf_counter(), 0, step
+    clock, timed_images = time.perf_counter(), 0
     seconds_a_step = None
     for images, labels in batches:
         optimizer.learning_rate.assign(learning_rate_at(step, config))
@@ -409,8 +411,8 @@ def train_run(run_dir, config, train, test, model, optimizer, totals, done, mana
             clock += time.perf_counter() - saving
         if interruption.signal and step < steps:
             bar.close()
-            print(f"stopped by {signal.Signals(interruption.signal).name} after step {step}, which is saved; go on with\n"
-                  f"  python trainer.py --resume {run_dir}", flush=True)
+            print(f"stopped by {signal.Signals(interruption.signal).name} after step {step}, which is saved; "
+                  f"go on with\n  python trainer.py --resume {run_dir}", flush=True)
             sys.exit(128 + interruption.signal)
     bar.close()
     writer.close()
@@ -449,10 +451,11 @@ def write_summaries(writer, row, images, test):
 
 
 def stop_at_nan(run_dir, step, loss, rate, manager):
-    last = manager.latest_checkpoint
-    raise WorldError(f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning rate "
-                     f"{rate:g}; " + (f"the last good checkpoint is {last}" if last else f"{run_dir} has no checkpoint yet")
-                     + "; start anew with a smaller --learning_rate")
+    last = f"the last good checkpoint is {manager.latest_checkpoint}"
+    if not manager.latest_checkpoint:
+        last = f"{run_dir} has no checkpoint yet"
+    raise WorldError(f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning "
+                     f"rate {rate:g}; {last}; start anew with a smaller --learning_rate")
 
 
 def main():
@@ -482,8 +485,9 @@ def main():
         print(f"going on at step {step} of {steps}")
     print(f"{settings['dataset']}: {len(train)} train, {len(test)} test images of "
           f"{'x'.join(map(str, network_image_shape(train)))} in {train.num_classes} classes\n"
-          f"{derived['model']}: {model.count_params():,} parameters, {settings['norm_type']} norm; {derived['optimizer']}, "
-          f"batch size {derived['batch_size']}, {derived['updates_per_step']} updates a step, {steps} steps\n"
+          f"{derived['model']}: {model.count_params():,} parameters, {settings['norm_type']} norm; "
+          f"{derived['optimizer']}, batch size {derived['batch_size']}, "
+          f"{derived['updates_per_step']} updates a step, {steps} steps\n"
           f"run folder: {run_dir}", flush=True)
     train_run(run_dir, config, train, test, model, optimizer, totals, done, manager, interruption)
 

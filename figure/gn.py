@@ -1,0 +1,51 @@
+"""Draw which entries of a feature map share one mean and variance under batch, layer, instance and group norm.
+
+    python figure/gn.py                 # writes figure/gn.png
+
+After figure 2 of Wu & He, arXiv 1803.08494: the axes are the batch N, the channels C and the positions (H, W).
+"""
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+N, C, POSITIONS, GROUPS = 5, 6, 5, 2
+SHARED, OTHER = "#2f7fc1", "#f2f2f2"
+
+
+def shared_entries(norm_type):
+    """[N, C, POSITIONS] bool: what is normalized together with entry (0, 0, 0), by the definitions of section 3."""
+    example, channel, _ = np.indices((N, C, POSITIONS))
+    group = channel // (C // GROUPS)
+    return {"batch": channel == 0, "layer": example == 0, "instance": (example == 0) & (channel == 0),
+            "group": (example == 0) & (group == 0)}[norm_type]
+
+
+def draw(figure, place, norm_type):
+    axes = figure.add_subplot(1, 4, place, projection="3d")
+    # Shown: channels to the right, the batch to the back (example 0 in front), positions upwards.
+    shared = shared_entries(norm_type).transpose(1, 0, 2)
+    axes.voxels(np.ones(shared.shape, bool), facecolors=np.where(shared, SHARED, OTHER), edgecolor="#555555",
+                linewidth=0.6, shade=False)
+    axes.set_title(f"{norm_type.capitalize()} norm", fontsize=15, y=0.96)
+    axes.text(C / 2, -1.2, -0.6, "C", fontsize=13)
+    axes.text(C + 0.9, N / 2, -0.6, "N", fontsize=13)
+    axes.text(-1.9, 0, POSITIONS / 2, "H, W", fontsize=13)
+    axes.set_box_aspect((C, N, POSITIONS))
+    axes.set_axis_off()
+    axes.view_init(elev=24, azim=-58)
+    axes.set_proj_type("ortho")
+
+
+def main():
+    figure = Figure(figsize=(14, 3.9))
+    for place, norm_type in enumerate(("batch", "layer", "instance", "group"), 1):
+        draw(figure, place, norm_type)
+    figure.subplots_adjust(left=0.01, right=0.98, bottom=0.03, top=0.95, wspace=0.02)
+    path = Path(__file__).with_suffix(".png")
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
