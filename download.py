@@ -17,9 +17,9 @@ import datasets
 from datasets import hdf5
 from datasets.errors import ArgumentParser, UserError, WorldError, one_line, run
 
-TIMEOUT = 60.0                                                          # seconds without a byte before a mirror counts as stalled
-TRIES, RETRY_WAIT = 3, 1.0                                              # tries of a mirror that bring nothing new; seconds between
-SLOW_AFTER, SLOW_RATE = 20.0, 100e3                                     # seconds, bytes/s: slower than that, try the next mirror
+TIMEOUT = 60.0  # seconds without a byte before a mirror counts as stalled
+TRIES, RETRY_WAIT = 3, 1.0  # tries of a mirror that bring nothing new; seconds between
+SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: slower than that, try the next mirror
 PART, BLOCK = ".part", 1 << 20
 
 
@@ -84,9 +84,11 @@ def fetch(urls, path, expected, checksum, timeout=None):
         except Refused as error:
             failures.append(f"{url}: {error}")
             print(f"warning: {failures[-1]}", flush=True)
-    raise WorldError(f"{os.path.basename(path)} cannot be fetched ({'; '.join(failures)}); expected {size} bytes with {kind} "
-                     f"{right}; fetch it by hand, put it in {os.path.dirname(path)} and run this again, or put it in a "
-                     "folder DIR and add --archive_dir DIR")
+    raise WorldError(
+        f"{os.path.basename(path)} cannot be fetched ({'; '.join(failures)}); expected {size} bytes with {kind} "
+        f"{right}; fetch it by hand, put it in {os.path.dirname(path)} and run this again, or put it in a "
+        "folder DIR and add --archive_dir DIR"
+    )
 
 
 def fetch_from(url, part, expected, checksum, timeout, is_last):
@@ -114,7 +116,7 @@ def fetch_from(url, part, expected, checksum, timeout, is_last):
             os.remove(part)
             if not resumed:
                 raise Refused(what)
-            reason, best = what, 0                                      # the beginning may be another mirror's: once more
+            reason, best = what, 0  # the beginning may be another mirror's: once more
         tries = 0 if have_bytes(part) > best else tries + 1
         best = max(best, have_bytes(part))
         if tries >= TRIES:
@@ -152,7 +154,10 @@ def receive(url, part, size, timeout, is_last):
         total = start + int(length) if length and length.isdigit() else None
         if size is not None and total is not None and total != size:
             raise Refused(f"the server has {total} bytes, expected {size}")
-        with open(part, "ab" if start else "wb") as file, progress(total or size, os.path.basename(part)[:-len(PART)]) as bar:
+        with (
+            open(part, "ab" if start else "wb") as file,
+            progress(total or size, os.path.basename(part)[: -len(PART)]) as bar,
+        ):
             bar.update(start)
             began, received = time.monotonic(), 0
             for block in response.raw.stream(BLOCK, decode_content=False):
@@ -169,19 +174,23 @@ def receive(url, part, size, timeout, is_last):
 
 
 def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
-    """Return the folder in which all archives of a dataset lie, verified, after fetching those that are missing."""
+    """Return the folder where all archives of a dataset lie, verified, after fetching those that are missing."""
     if archive_dir is not None:
         places = [os.path.join(archive_dir, name.lower()), archive_dir]
         folder = next((p for p in places if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
         if folder is None:
             missing = [f for f in module.FILES if not any(os.path.isfile(os.path.join(p, f)) for p in places)]
-            raise UserError(f"{name}: {' '.join(missing or module.FILES)} not found together in {archive_dir} or {places[0]}")
+            raise UserError(
+                f"{name}: {' '.join(missing or module.FILES)} not found together in {archive_dir} or {places[0]}"
+            )
     missing = [f for f in module.FILES if not os.path.isfile(os.path.join(folder, f))]
     mirrors = ([mirror] if mirror else []) + list(module.MIRRORS)
     if missing and not mirrors:
-        raise UserError(f"{name} needs {' '.join(missing)}: https://image-net.org gives them only to those who log in and "
-                        f"accept its non-commercial research terms, so get them there, put them in {folder} or in a "
-                        f"folder DIR with --archive_dir DIR, and run download.py --dataset {name} again")
+        raise UserError(
+            f"{name} needs {' '.join(missing)}: https://image-net.org gives them only to those who log in and "
+            f"accept its non-commercial research terms, so get them there, put them in {folder} or in a "
+            f"folder DIR with --archive_dir DIR, and run download.py --dataset {name} again"
+        )
     for file, expected in module.FILES.items():
         path = os.path.join(folder, file)
         if file in missing:
@@ -195,7 +204,7 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
             timeout=None):
     """Make the known dataset `name` ready to be read, and print a line that says what was made.
 
-    Raises UserError for what the user must provide or put right, WorldError or OSError if the network or the disk fails.
+    Raises UserError for what the user must provide or put right, WorldError or OSError for the network or the disk.
     """
     if name not in datasets.NAMES:
         datasets.folder_of(name, data_dir)                                 # raises for a name in another case
@@ -246,9 +255,12 @@ def pack(name, folder, read):
         raise UserError(f"{name}: {error}") from error
     train, test = hdf5.open_packed(folder, name)
     shape = "JPEG files" if train.encoded else "x".join(str(size) for size in train.image_shape)
-    print(f"{name}: {len(train)} train + {len(test)} test images of {shape} in {train.num_classes} classes, "
-          f"{os.path.getsize(os.path.join(folder, hdf5.DATA)) / 1e6:.1f} MB, packed in {time.monotonic() - began:.1f} s: "
-          f"{folder}/{hdf5.DATA}", flush=True)
+    print(
+        f"{name}: {len(train)} train + {len(test)} test images of {shape} in {train.num_classes} classes, "
+        f"{os.path.getsize(os.path.join(folder, hdf5.DATA)) / 1e6:.1f} MB, packed in {time.monotonic() - began:.1f} s: "
+        f"{folder}/{hdf5.DATA}",
+        flush=True,
+    )
 
 
 def parse_args():
@@ -273,7 +285,9 @@ def parse_args():
     if args.image_dir is None and (args.test_image_dir or args.image_size):
         parser.error("--test_image_dir and --image_size go with --image_dir")
     if args.image_dir is not None and len(args.dataset) != 1:
-        parser.error(f"--image_dir makes one dataset, but --dataset names {len(args.dataset)}: {' '.join(args.dataset)}")
+        parser.error(
+            f"--image_dir makes one dataset, but --dataset names {len(args.dataset)}: {' '.join(args.dataset)}"
+        )
     if args.image_dir is not None and given:
         parser.error(f"{given[0]} has no effect with --image_dir: it packs images that are there")
     if args.dataset == ["Digits"] and given:
@@ -301,7 +315,9 @@ def main():
             datasets.folder_of(name, args.data_dir)
             raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
     for name in args.dataset:
-        prepare(name, args.data_dir, args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout)
+        prepare(
+            name, args.data_dir, args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout
+        )
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def tar_files(file, path, limit):
             if not member.isreg():
                 raise UserError(f"{path}, member {member.name!r} is a link or a device; refused")
             if member.size > limit:
-                raise UserError(f"{path}, member {member.name!r} claims {member.size} bytes, more than {limit}; refused")
+                raise UserError(
+                    f"{path}, member {member.name!r} claims {member.size} bytes, more than {limit}; refused"
+                )
             yield member.name, tar.extractfile(member)
 
 
@@ -148,7 +150,9 @@ def unpack_mat(file, path, limit):
         tag = file.read(8)
         kind, length = struct.unpack(order + "II", tag)
         if kind not in (14, 15) or length > size - file.tell():
-            raise UserError(f"{path} is cut short or no MATLAB v5 file: an element of type {kind} claims {length} bytes")
+            raise UserError(
+                f"{path} is cut short or no MATLAB v5 file: an element of type {kind} claims {length} bytes"
+            )
         if kind == 14:
             data = tag + file.read(length)
         else:
@@ -164,9 +168,9 @@ def unpack_mat(file, path, limit):
 def check_mat(data, order, path, depth=0):
     """Raise UserError unless `data` is a row of whole elements of known types: SciPy takes their word for it, and dies.
 
-    An element is type and length, uint32 each, and its bytes, filled up to 8; one of up to 4 bytes has the length in the
-    upper half of the type. A matrix (type 14) holds elements: flags with its class, sizes, name, and what depends on the
-    class.
+    An element is type and length, uint32 each, and its bytes, filled up to 8; one of up to 4 bytes has the length in
+    the upper half of the type. A matrix (type 14) holds elements: flags with its class, sizes, name, and what depends
+    on the class.
     """
     position, elements = 0, []
     while position < len(data):
@@ -176,7 +180,11 @@ def check_mat(data, order, path, depth=0):
         if is_small:
             kind, length, start, step = kind & 0xFFFF, kind >> 16, position + 4, 8
         inner = data[start:start + length]
-        if kind not in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14, 16, 17, 18) or len(inner) < length or (is_small and length > 4):
+        if (
+            kind not in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14, 16, 17, 18)
+            or len(inner) < length
+            or (is_small and length > 4)
+        ):
             raise UserError(f"{path} is broken: an element of type {kind} claims {length} bytes")
         if kind == 14 and length:
             check_mat(inner, order, path, depth + 1)
@@ -192,9 +200,10 @@ def check_matrix(elements, order, path, depth):
     kinds, sizes = [kind for kind, _ in elements], [len(inner) for _, inner in elements]
     is_right = kinds[:3] == [6, 5, 1] and sizes[0] == 8 and sizes[1] in range(8, 36, 4) and depth <= 8
     if is_right:
-        matrix_class = struct.unpack_from(order + "I", elements[0][1])[0] & 255
+        flags = struct.unpack_from(order + "I", elements[0][1])[0]
+        matrix_class, is_complex = flags & 255, flags & 0x800
         shape = np.frombuffer(elements[1][1], order + "i4").tolist()
-        count, is_complex = int(np.prod(shape, dtype=object)), struct.unpack_from(order + "I", elements[0][1])[0] & 0x800
+        count = int(np.prod(shape, dtype=object))
         if matrix_class == 2 and kinds[3:5] == [5, 1] and sizes[3] == 4:    # struct: the length of a name, all names
             length = struct.unpack_from(order + "I", elements[3][1])[0]
             fields = sizes[4] // length if 0 < length <= 64 else 0

@@ -42,8 +42,10 @@ def load_batch(data, name):
         return [label.decode() for label in batch[b"label_names"]]
     pixels, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
     if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1] or labels.dtype.kind != "i":
-        raise ValueError(f"data of shape {pixels.shape} and {labels.dtype} labels of {labels.shape}: expected [N, 3072] and "
-                         "N integers")
+        raise ValueError(
+            f"data of shape {pixels.shape} and {labels.dtype} labels of {labels.shape}: expected [N, 3072] and "
+            "N integers"
+        )
     return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels   # channel, row, column -> row, column, channel
 
 

@@ -1,4 +1,4 @@
-"""Digits: 1,797 handwritten digits of 8x8 that come with scikit-learn (UCI, Alpaydin and Kaynak), so without a network."""
+"""Digits: 1,797 handwritten digits of 8x8 that come with scikit-learn (UCI, Alpaydin and Kaynak): no network."""
 import numpy as np
 
 from datasets.hdf5 import Source

@@ -68,8 +68,8 @@ def parts(splits, shape, image_size):
                 if image.shape != shape:
                     raise UserError(f"{path} has {image.shape[0]}x{image.shape[1]} pixels, {splits[0][0][0]} has "
                                     f"{shape[0]}x{shape[1]}: give --image_size H W to resize all")
-            yield split, np.stack(images), labels, [f"{('train', 'test')[split]}/{os.path.basename(os.path.dirname(path))}/"
-                                                    f"{os.path.basename(path)}" for path in paths]
+            ids = ["/".join((("train", "test")[split], *path.split(os.sep)[-2:])) for path in paths]
+            yield split, np.stack(images), labels, ids
 
 
 def load(path, image_size):

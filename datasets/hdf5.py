@@ -14,7 +14,8 @@ name, does not count.
 import os
 import re
 import threading
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Iterator
 
 import h5py
 import numpy as np

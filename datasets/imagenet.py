@@ -19,15 +19,19 @@ FILES = {
 }
 MIRRORS = ()
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-SHAPES = {"synsets": lambda shape, kind: kind == "struct" and 0 < max(shape, default=0) < 100_000 and sum(shape) - 1 in shape}
-MAX_DEVKIT, MAX_JPEG, MAX_CLASS = 1 << 28, 1 << 26, 1 << 31             # bytes: the devkit, one image, the tar of a class
+SHAPES = {
+    "synsets": lambda shape, kind: kind == "struct" and 0 < max(shape, default=0) < 100_000 and sum(shape) - 1 in shape
+}
+MAX_DEVKIT, MAX_JPEG, MAX_CLASS = 1 << 28, 1 << 26, 1 << 31  # bytes: the devkit, one image, the tar of a class
 PART = 256
 
 
 def read(archive_dir):
     """Return the Source of the three archives: JPEG files; the class index is the rank of the WNID in sorted order."""
     wnids, class_names, truth = read_devkit(os.path.join(archive_dir, "ILSVRC2012_devkit_t12.tar.gz"))
-    train = train_files(os.path.join(archive_dir, "ILSVRC2012_img_train.tar"), {wnid: i for i, wnid in enumerate(wnids)})
+    train = train_files(
+        os.path.join(archive_dir, "ILSVRC2012_img_train.tar"), {wnid: i for i, wnid in enumerate(wnids)}
+    )
     val = val_files(os.path.join(archive_dir, "ILSVRC2012_img_val.tar"), truth)
     return Source(class_names, None, None, parts(train, val))
 
@@ -109,7 +113,7 @@ def as_rgb_jpeg(data, path, name):
     image = open_image(data, path, name)
     with refusing(path, name):
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            image.draft(image.mode, (1, 1))                             # decode at 1/8 of the size: every byte is parsed
+            image.draft(image.mode, (1, 1))  # decode at 1/8 of the size: every byte is parsed
             image.load()
             return data
         buffer = io.BytesIO()

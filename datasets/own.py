@@ -37,8 +37,9 @@ def open_own(folder, name, max_examples=None):
     """Return (train, test), two Datasets, read whole into memory. Raises UserError naming the id and the value."""
     found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
     if len(found) != 1:
-        raise UserError(f"dataset {name}: {folder} holds " + ("both data.hy and data.hdf5: keep one of them" if found else
-                        "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)"))
+        what = ("both data.hy and data.hdf5: keep one of them" if found else
+                "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)")
+        raise UserError(f"dataset {name}: {folder} holds {what}")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
     with refusing(path), h5py.File(path, "r", locking=False) as file:
@@ -47,8 +48,9 @@ def open_own(folder, name, max_examples=None):
     if len(set(labels[:len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
     class_names = [str(i) for i in range(num_classes)]
-    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names, image=images,
-                         rows=np.arange(a, b)) for a, b in ((0, len(train_ids)), (len(train_ids), len(ids))))
+    bounds = (0, len(train_ids), len(ids))
+    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names,
+                         image=images, rows=np.arange(a, b)) for a, b in zip(bounds, bounds[1:]))
 
 
 def read_ids(path):
@@ -96,7 +98,9 @@ def open_item(file, path, id, item):
     name = f"{id}/{item}".encode()
     for link in (id.encode(), name):
         if not file.id.links.exists(link):
-            raise UserError(f"{path} has no {link.decode()}" + ("" if link == name else f", but {IDS} has the id {id!r}"))
+            raise UserError(
+                f"{path} has no {link.decode()}" + ("" if link == name else f", but {IDS} has the id {id!r}")
+            )
         if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
             raise UserError(f"{path}: {link.decode()} is a soft or external link; copy the data into the file")
     if not isinstance(h5py.h5o.open(file.id, name), h5py.h5d.DatasetID):
@@ -149,13 +153,18 @@ def read_images(file, path, ids):
         data, shape, dtype = open_item(file, path, id, "image")
         kind = np.float32 if dtype.kind == "f" else np.uint8
         if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind == "b":
-            raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
+            raise UserError(
+                f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]"
+            )
         shape_hwc = shape if len(shape) == 3 else (*shape, 1)
         if images is None:
-            size, memory = int(np.prod(shape_hwc, dtype=object)) * len(ids), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            if size * np.dtype(kind).itemsize > 0.8 * memory:
-                raise UserError(f"{path}: {len(ids)} images of {shape} need {size * np.dtype(kind).itemsize / 1e9:.1f} GB: "
-                                f"this machine has {memory / 1e9:.1f} GB")
+            size = int(np.prod(shape_hwc, dtype=object)) * len(ids) * np.dtype(kind).itemsize
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if size > 0.8 * memory:
+                raise UserError(
+                    f"{path}: {len(ids)} images of {shape} need {size / 1e9:.1f} GB: "
+                    f"this machine has {memory / 1e9:.1f} GB"
+                )
             images = np.empty((len(ids), *shape_hwc), kind)
         if shape_hwc != images.shape[1:] or kind != images.dtype:
             raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}, that of id {ids[0]!r} is "
@@ -168,5 +177,7 @@ def read_images(file, path, ids):
             images[i] = image
         if kind == np.float32 and not np.isfinite(images[i]).all():
             bad = np.argwhere(~np.isfinite(images[i]))[0].tolist()
-            raise UserError(f"{path}: image of id {id!r} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
+            raise UserError(
+                f"{path}: image of id {id!r} has the value {image[tuple(bad)]} at {bad}: pixels must be finite"
+            )
     return images

@@ -33,7 +33,9 @@ def read_mat(path):
         variables = load_mat(file, path, SHAPES, MAX_BYTES)
     x, y = variables["X"], variables["y"].reshape(-1)
     if x.dtype != np.uint8 or x.shape != (32, 32, 3, len(y)):
-        raise UserError(f"{path}: X is {x.dtype} of shape {x.shape}: expected uint8 of (32, 32, 3, {len(y)}), one a label")
+        raise UserError(
+            f"{path}: X is {x.dtype} of shape {x.shape}: expected uint8 of (32, 32, 3, {len(y)}), one a label"
+        )
     if y.dtype.kind not in "uif" or not np.isin(y, np.arange(1, 11)).all():
         raise UserError(f"{path}: y has labels other than 1 ... 10")
     return x, y.astype(np.int64) % 10

@@ -19,8 +19,8 @@ PART = 1024
 
 
 def read(archive_dir):
-    """Return the Source of tiny-imagenet-200.zip: the class index is the line of wnids.txt, the test split is val, whose
-    labels val_annotations.txt gives by file name; `test` has no labels and stays out."""
+    """Return the Source of tiny-imagenet-200.zip: the class index is the line of wnids.txt. The test split is val,
+    whose labels val_annotations.txt gives by file name; the archive's own `test` has no labels and stays out."""
     path = os.path.join(archive_dir, "tiny-imagenet-200.zip")
     archive = open_zip(path)
     infos = zip_files(archive, path, MAX_MEMBER)

@@ -29,14 +29,18 @@ def make(name, folder, per_class=2, seed=0):
 def pictures(rng, classes, per_class, shape):
     """Return random uint8 images [N, *shape], brighter the higher their class, and their shuffled labels."""
     labels = rng.permutation(np.repeat(np.arange(classes), per_class))
-    images = rng.integers(0, 120, (len(labels), *shape)) + 120 * labels.reshape(-1, *[1] * len(shape)) // max(classes - 1, 1)
+    images = rng.integers(0, 120, (len(labels), *shape)) + 120 * labels.reshape(-1, *[1] * len(shape)) // max(
+        classes - 1, 1
+    )
     return images.astype(np.uint8), labels
 
 
 def idx(path, array):
     """Write an IDX file: big-endian magic 0x08 (uint8) and rank, the sizes, the bytes."""
     with gzip.open(path, "wb") as file:
-        file.write(struct.pack(f">{1 + array.ndim}i", 2048 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes())
+        file.write(
+            struct.pack(f">{1 + array.ndim}i", 2048 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+        )
 
 
 def make_mnist(folder, per_class, rng, class_names=tuple("0123456789")):
@@ -57,8 +61,11 @@ def make_svhn(folder, per_class, rng):
     splits = {}
     for split in ("train", "test"):
         images, labels = pictures(rng, 10, per_class, (32, 32, 3))
-        savemat(os.path.join(folder, f"{split}_32x32.mat"), do_compression=True,
-                mdict={"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]})
+        savemat(
+            os.path.join(folder, f"{split}_32x32.mat"),
+            do_compression=True,
+            mdict={"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]},
+        )
         splits[split] = images, labels
     return splits, list("0123456789")
 
@@ -107,8 +114,16 @@ def cifar10_members(per_class, rng):
     members["batches.meta"] = py2_dict(num_cases_per_batch=b"M\x10'", num_vis=b"M\x00\x0c", label_names=py2_list(
         [py2_string(name.encode()) for name in CIFAR10.split()]))
     members["readme.html"] = b"<meta HTTP-EQUIV='REFRESH'>"
-    order = ["data_batch_4", "readme.html", "test_batch", "data_batch_3", "batches.meta", "data_batch_2", "data_batch_5",
-             "data_batch_1"]
+    order = [
+        "data_batch_4",
+        "readme.html",
+        "test_batch",
+        "data_batch_3",
+        "batches.meta",
+        "data_batch_2",
+        "data_batch_5",
+        "data_batch_1",
+    ]
     images, labels = ([np.concatenate(arrays) for arrays in zip(*batches[:5])])
     return ({"cifar-10-batches-py/" + name: members[name] for name in order},
             {"train": (images, labels), "test": batches[5]})
@@ -163,7 +178,7 @@ def make_tinyimagenet(folder, per_class, rng):
 
 
 def devkit(path, wnids, ids, truth):
-    """Write the devkit: ids is the ILSVRC2012_ID of each WNID, truth the ILSVRC2012_ID of each val image in name order."""
+    """Write the devkit: ids is the ILSVRC2012_ID of each WNID, truth that of each val image in name order."""
     rows = sorted((int(id), wnid, f"name of {wnid}", "gloss", 0) for id, wnid in zip(ids, wnids))
     rows.append((len(rows) + 1, "n00000001", "an inner node", "gloss", 3))
     fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")

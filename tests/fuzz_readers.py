@@ -31,7 +31,10 @@ def make_own(folder):
     import h5py
     ids, images, _ = archives.make_own(os.path.join(folder, "Mine"), num=6)
     with h5py.File(os.path.join(folder, "Mine", "data.hy"), "r+") as file:
-        for id, image, filters in ((ids[0], images[0], {"chunks": (4, 4, 3)}), (ids[1], images[1], {"compression": "gzip"})):
+        for id, image, filters in (
+            (ids[0], images[0], {"chunks": (4, 4, 3)}),
+            (ids[1], images[1], {"compression": "gzip"}),
+        ):
             del file[id]["image"]
             file[id].create_dataset("image", data=image, **filters)
 
@@ -121,6 +124,19 @@ def child(name, folder, first, count, seed, report):
         report.send((number, outcome))
 
 
+def next_outcome(receiver, process):
+    """Wait for what becomes of the next file that a child reads."""
+    try:
+        if not receiver.poll(60):                                       # it loads its libraries before the first file
+            return "child hangs"
+        receiver.recv()
+        return receiver.recv()[1] if receiver.poll(SECONDS) else "hang"
+    except EOFError:
+        process.join()
+        code = process.exitcode
+        return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+
 def fuzz(name, files, seed, keep):
     """Return the outcomes of `files` mutated files of one reader."""
     outcomes, number = collections.Counter(), 0
@@ -135,21 +151,14 @@ def fuzz(name, files, seed, keep):
             process = multiprocessing.Process(target=child, args=(name, folder, number, files - number, seed, sender))
             process.start()
             sender.close()
-            outcome = "finished"
-            while outcome == "finished" and number < files:
-                try:
-                    current, outcome = receiver.recv() if receiver.poll(60) else (number, "child hangs")
-                    if outcome is None:
-                        current, outcome = receiver.recv() if receiver.poll(SECONDS) else (current, "hang")
-                except EOFError:
-                    process.join()
-                    outcome = f"died of {signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode}"
+            outcome = "read"
+            while outcome in ("read", "UserError") and number < files:
+                outcome = next_outcome(receiver, process)
                 outcomes[outcome] += 1
-                if outcome not in ("read", "UserError"):
+                if outcome not in ("read", "UserError"):                # keep the file, and go on in a new child
                     os.makedirs(keep, exist_ok=True)
                     shutil.copy(os.path.join(folder, READERS[name][2]), os.path.join(keep, f"{name}-{number}"))
                 number += 1
-                outcome = "finished" if outcome in ("read", "UserError") or not outcome.startswith(("died", "hang", "child")) else outcome
             process.kill()
             process.join()
     return outcomes
@@ -160,15 +169,20 @@ def main():
     parser.add_argument("--files", type=int, default=2000, help="mutated files in all")
     parser.add_argument("--readers", nargs="+", default=list(READERS), choices=list(READERS), help="which to try")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", default=os.path.join(tempfile.gettempdir(), "fuzz_failures"), help="where bad files go")
+    parser.add_argument(
+        "--keep", default=os.path.join(tempfile.gettempdir(), "fuzz_failures"), help="where bad files go"
+    )
     args = parser.parse_args()
     bad = 0
     for i, name in enumerate(args.readers):
         files = args.files // len(args.readers) + (i < args.files % len(args.readers))
         outcomes = fuzz(name, files, args.seed, args.keep)
         bad += files - outcomes["read"] - outcomes["UserError"]
-        print(f"{name:10} {files:6} files: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()),
-              flush=True)
+        print(
+            f"{name:10} {files:6} files: "
+            + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()),
+            flush=True,
+        )
     sys.exit(f"{bad} files ended in something else than UserError: they are in {args.keep}" if bad else 0)
 
 

@@ -20,7 +20,7 @@ from scipy.io import savemat
 import archives
 import datasets
 import download
-from datasets import cifar10, digits, hdf5, imagenet, mnist, svhn, tinyimagenet
+from datasets import cifar10, digits, imagenet, mnist, svhn, tinyimagenet
 from datasets.errors import UserError, one_line
 
 CIFAR, ZIP = "cifar-10-python.tar.gz", "tiny-imagenet-200.zip"
@@ -67,7 +67,7 @@ def test_cifar_pixels_are_channel_row_column_in_the_archive(tmp_path):
 
 def test_tinyimagenet_maps_val_labels_by_file_name(tmp_path):
     splits, wnids, found = packed("TinyImageNet", tmp_path, per_class=5)
-    assert found[0].class_names == wnids == list(archives.WNIDS)               # the order of wnids.txt, which is not sorted
+    assert found[0].class_names == wnids == list(archives.WNIDS)  # the order of wnids.txt, which is not sorted
     for split, dataset in zip(("train", "test"), found):
         images, labels = splits[split]
         np.testing.assert_array_equal(dataset.labels, labels)
@@ -182,7 +182,8 @@ def test_a_packed_file_that_was_damaged(tmp_path, damage):
 
 
 def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
-    code = "import sys, datasets, download; sys.exit(str({'tensorflow', 'scipy', 'sklearn', 'imageio', 'PIL'} & set(sys.modules)))"
+    code = ("import sys, datasets, download; "
+            "sys.exit(str({'tensorflow', 'scipy', 'sklearn', 'imageio', 'PIL'} & set(sys.modules)))")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
                             cwd=os.path.dirname(datasets.DATA_DIR))
     assert result.stderr.strip() == "set()"
@@ -238,14 +239,38 @@ class Touch:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("data, said", [
-    (b"cos\nsystem\n(U\x04trueRt.", "os.system"), (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", "builtins.eval"),
-    (b"\x80\x02cnumpy\nload\n.", "numpy.load"), (b"\x80\x02}r\xff\xff\xff\x7f.", "LONG_BINPUT"), (b"\x80\x04\x95", "broken"),
-    (pickle.dumps({b"data": 1}, 4), "nothing that"), (b"\x80\x02]q\x00.", "broken"), (b"", "broken"),
-    (archives.py2_dict(data=archives.py2_array(np.zeros((2, 3071), np.uint8)), labels=archives.py2_list([b"K\x01"])), "3071"),
-    (archives.py2_dict(data=archives.py2_array(np.zeros((2, 3072), np.uint8)), labels=archives.py2_list([b"K\x01"])), "(2, 3072)"),
-    (archives.py2_dict(data=archives.py2_array(np.zeros((1, 3072), np.uint8)).replace(b"u1K", b"O8K"),
-                       labels=archives.py2_list([b"K\x01"])), "O8")])
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (b"cos\nsystem\n(U\x04trueRt.", "os.system"),
+        (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", "builtins.eval"),
+        (b"\x80\x02cnumpy\nload\n.", "numpy.load"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "LONG_BINPUT"),
+        (b"\x80\x04\x95", "broken"),
+        (pickle.dumps({b"data": 1}, 4), "nothing that"),
+        (b"\x80\x02]q\x00.", "broken"),
+        (b"", "broken"),
+        (
+            archives.py2_dict(
+                data=archives.py2_array(np.zeros((2, 3071), np.uint8)), labels=archives.py2_list([b"K\x01"])
+            ),
+            "3071",
+        ),
+        (
+            archives.py2_dict(
+                data=archives.py2_array(np.zeros((2, 3072), np.uint8)), labels=archives.py2_list([b"K\x01"])
+            ),
+            "(2, 3072)",
+        ),
+        (
+            archives.py2_dict(
+                data=archives.py2_array(np.zeros((1, 3072), np.uint8)).replace(b"u1K", b"O8K"),
+                labels=archives.py2_list([b"K\x01"]),
+            ),
+            "O8",
+        ),
+    ],
+)
 def test_hostile_pickles(tmp_path, data, said):
     archives.tar_gz(tmp_path / CIFAR, bad_pickle(data))
     refused(lambda: cifar10.read(tmp_path), CIFAR, "data_batch_1", said)
@@ -258,7 +283,9 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path):
 
 
 def test_cifar_labels_out_of_range_and_missing_batches(tmp_path):
-    batch = archives.py2_dict(data=archives.py2_array(np.zeros((1, 3072), np.uint8)), labels=archives.py2_list([b"K\x0a"]))
+    batch = archives.py2_dict(
+        data=archives.py2_array(np.zeros((1, 3072), np.uint8)), labels=archives.py2_list([b"K\x0a"])
+    )
     archives.tar_gz(tmp_path / CIFAR, bad_pickle(batch))
     with pytest.raises(UserError, match="0 to 10: expected 0 to 9"):
         download.prepare("CIFAR10", tmp_path / "data", tmp_path, checksum=False)
@@ -268,9 +295,17 @@ def test_cifar_labels_out_of_range_and_missing_batches(tmp_path):
     refused(lambda: cifar10.read(tmp_path), "data_batch_3")
 
 
-@pytest.mark.parametrize("name, file", [("CIFAR10", CIFAR), ("MNIST", "train-images-idx3-ubyte.gz"), ("SVHN", "train_32x32.mat"),
-                                        ("TinyImageNet", ZIP), ("ImageNet", "ILSVRC2012_img_train.tar"),
-                                        ("ImageNet", "ILSVRC2012_devkit_t12.tar.gz")])
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("CIFAR10", CIFAR),
+        ("MNIST", "train-images-idx3-ubyte.gz"),
+        ("SVHN", "train_32x32.mat"),
+        ("TinyImageNet", ZIP),
+        ("ImageNet", "ILSVRC2012_img_train.tar"),
+        ("ImageNet", "ILSVRC2012_devkit_t12.tar.gz"),
+    ],
+)
 @pytest.mark.parametrize("damage", ["empty", "first half", "all but a byte", "html", "a byte lost"])
 def test_damaged_archives(tmp_path, name, file, damage):
     archives.make(name, tmp_path)
@@ -279,7 +314,9 @@ def test_damaged_archives(tmp_path, name, file, damage):
     (tmp_path / file).write_bytes({"empty": b"", "first half": data[:len(data) // 2], "all but a byte": data[:end],
                                    "html": b"<html>" + b" " * 2000,
                                    "a byte lost": data[:len(data) // 2] + data[len(data) // 2 + 1:]}[damage])
-    reader = {"CIFAR10": cifar10, "MNIST": mnist, "SVHN": svhn, "TinyImageNet": tinyimagenet, "ImageNet": imagenet}[name]
+    reader = {"CIFAR10": cifar10, "MNIST": mnist, "SVHN": svhn, "TinyImageNet": tinyimagenet, "ImageNet": imagenet}[
+        name
+    ]
     refused(lambda: reader.read(tmp_path), file)
 
 
@@ -293,8 +330,16 @@ def test_a_tar_bomb(tmp_path):
     refused(lambda: cifar10.read(tmp_path), "unpacks to more than")
 
 
-@pytest.mark.parametrize("shape, said", [((10**6, 10**3, 10**3), "claims"), ((-1, 28, 28), "claims"), ((0, 28, 28), "claims"),
-                                         ((2, 28, 27), "more bytes"), ((2, 28, 29), "only")])
+@pytest.mark.parametrize(
+    "shape, said",
+    [
+        ((10**6, 10**3, 10**3), "claims"),
+        ((-1, 28, 28), "claims"),
+        ((0, 28, 28), "claims"),
+        ((2, 28, 27), "more bytes"),
+        ((2, 28, 29), "only"),
+    ],
+)
 def test_idx_sizes(tmp_path, shape, said):
     archives.make("MNIST", tmp_path)
     with gzip.open(tmp_path / "t10k-images-idx3-ubyte.gz", "wb") as file:
@@ -315,12 +360,19 @@ def bomb():
     return b" " * 124 + b"\x00\x01IM" + struct.pack("<II", 15, len(data)) + data
 
 
-@pytest.mark.parametrize("variables, said", [
-    ({"X": np.zeros((32, 32, 3, 4), np.uint8)}, "no variable y"), ({"X": np.zeros((32, 32, 4), np.uint8)}, "(32, 32, 4)"),
-    ({"X": np.zeros((32, 32, 3, 4), np.float32)}, "single"), ({"X": "text"}, "char"),
-    ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((3, 1))}, "one a label"),
-    ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.zeros((4, 1))}, "1 ... 10"),
-    ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.full((4, 1), 1.5)}, "1 ... 10"), (bomb, "unpacks to more")])
+@pytest.mark.parametrize(
+    "variables, said",
+    [
+        ({"X": np.zeros((32, 32, 3, 4), np.uint8)}, "no variable y"),
+        ({"X": np.zeros((32, 32, 4), np.uint8)}, "(32, 32, 4)"),
+        ({"X": np.zeros((32, 32, 3, 4), np.float32)}, "single"),
+        ({"X": "text"}, "char"),
+        ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((3, 1))}, "one a label"),
+        ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.zeros((4, 1))}, "1 ... 10"),
+        ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.full((4, 1), 1.5)}, "1 ... 10"),
+        (bomb, "unpacks to more"),
+    ],
+)
 def test_mat_of_another_shape(tmp_path, variables, said):
     archives.make("SVHN", tmp_path)
     if callable(variables):
@@ -371,11 +423,19 @@ def bomb_png():
             + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
 
 
-@pytest.mark.parametrize("name, jpeg, said", [
-    ("val_00000009.JPEG", b"no image", "val_00000009"), ("val_00000010.JPEG", b"", "1 to 9"), ("val_x.JPEG", b"", "val_x"),
-    ("../val_00000009.JPEG", b"", "leads out"), ("val_00000002.JPEG", b"", "each once"),
-    ("val_00000009.JPEG", archives.picture_file(np.zeros((64, 64, 3), np.uint8))[:400], "val_00000009"),
-    ("val_00000009.JPEG", bomb_png(), "val_00000009"), ("folder/", b"", "8 images")])
+@pytest.mark.parametrize(
+    "name, jpeg, said",
+    [
+        ("val_00000009.JPEG", b"no image", "val_00000009"),
+        ("val_00000010.JPEG", b"", "1 to 9"),
+        ("val_x.JPEG", b"", "val_x"),
+        ("../val_00000009.JPEG", b"", "leads out"),
+        ("val_00000002.JPEG", b"", "each once"),
+        ("val_00000009.JPEG", archives.picture_file(np.zeros((64, 64, 3), np.uint8))[:400], "val_00000009"),
+        ("val_00000009.JPEG", bomb_png(), "val_00000009"),
+        ("folder/", b"", "8 images"),
+    ],
+)
 def test_hostile_images_of_imagenet(tmp_path, name, jpeg, said):
     archives.make("ImageNet", tmp_path)
     archives.devkit(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", sorted(archives.WNIDS), [1, 2, 3, 4], [1] * 9)
@@ -396,8 +456,10 @@ def test_imagenet_devkit_that_does_not_fit(tmp_path):
 # --- own datasets in the ancestor's layout ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("file", ["data.hy", "data.hdf5"])
-@pytest.mark.parametrize("shape, dtype", [((8, 6, 3), np.uint8), ((8, 6), np.uint8), ((5, 5, 1), np.float32), ((4, 4, 2), ">f8"),
-                                          ((4, 4, 3), np.int64)])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [((8, 6, 3), np.uint8), ((8, 6), np.uint8), ((5, 5, 1), np.float32), ((4, 4, 2), ">f8"), ((4, 4, 3), np.int64)],
+)
 def test_own_data(tmp_path, file, shape, dtype):
     ids, images, labels = archives.make_own(tmp_path / "Mine", shape=shape, dtype=dtype, file=file, classes=3)
     assert datasets.is_prepared("Mine", tmp_path) and not datasets.is_prepared("Other", tmp_path)
@@ -485,7 +547,9 @@ def huge(**kwargs):
 
 def deflate_bomb(file, id):
     del file[id]["image"]
-    data = file[id].create_dataset("image", (1 << 15, 1 << 15, 3), np.uint8, chunks=(1 << 13, 1 << 13, 1), compression="gzip")
+    data = file[id].create_dataset(
+        "image", (1 << 15, 1 << 15, 3), np.uint8, chunks=(1 << 13, 1 << 13, 1), compression="gzip"
+    )
     data[:1 << 13, :1 << 13, 0] = 0
 
 
@@ -498,7 +562,10 @@ def nan(file, id):
 
 MISTAKES = {
     "no data": (lambda folder, ids: os.remove(folder / "data.hy"), "neither data.hy nor data.hdf5"),
-    "two files": (lambda folder, ids: (folder / "data.hdf5").write_bytes((folder / "data.hy").read_bytes()), "keep one"),
+    "two files": (
+        lambda folder, ids: (folder / "data.hdf5").write_bytes((folder / "data.hy").read_bytes()),
+        "keep one",
+    ),
     "no id.txt": (lambda folder, ids: os.remove(folder / "id.txt"), "id.txt is missing"),
     "empty id.txt": (in_text("id.txt", lambda ids: []), "id.txt is empty"),
     "id.txt no text": (lambda folder, ids: (folder / "id.txt").write_bytes(b"\xff\xfe\x00"), "id.txt"),
@@ -515,7 +582,10 @@ MISTAKES = {
     "doubled id in a split": (split_files(lambda ids: ids[:9] + ids[:1], lambda ids: ids[9:]), "twice"),
     "no image": (in_file(lambda file, id: file[id].pop("image")), "/image"),
     "no label": (in_file(lambda file, id: file[id].pop("label")), "/label"),
-    "image is a group": (in_file(lambda file, id: (file[id].pop("image"), file[id].create_group("image"))), "is a group"),
+    "image is a group": (
+        in_file(lambda file, id: (file[id].pop("image"), file[id].create_group("image"))),
+        "is a group",
+    ),
     "id is an array": (in_file(lambda file, id: replace(file, id, np.zeros(3))), "is broken"),
     "label not one-hot": (in_file(lambda file, id: replace(file, id + "/label", [1.0, 1.0])), "[1.0, 1.0]"),
     "label all zero": (in_file(lambda file, id: replace(file, id + "/label", [0.0, 0.0])), "[0.0, 0.0]"),
@@ -525,22 +595,34 @@ MISTAKES = {
     "label text": (in_file(lambda file, id: replace(file, id + "/label", "cat")), "object"),
     "one class": (all_labels([1.0]), "1 class"),
     "all of one class": (all_labels([0, 1]), "all train images are of class 1"),
-    "image of another size": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 9, 3), np.uint8))), "(8, 9, 3)"),
+    "image of another size": (
+        in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 9, 3), np.uint8))),
+        "(8, 9, 3)",
+    ),
     "image of another type": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3)))), "float64"),
     "image of rank 4": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((1, 8, 8, 3)))), "(1, 8, 8, 3)"),
     "image empty": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((0, 8, 3), np.uint8))), "(0, 8, 3)"),
     "image of objects": (in_file(lambda file, id: replace(file, id + "/image", ["a", "b"])), "object"),
     "image of booleans": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3), bool))), "bool"),
-    "image complex": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3), complex))), "complex128"),
+    "image complex": (
+        in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3), complex))),
+        "complex128",
+    ),
     "image of 16 bits": (in_file(lambda file, id: replace(file, id + "/image", np.full((8, 8, 3), 300))), "300"),
     "image negative": (in_file(lambda file, id: replace(file, id + "/image", np.full((8, 8, 3), -1))), "-1"),
     "NaN pixel": (in_file(nan), "nan at [1, 2, 0]"),
-    "soft link": (in_file(lambda file, id: (file[id].pop("image"), file[id].update(image=h5py.SoftLink("/1/image")))), "link"),
+    "soft link": (
+        in_file(lambda file, id: (file[id].pop("image"), file[id].update(image=h5py.SoftLink("/1/image")))),
+        "link",
+    ),
     "external link": (in_file(lambda file, id: replace(file, id, h5py.ExternalLink("x.hdf5", "/"))), "link"),
     "external storage": (in_file(external_storage), "another file"),
     "virtual array": (in_file(virtual), "another file"),
     "claims a terabyte": (huge(shape=(1 << 20, 1 << 20, 1)), "more than the file can hold"),
-    "claims a terabyte in chunks": (huge(shape=(1 << 20, 1 << 20, 1), chunks=(64, 64, 1)), "more than the file can hold"),
+    "claims a terabyte in chunks": (
+        huge(shape=(1 << 20, 1 << 20, 1), chunks=(64, 64, 1)),
+        "more than the file can hold",
+    ),
     "deflate bomb": (in_file(deflate_bomb), "more than the file can hold"),
     "never written": (huge(shape=(8, 8, 3)), "more than the file can hold"),
     "truncated": (lambda folder, ids: os.truncate(folder / "data.hy", 5000), "truncated"),
@@ -560,9 +642,20 @@ def test_mistakes_in_own_data(tmp_path, mistake):
     assert str(error.value) == one_line(error.value)
 
 
-@pytest.mark.parametrize("name, said", [("cifar10", "did you mean CIFAR10"), ("imagenet", "did you mean ImageNet"), ("", "name ''"),
-                                        ("a/b", "no slashes"), ("..", "no dots"), ("data.hy", "no dots"), ("-x", "letters"),
-                                        ("MNIST", "download.py --dataset MNIST"), ("Nowhere", "neither data.hy")])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("cifar10", "did you mean CIFAR10"),
+        ("imagenet", "did you mean ImageNet"),
+        ("", "name ''"),
+        ("a/b", "no slashes"),
+        ("..", "no dots"),
+        ("data.hy", "no dots"),
+        ("-x", "letters"),
+        ("MNIST", "download.py --dataset MNIST"),
+        ("Nowhere", "neither data.hy"),
+    ],
+)
 def test_names(tmp_path, name, said):
     with pytest.raises(UserError, match="dataset|MNIST") as error:
         datasets.create_default_splits(name, tmp_path)
@@ -571,6 +664,11 @@ def test_names(tmp_path, name, said):
 
 def test_a_few_mutated_files_end_in_user_errors(tmp_path):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fuzz_readers.py")
-    result = subprocess.run([sys.executable, script, "--files", "180", "--keep", str(tmp_path)], capture_output=True, text=True,
-                            timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, script, "--files", "180", "--keep", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0, result.stdout + result.stderr

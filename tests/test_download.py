@@ -52,7 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
-        if fault != "short":                                            # then only the end of the connection ends the body
+        if fault != "short":  # then only the end of the connection ends the body
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         body = data[start:]
@@ -179,7 +179,16 @@ def test_archives_go_unless_kept_and_a_second_run_does_nothing(server, own_mirro
 
 def test_killed_while_fetching_and_started_again(server, tmp_path):
     server.faults["/" + FILE] = ["stall"]
-    args = ["--dataset", "CIFAR10", "--mirror", server.url, "--no_checksum", "--data_dir", str(tmp_path), "--keep_archives"]
+    args = [
+        "--dataset",
+        "CIFAR10",
+        "--mirror",
+        server.url,
+        "--no_checksum",
+        "--data_dir",
+        str(tmp_path),
+        "--keep_archives",
+    ]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "download.py"), *args], stdout=subprocess.DEVNULL)
     part, half = tmp_path / "cifar10" / (FILE + ".part"), len(server.files["/" + FILE]) // 2
     wait_for(lambda: part.exists() and server.requests)
@@ -232,21 +241,38 @@ def test_archive_dir_with_another_hash(tmp_path):
 
 def test_imagenet_is_never_fetched(tmp_path):
     line = one_line(call("--dataset", "ImageNet", "--data_dir", tmp_path), 2)
-    assert all(file in line for file in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "devkit", "image-net.org"))
+    assert all(
+        file in line for file in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "devkit", "image-net.org")
+    )
 
 
-@pytest.mark.parametrize("args, said", [
-    (["--dataset"], "expected at least one"), ([], "--dataset"), (["--dataset", "cifar10"], "did you mean CIFAR10"),
-    (["--dataset", "a/b"], "no slashes"), (["--dataset", ".."], "no dots"), (["--dataset", ""], "no slashes"),
-    (["--dataset", "Flowers"], "--image_dir"), (["--dataset", "Digits", "Flowers"], "Flowers"),
-    (["--data", "Digits"], "--dataset"), (["--dataset", "Digits", "--mirror", "http://x"], "no effect"),
-    (["--dataset", "MNIST", "--mirror", "ftp://x"], "http://"), (["--dataset", "MNIST", "--archive_dir", "none"], "no"),
-    (["--dataset", "MNIST", "--archive_dir", ".", "--mirror", "http://x"], "no effect"),
-    (["--dataset", "A", "--test_image_dir", "."], "--image_dir"), (["--dataset", "A", "--image_size", "8", "8"], "--image_dir"),
-    (["--dataset", "A", "B", "--image_dir", "."], "one dataset"), (["--dataset", "MNIST", "--image_dir", "."], "another name"),
-    (["--dataset", "A", "--image_dir", ".", "--no_checksum"], "no effect"), (["--dataset", "A", "--image_dir", "none"], "none"),
-    (["--dataset", "A", "--image_dir", ".", "--image_size", "0", "8"], "0 8"), (["--dataset", "Digits", "--timeout", "-1"], "-1"),
-    (["--dataset", "Digits", "--data_dir", "/dev/null/data"], "/dev/null/data")])
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--dataset"], "expected at least one"),
+        ([], "--dataset"),
+        (["--dataset", "cifar10"], "did you mean CIFAR10"),
+        (["--dataset", "a/b"], "no slashes"),
+        (["--dataset", ".."], "no dots"),
+        (["--dataset", ""], "no slashes"),
+        (["--dataset", "Flowers"], "--image_dir"),
+        (["--dataset", "Digits", "Flowers"], "Flowers"),
+        (["--data", "Digits"], "--dataset"),
+        (["--dataset", "Digits", "--mirror", "http://x"], "no effect"),
+        (["--dataset", "MNIST", "--mirror", "ftp://x"], "http://"),
+        (["--dataset", "MNIST", "--archive_dir", "none"], "no"),
+        (["--dataset", "MNIST", "--archive_dir", ".", "--mirror", "http://x"], "no effect"),
+        (["--dataset", "A", "--test_image_dir", "."], "--image_dir"),
+        (["--dataset", "A", "--image_size", "8", "8"], "--image_dir"),
+        (["--dataset", "A", "B", "--image_dir", "."], "one dataset"),
+        (["--dataset", "MNIST", "--image_dir", "."], "another name"),
+        (["--dataset", "A", "--image_dir", ".", "--no_checksum"], "no effect"),
+        (["--dataset", "A", "--image_dir", "none"], "none"),
+        (["--dataset", "A", "--image_dir", ".", "--image_size", "0", "8"], "0 8"),
+        (["--dataset", "Digits", "--timeout", "-1"], "-1"),
+        (["--dataset", "Digits", "--data_dir", "/dev/null/data"], "/dev/null/data"),
+    ],
+)
 def test_mistakes_of_the_user(args, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["download.py", *args])
@@ -270,7 +296,15 @@ def big_archives(folder):
 @pytest.mark.parametrize("moment", [0, 1, 2])
 def test_killed_while_packing(tmp_path, moment):
     big_archives(tmp_path / "archives")
-    args = ["--dataset", "MNIST", "--archive_dir", str(tmp_path / "archives"), "--data_dir", str(tmp_path), "--no_checksum"]
+    args = [
+        "--dataset",
+        "MNIST",
+        "--archive_dir",
+        str(tmp_path / "archives"),
+        "--data_dir",
+        str(tmp_path),
+        "--no_checksum",
+    ]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "download.py"), *args], stdout=subprocess.DEVNULL)
     unfinished = tmp_path / "mnist" / "data.hdf5.unfinished"
     wait_for(lambda: unfinished.exists() and unfinished.stat().st_size >= (0, 1000, 20_000_000)[moment])
@@ -295,7 +329,15 @@ def limit_files(size):
 @pytest.mark.parametrize("size", [0, 100, 3000, 200_000, 62_000_000])
 def test_a_disk_that_is_full_while_packing(tmp_path, size):
     big_archives(tmp_path / "archives")
-    args = ["--dataset", "MNIST", "--archive_dir", str(tmp_path / "archives"), "--data_dir", str(tmp_path), "--no_checksum"]
+    args = [
+        "--dataset",
+        "MNIST",
+        "--archive_dir",
+        str(tmp_path / "archives"),
+        "--data_dir",
+        str(tmp_path),
+        "--no_checksum",
+    ]
     one_line(call(*args, preexec_fn=limit_files(size)), 1)
     assert os.listdir(tmp_path / "mnist") == [".lock"]
     assert call(*args).returncode == 0 and datasets.is_prepared("MNIST", tmp_path)
@@ -356,7 +398,16 @@ def test_a_folder_of_class_folders(tmp_path):
 def test_a_test_folder_and_a_size(tmp_path):
     image_folders(tmp_path / "images", ((10, 12), (20, 9)))
     image_folders(tmp_path / "test", ((16, 16),))
-    args = ["--dataset", "Pets", "--image_dir", tmp_path / "images", "--test_image_dir", tmp_path / "test", "--data_dir", tmp_path]
+    args = [
+        "--dataset",
+        "Pets",
+        "--image_dir",
+        tmp_path / "images",
+        "--test_image_dir",
+        tmp_path / "test",
+        "--data_dir",
+        tmp_path,
+    ]
     assert "--image_size" in one_line(call(*args), 2).split("left out")[-1]
     assert call(*args, "--image_size", "8", "6").returncode == 0
     train, test = datasets.create_default_splits("Pets", tmp_path)
@@ -376,5 +427,7 @@ def test_gzip_of_a_wrong_length_is_named(tmp_path):
     archives.make("MNIST", tmp_path / "archives")
     path = tmp_path / "archives" / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-1]))
-    line = one_line(call("--dataset", "MNIST", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path, "--no_checksum"), 2)
+    line = one_line(
+        call("--dataset", "MNIST", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path, "--no_checksum"), 2
+    )
     assert str(path) in line and "15679 bytes" in line
