@@ -64,7 +64,7 @@ def verify(path, expected, checksum):
         return
     what = f"{path} has {os.path.getsize(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
     if checksum:
-        raise UserError(f"{what}: delete it to fetch it again, or accept it with --no_checksum")
+        raise UserError(f"{what}: put the right file in its place, or accept this one with --no_checksum")
     print(f"warning: {what}", flush=True)
 
 
