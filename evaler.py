@@ -239,7 +239,7 @@ def draw_mistakes(path, split, result, most=25):
 # ------------------------------------------------------------------------------------------------------ script
 
 
-def parse_flags():
+def parse_flags(argv=None):
     parser = ArgumentParser(description="Evaluate a run over a whole split, in inference mode.")
     parser.add_argument("--dataset", required=True, help="name of the dataset, one of the known or your own")
     parser.add_argument("--train_dir", default="train_dir", help="where the run folders are, or one run folder")
@@ -249,7 +249,7 @@ def parse_flags():
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
     parser.add_argument("--batch_statistics", choices=("moving", "reestimate"), default="moving",
                         help="of batch norm: those that training left, or also those re-estimated over training images")
-    config = parser.parse_args()
+    config = parser.parse_args(argv)
     if config.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {config.batch_size}")
     return config
@@ -261,8 +261,8 @@ def print_result(title, result, class_names):
         print(f"  {name:<24.24} " + ("no images" if accuracy is None else f"{100 * accuracy:6.2f} %"))
 
 
-def main():
-    flags = parse_flags()
+def main(argv=None):
+    flags = parse_flags(argv)
     if flags.checkpoint:
         folder = Path(flags.checkpoint)
         run_dir = folder if (folder / "config.json").exists() else folder.parent

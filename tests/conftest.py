@@ -1,0 +1,18 @@
+"""Data that several files of tests share."""
+import pytest
+
+import datasets
+import download
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A data folder with Digits packed in it."""
+    path = tmp_path_factory.mktemp("data")
+    download.prepare("Digits", str(path))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def digits(data_dir):
+    return datasets.create_default_splits("Digits", data_dir)

@@ -1,0 +1,55 @@
+"""Run the scripts as users do, and read what they leave."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tensorflow as tf
+
+REPO = Path(__file__).resolve().parent.parent
+TIMINGS = ("images_per_second",)
+
+
+def command(script, *flags):
+    return [sys.executable, str(REPO / script), *map(str, flags)]
+
+
+def run(script, *flags, code=0):
+    """Run a script from another folder; returns what it printed. Errors must be one line on stderr."""
+    done = subprocess.run(command(script, *flags), capture_output=True, text=True, cwd="/", timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    if code:
+        assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+        assert done.stderr.startswith(f"{os.path.basename(script)}: error: "), done.stderr
+    return done.stderr if code else done.stdout
+
+
+def only_run(train_dir):
+    (run_dir,) = Path(train_dir).iterdir()
+    return run_dir
+
+
+def metrics(run_dir, without=TIMINGS):
+    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in without} for row in rows]
+
+
+def checkpoint(run_dir):
+    """All tensors of the newest checkpoint of a run, by name."""
+    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(run_dir))
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
+            if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")}
+
+
+def scalars(run_dir):
+    """[(tag, step)] of every scalar in the event files of a run, in order."""
+    found = []
+    for path in sorted(Path(run_dir).glob("events.out.tfevents.*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars":
+                    found.append((value.tag, event.step))
+                elif not value.metadata.plugin_data.plugin_name and "/" in value.tag and value.tensor.dtype == 1:
+                    found.append((value.tag, event.step))
+    return found

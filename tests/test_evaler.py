@@ -1,0 +1,161 @@
+"""evaler.py: the whole split, in inference mode, the same number that the trainer printed."""
+import json
+import shutil
+
+import evaler           # first: it quietens TensorFlow as it loads
+
+import imageio.v3 as iio
+import keras
+import numpy as np
+import pytest
+import scripts
+import tensorflow as tf
+
+import datasets
+import ops
+from input_ops import create_input_ops
+
+
+@pytest.fixture(scope="module")
+def batch_run(data_dir, tmp_path_factory):
+    """A short run with batch norm, and what evaler.py printed of it."""
+    train_dir = tmp_path_factory.mktemp("batch_run")
+    common = ("--dataset", "Digits", "--data_dir", data_dir, "--train_dir", train_dir)
+    scripts.run("trainer.py", *common, "--model", "resnet8", "--norm_type", "batch", "--batch_size", 4,
+                "--max_batch_size", 32, "--max_training_step", 12, "--learning_rate", 0.01, "--ckpt_save_step", 5)
+    printed = scripts.run("evaler.py", *common, "--batch_statistics", "reestimate")
+    return scripts.only_run(train_dir), printed
+
+
+def test_it_agrees_with_the_trainers_last_test(batch_run):
+    run_dir, printed = batch_run
+    last = scripts.metrics(run_dir)[-1]
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert result["accuracy"] == last["test_loss/accuracy"] and result["loss"] == last["test_loss/loss"]
+    assert (result["images"], result["step"], result["split"]) == (360, 12, "test")
+    assert f"accuracy {100 * result['accuracy']:.2f} %" in printed and "360 images" in printed
+
+
+def test_accuracy_is_the_mean_of_its_classes(batch_run, digits):
+    run_dir, _ = batch_run
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    counts = np.bincount(digits[1].labels, minlength=10)
+    assert np.dot(result["per_class_accuracy"], counts) / 360 == pytest.approx(result["accuracy"], abs=1e-12)
+
+
+def test_reestimated_statistics_stand_beside_the_moving_ones(batch_run):
+    run_dir, printed = batch_run
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert "statistics re-estimated: accuracy" in printed
+    assert result["reestimated"]["images"] == 360 and 0 < result["reestimated"]["accuracy"] != result["accuracy"]
+
+
+def test_summaries_and_mistakes_are_pictures(batch_run):
+    run_dir, _ = batch_run
+    assert iio.imread(run_dir / "mistakes.png").shape[:2] == (1100, 1000)
+    (events,) = run_dir.glob("events.out.tfevents.*.evaluation")
+    found = {}
+    for event in tf.compat.v1.train.summary_iterator(str(events)):
+        for value in event.summary.value:
+            found[value.tag] = (event.step, tf.make_ndarray(value.tensor))
+    assert found["evaluation_test/accuracy"][0] == 12
+    width, height, picture = found["evaluation_test/confusion"][1][:3]
+    assert tf.io.decode_png(picture).shape == (int(height), int(width), 3)
+
+
+def test_checkpoint_and_split_can_be_chosen(batch_run, data_dir):
+    run_dir, _ = batch_run
+    printed = scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--split", "train",
+                          "--checkpoint", run_dir / "model-5", "--batch_size", 100)
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert (result["images"], result["step"], result["split"]) == (1437, 5, "train")
+    assert "step 5" in printed and "Digits train" in printed
+
+
+def test_the_newest_run_of_the_dataset_is_taken(batch_run, data_dir, tmp_path):
+    for name in ("older", "newer"):
+        shutil.copytree(batch_run[0], tmp_path / name)
+    (tmp_path / "newer" / "checkpoint").touch()
+    printed = scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path)
+    assert f"{tmp_path / 'newer'}/model-12: resnet8, batch norm, step 12" in printed
+
+
+def test_statistics_of_the_first_norm_are_those_of_its_input(data_dir, digits):
+    """Re-estimation against float64 numpy: the mean and variance of the stem's output over the images it used."""
+    keras.utils.set_random_seed(0)
+    train, _ = digits
+    config = {"flags": {"dtype": "float32", "norm_type": "batch", "group_size": None, "weight_standardization": False},
+              "derived": {"model": "resnet8", "groups": 8, "batch_norm_momentum": 0.9}}
+    model = evaler.build_model(config, train.image_shape, 10)
+    evaler.reestimate_batch_statistics(model, train, seed=3)
+    norm = next(layer for layer in model.layers if isinstance(layer, ops.BatchNorm))
+    stem = keras.Model(model.input, norm.input)
+    steps = len(train) // evaler.EVALUATION_BATCH
+    outputs = np.concatenate([stem(images).numpy() for images, _ in
+                              create_input_ops(train, evaler.EVALUATION_BATCH, True, seed=3, last_step=steps)])
+    outputs = outputs.astype(np.float64).reshape(-1, outputs.shape[-1])
+    np.testing.assert_allclose(norm.moving_mean.numpy(), outputs.mean(axis=0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(norm.moving_variance.numpy(), outputs.var(axis=0), rtol=1e-4)
+    assert norm.momentum == 0.9 and not norm.use_batch_statistics
+
+
+def test_evaluate_by_hand():
+    """Five examples in batches of two, one class without examples."""
+    logits = np.log([[.7, .2, .1], [.1, .8, .1], [.3, .4, .3], [.2, .2, .6], [.5, .4, .1]])
+    labels = np.array([0, 1, 0, 0, 1])
+
+    def predict(rows, _):
+        return (tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], tf.gather(logits, rows)),
+                tf.argmax(tf.gather(logits, rows), axis=1))
+
+    batches = [(np.array(rows), None) for rows in ([0, 1], [2, 3], [4])]
+    result = evaler.evaluate(predict, batches, labels, 3)
+    assert result["accuracy"] == 2 / 5 and result["images"] == 5
+    assert result["per_class_accuracy"] == [1 / 3, 1 / 2, None]
+    assert result["loss"] == pytest.approx(-np.log([.7, .8, .3, .2, .4]).mean())
+    assert result["confusion"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("images, shape", [((3, 4, 5, 3), (1, 8, 10, 3)), ((70, 2, 2, 1), (1, 16, 16, 1)),
+                                           ((1, 6, 6, 2), (1, 6, 6, 1))])
+def test_image_grids(images, shape):
+    images = np.zeros(images) + np.arange(images[0]).reshape(-1, 1, 1, 1)
+    grid = evaler.image_grid(images.astype(np.uint8))
+    assert grid.shape == shape
+    assert grid[0, 0, -1, 0] == int(np.ceil(np.sqrt(min(64, len(images))))) - 1      # the last picture of the first row
+
+
+def test_mistakes_of_all_kinds_are_named(batch_run, data_dir, tmp_path):
+    run_dir, _ = batch_run
+    digits = ["--dataset", "Digits", "--data_dir", data_dir]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    shutil.copytree(run_dir, tmp_path / "other")
+    config = json.loads((run_dir / "config.json").read_text())
+    config["derived"]["model"] = "resnet14"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    for flags, said in ((("--train_dir", tmp_path / "empty"), "no run of Digits"),
+                        (("--train_dir", tmp_path / "damaged"), "is damaged"),
+                        (("--checkpoint", run_dir / "model-77"), "model-77 is no readable checkpoint"),
+                        (("--checkpoint", tmp_path / "other" / "model-12"), "is of another model"),
+                        (("--train_dir", run_dir, "--batch_size", 0), "--batch_size must be at least 1, not 0")):
+        with pytest.raises(evaler.UserError, match=said):
+            evaler.main(digits + [str(flag) for flag in flags])
+
+
+def test_a_checkpoint_of_other_classes_is_named(batch_run):
+    config = json.loads((batch_run[0] / "config.json").read_text())
+    model = evaler.build_model(config, (8, 8, 1), 11)
+    with pytest.raises(evaler.UserError, match=r"logits/\w+ has the shape .*10.* there and .*11.* here"):
+        evaler.load_weights(model, batch_run[0])
+
+
+def test_reestimation_needs_batch_norm(data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps({"flags": {"dataset": "Digits", "norm_type": "group"},
+                                                     "derived": {"model": "resnet8"}}))
+    assert "batch norm" in scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--checkpoint",
+                                       run_dir, "--batch_statistics", "reestimate", code=2)
+    assert datasets.is_prepared("Digits", data_dir)

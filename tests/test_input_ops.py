@@ -1,0 +1,156 @@
+"""Batches are what their step says: shuffled, augmented, whole at test time, the same wherever a run starts."""
+import io
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import archives
+import datasets
+import download
+import input_ops
+
+
+def own_data(folder, images, labels, classes):
+    """Write a dataset in the ancestor's layout: a group an id with `image` and one-hot `label`, and id.txt."""
+    folder.mkdir(parents=True)
+    with h5py.File(folder / "data.hy", "w") as file:
+        for i, (image, label) in enumerate(zip(images, labels)):
+            group = file.create_group(f"example{i}")
+            group["image"] = image
+            group["label"] = np.eye(classes)[label]
+    ids = [f"example{i}" for i in range(len(images))]
+    (folder / "id.txt").write_text("".join(f"{name}\n" for name in ids))
+    (folder / "id_train.txt").write_text("".join(f"{name}\n" for name in ids[:-5]))
+    (folder / "id_test.txt").write_text("".join(f"{name}\n" for name in ids[-5:]))
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """27 training and 5 test images 6×5×3, in which every pixel of image i is i (uint8); its label is i % 3."""
+    data_dir = tmp_path_factory.mktemp("numbered")
+    images = np.ones((32, 6, 5, 3), np.uint8) * np.arange(32, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    own_data(data_dir / "NUMBERED", images, np.arange(32) % 3, 3)
+    return datasets.create_default_splits("NUMBERED", str(data_dir))
+
+
+def numbers(batches):
+    """The image numbers of each batch, checked against the labels that came with them."""
+    found = []
+    for images, labels in batches:
+        number = np.round(images.numpy()[:, 0, 0, 0] * 255).astype(int)
+        np.testing.assert_array_equal(number % 3, labels)
+        found.append(number.tolist())
+    return found
+
+
+def test_every_epoch_is_another_permutation(numbered):
+    train, _ = numbered
+    sequence = np.concatenate(numbers(input_ops.create_input_ops(train, 9, True, seed=3, last_step=12)))
+    epochs = sequence.reshape(4, 27)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(27))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    other = numbers(input_ops.create_input_ops(train, 9, True, seed=4, last_step=3))
+    assert np.concatenate(other).tolist() != epochs[0].tolist()
+
+
+def test_batches_over_the_end_of_an_epoch_are_full(numbered):
+    train, _ = numbered
+    batches = numbers(input_ops.create_input_ops(train, 10, True, seed=0, last_step=27))     # ten epochs
+    assert {len(batch) for batch in batches} == {10}
+    assert np.bincount(np.concatenate(batches)).tolist() == [10] * 27
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_run_that_starts_later_sees_the_same_batches(numbered, augment):
+    train, _ = numbered
+    whole = list(input_ops.create_input_ops(train, 8, True, augment, seed=5, last_step=9))
+    late = list(input_ops.create_input_ops(train, 8, True, augment, seed=5, first_step=6, last_step=9))
+    assert len(late) == 3
+    for (images, labels), (late_images, late_labels) in zip(whole[6:], late):
+        np.testing.assert_array_equal(images, late_images)
+        np.testing.assert_array_equal(labels, late_labels)
+
+
+def test_the_test_split_comes_whole_in_order_and_as_it_is(numbered):
+    _, test = numbered
+    batches = list(input_ops.create_input_ops(test, 2, False, augment=True))
+    assert [len(labels) for _, labels in batches] == [2, 2, 1]
+    images = np.concatenate([images for images, _ in batches])
+    np.testing.assert_array_equal(images, test.images().astype(np.float32) / np.float32(255))
+
+
+def test_reading_from_the_file_gives_the_same_batches(numbered, monkeypatch):
+    train, _ = numbered
+    from_memory = numbers(input_ops.create_input_ops(train, 9, True, seed=1, last_step=5))
+    monkeypatch.setattr(input_ops, "IN_MEMORY", 0)
+    assert numbers(input_ops.create_input_ops(train, 9, True, seed=1, last_step=5)) == from_memory
+
+
+def test_float_images_are_taken_as_they_are(tmp_path):
+    images = np.random.default_rng(0).normal(0, 50, (12, 4, 4, 2)).astype(np.float32)
+    own_data(tmp_path / "FLOATS", images, np.arange(12) % 2, 2)
+    _, test = datasets.create_default_splits("FLOATS", str(tmp_path))
+    batch, _ = next(iter(input_ops.create_input_ops(test, 5, False)))
+    np.testing.assert_array_equal(batch, images[-5:])
+
+
+def test_flip_and_crop_against_all_the_pictures_it_may_make():
+    """Each result is one of the 2 × 9 × 9 crops of the padded image and its mirror image, and all of them occur."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 256, (32, 32, 1), dtype=np.uint8)
+    padded = np.pad(image, [(4, 4), (4, 4), (0, 0)])
+    allowed = {}
+    for row in range(9):
+        for column in range(9):
+            crop = padded[row:row + 32, column:column + 32]
+            allowed[crop.tobytes()] = (row, column, False)
+            allowed[np.ascontiguousarray(crop[:, ::-1]).tobytes()] = (row, column, True)
+    made = input_ops.flip_and_crop(tf.constant(np.tile(image, (3000, 1, 1, 1))), [1, 2]).numpy()
+    found = [allowed[crop.tobytes()] for crop in made]
+    assert len(set(found)) == 2 * 9 * 9
+    assert 0.45 < np.mean([mirrored for _, _, mirrored in found]) < 0.55     # 5 standard deviations of 3000 draws
+
+
+def test_flip_and_crop_draws_by_its_seed_alone():
+    images = tf.constant(np.random.default_rng(0).integers(0, 256, (16, 12, 10, 3), dtype=np.uint8))
+    first, again, other = (input_ops.flip_and_crop(images, [7, step]).numpy() for step in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imagenet")
+    archives.make("ImageNet", folder / "archives")
+    download.prepare("ImageNet", str(folder / "data"), archive_dir=str(folder / "archives"), checksum=False)
+    return datasets.create_default_splits("ImageNet", str(folder / "data"))
+
+
+def test_encoded_images_are_cut_from_the_centre(imagenet):
+    _, test = imagenet
+    images, labels = next(iter(input_ops.create_input_ops(test, len(test), False)))
+    assert images.shape == (len(test), 224, 224, 3)
+    np.testing.assert_array_equal(labels, test.labels)
+    assert input_ops.network_image_shape(test) == (224, 224, 3)
+    for image, jpeg in zip(images.numpy(), test.read(np.arange(len(test)))):
+        picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
+        scale = 256 / min(picture.size)
+        picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BILINEAR)
+        left, top = ((side - 224) // 2 for side in picture.size)
+        expected = np.asarray(picture.crop((left, top, left + 224, top + 224))) / 255
+        assert np.abs(image - expected).mean() < 0.02        # two decoders and two ways to interpolate
+
+
+def test_encoded_images_are_cropped_by_seed_and_step(imagenet):
+    train, _ = imagenet
+    whole = list(input_ops.create_input_ops(train, 3, True, augment=True, seed=1, last_step=4))
+    late = list(input_ops.create_input_ops(train, 3, True, augment=True, seed=1, first_step=2, last_step=4))
+    for (images, labels), (late_images, late_labels) in zip(whole[2:], late):
+        assert images.shape == (3, 224, 224, 3)
+        assert 0 <= images.numpy().min() and images.numpy().max() <= 1
+        np.testing.assert_array_equal(images, late_images)
+        np.testing.assert_array_equal(labels, late_labels)

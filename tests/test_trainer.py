@@ -1,0 +1,332 @@
+"""trainer.py, as users run it and step by step against independent formulas."""
+import json
+import math
+import signal
+import subprocess
+import time
+
+import evaler           # first: it quietens TensorFlow as it loads
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import scripts
+import tensorflow as tf
+
+import trainer
+
+SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
+
+
+def configuration(data_dir, *flags):
+    """(config, train, test) as trainer.py makes them of flags."""
+    parsed = trainer.parse_flags([*SMALL, "--data_dir", data_dir, *map(str, flags)])
+    _, config, train, test = trainer.open_run(parsed)
+    return config, train, test
+
+
+def machinery(data_dir, *flags):
+    """What a run consists of: config, model, optimizer, totals and the step's graph."""
+    config, train, _ = configuration(data_dir, *flags)
+    keras.utils.set_random_seed(config["flags"]["seed"])
+    model = evaler.build_model(config, train.image_shape, train.num_classes)
+    optimizer = trainer.Optimizer(config["derived"]["optimizer"], [v.value for v in model.trainable_variables])
+    totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+    return config, model, optimizer, totals, trainer.make_train_step(model, optimizer, totals, config)
+
+
+def random_batch(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return tf.constant(rng.random((count, 8, 8, 1)), tf.float32), tf.constant(rng.integers(0, 10, count), tf.int32)
+
+
+# ------------------------------------------------------------------------------------------- a run from outside
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """A run of 9 steps that logged, tested and saved at intervals which do not divide 9, and what it printed."""
+    train_dir = tmp_path_factory.mktemp("finished")
+    printed = scripts.run("trainer.py", *SMALL, "--norm_type", "group", "--batch_size", 8, "--max_training_step", 9,
+                          "--log_step", 2, "--write_summary_step", 4, "--test_sample_step", 5, "--ckpt_save_step", 4,
+                          "--learning_rate", 0.01, "--prefix", "mine", "--data_dir", data_dir, "--train_dir", train_dir)
+    return scripts.only_run(train_dir), printed
+
+
+def test_run_folder(finished):
+    run_dir, printed = finished
+    assert run_dir.name.startswith("mine-Digits_lr_0.01_bs_8_norm_type_group-20")
+    assert str(run_dir) in printed
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["flags"]["seed"] == 0 and config["flags"]["batch_size"] == 8
+    assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 8
+    assert config["versions"]["tensorflow"] == tf.__version__
+    assert config["data"] | {"class_names": 0} == {"train": 1437, "test": 360, "image_shape": [8, 8, 1],
+                                                   "num_classes": 10, "class_names": 0}
+
+
+def test_metrics_have_a_row_each_interval_and_the_end(finished):
+    rows = scripts.metrics(finished[0], without=())
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 9]
+    assert [row["step"] for row in rows if "test_loss/accuracy" in row] == [5, 9]
+    for row in rows:
+        assert 0 <= row["loss/accuracy"] <= 1 and math.isfinite(row["loss/loss"]) and row["images_per_second"] > 0
+
+
+def test_the_rate_in_use_is_scaled_and_logged(finished):
+    """Faults 3: --learning_rate is the rate at max_batch_size, the log has what the optimizer used (cosine here)."""
+    for row in scripts.metrics(finished[0]):
+        used = 0.01 * 8 / 32 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1) / 9))
+        assert row["learning_rate"] == pytest.approx(used, rel=1e-6)
+
+
+def test_the_last_step_is_saved(finished):
+    """Fault 10."""
+    assert tf.train.latest_checkpoint(finished[0]).endswith("model-9")
+    assert scripts.checkpoint(finished[0])["step/.ATTRIBUTES/VARIABLE_VALUE"] == 9
+    assert {path.name for path in finished[0].glob("model-*.index")} == {"model-4.index", "model-8.index",
+                                                                         "model-9.index"}
+
+
+def test_tensorboard_serves_the_ancestors_tags(finished):
+    """TensorBoard itself, on loopback, reads the scalars, the images and the settings of the run."""
+    import socket
+    import sys
+    import urllib.request
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(finished[0].parent), "--port",
+                               str(port), "--host", "127.0.0.1", "--load_fast", "false", "--reload_interval", "1"],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def get(path):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/{path}", timeout=5) as answer:
+            return json.load(answer)
+
+    run_name = finished[0].name
+    wanted = {"loss/accuracy", "loss/loss", "test_loss/accuracy", "test_loss/loss", "learning_rate",
+              "images_per_second"}
+    try:
+        deadline, tags = time.monotonic() + 60, {}
+        while not (wanted <= tags.keys()):
+            assert time.monotonic() < deadline, f"TensorBoard shows {sorted(tags)}"
+            try:
+                tags = get("scalars/tags").get(run_name, {})
+            except OSError:         # it is still starting
+                time.sleep(0.2)
+        for tag in wanted:
+            points = get(f"scalars/scalars?run={run_name}&tag={tag}")
+            rows = {row["step"]: row[tag] for row in scripts.metrics(finished[0], without=()) if tag in row}
+            assert [step for _, step, _ in points] == ([5, 9] if tag.startswith("test") else [4, 5, 8, 9])
+            for _, step, value in points:
+                assert value == pytest.approx(rows[step], rel=1e-6)
+        assert {"img/image", "test_img/image"} <= get("images/tags")[run_name].keys()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+# ------------------------------------------------------------------------------------- the step, against formulas
+
+
+def gradients_of_mean_loss(model, images, labels):
+    with tf.GradientTape() as tape:
+        logits = model(images, training=True)
+        loss = tf.reduce_mean(keras.losses.sparse_categorical_crossentropy(labels, logits, from_logits=True))
+    weights = [variable.value for variable in model.trainable_variables]
+    return [gradient.numpy().astype(np.float64) for gradient in tape.gradient(loss, weights)], float(loss)
+
+
+def clipped(gradients):
+    norm = math.sqrt(sum((gradient ** 2).sum() for gradient in gradients))
+    return [gradient * min(1.0, 20 / norm) for gradient in gradients]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
+@pytest.mark.parametrize("scale", [1.0, 1e4])       # 1e4: gradients beyond the clipping norm of 20
+def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
+    """Fault 5: one optimizer, one set of slots. Clipped gradients with L2 decay, in float64 by the definitions."""
+    config, model, updater, totals, step = machinery(
+        data_dir, "--norm_type", "group", "--optimizer", optimizer, "--weight_decay", 0.01, "--batch_size", 16,
+        "--max_batch_size", 16)
+    model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * scale)
+    weights = [variable.numpy().astype(np.float64) for variable in model.trainable_variables]
+    m, v = ([np.zeros_like(w) for w in weights] for _ in range(2))
+    updater.learning_rate.assign(0.003)
+    for t in (1, 2):
+        images, labels = random_batch(16, seed=t)
+        gradients, loss = gradients_of_mean_loss(model, images, labels)
+        gradients = clipped([g + 0.01 * w for g, w in zip(gradients, weights)])
+        finite, reported = step(images, labels)
+        assert finite and float(reported) == pytest.approx(loss, rel=1e-5)
+        for k, g in enumerate(gradients):
+            if optimizer == "momentum":
+                m[k] = 0.9 * m[k] + g
+                weights[k] = weights[k] - 0.003 * m[k]
+            else:
+                m[k] = 0.9 * m[k] + 0.1 * g
+                v[k] = 0.999 * v[k] + 0.001 * g * g
+                rate = 0.003 * math.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t)
+                weights[k] = weights[k] - rate * m[k] / (np.sqrt(v[k]) + 1e-8)
+        for variable, expected in zip(model.trainable_variables, weights):
+            # Adam divides by the gradient's own size, so a gradient that is rounding alone may move by the whole rate
+            close = np.isclose(variable.numpy(), expected, rtol=1e-4, atol=2e-5)
+            assert close.mean() > 0.99, variable.path
+        weights = [variable.numpy().astype(np.float64) for variable in model.trainable_variables]
+    assert totals.numpy()[2] == 32
+
+
+def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
+    """Fault 4: four updates of 8 images are what one call does, and equal four steps of 8 images."""
+    images, labels = random_batch(32)
+    _, model, updater, totals, step = machinery(data_dir, "--norm_type", "batch", "--batch_size", 8)
+    _, other, other_updater, other_totals, other_step = machinery(data_dir, "--norm_type", "batch", "--batch_size", 8,
+                                                                  "--max_batch_size", 8)
+    for norm, other_norm in zip(model.layers, other.layers):
+        if hasattr(norm, "momentum"):
+            other_norm.momentum = norm.momentum
+    for each in (updater, other_updater):
+        each.learning_rate.assign(1e-3)
+    step(images, labels)
+    for i in range(4):
+        other_step(images[8 * i:8 * i + 8], labels[8 * i:8 * i + 8])
+    for variable, expected in zip(model.variables, other.variables):
+        np.testing.assert_array_equal(variable.numpy(), expected.numpy(), err_msg=variable.path)
+    np.testing.assert_array_equal(totals.numpy(), other_totals.numpy())
+
+
+def test_schedules():
+    def rates(schedule, warmup=0, steps=100):
+        config = {"flags": {"lr_schedule": schedule, "warmup_steps": warmup},
+                  "derived": {"peak_learning_rate": 2.0, "max_training_step": steps}}
+        return [trainer.learning_rate_at(step, config) for step in range(steps)]
+
+    assert rates("constant") == [2.0] * 100
+    assert rates("step") == pytest.approx([2.0] * 30 + [0.2] * 30 + [0.02] * 30 + [0.002] * 10)
+    cosine = rates("cosine", warmup=10)
+    assert cosine[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.001
+
+
+def test_no_adjust_learning_rate_has_an_effect(data_dir):
+    config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5)
+    assert config["derived"]["peak_learning_rate"] == 0.5 * 2 / 32
+    config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5, "--no_adjust_learning_rate")
+    assert config["derived"]["peak_learning_rate"] == 0.5
+
+
+def test_the_horizon_of_moving_statistics_is_the_same_at_every_batch_size(data_dir):
+    momenta = [configuration(data_dir, "--batch_size", size)[0]["derived"]["batch_norm_momentum"] for size in (32, 2)]
+    assert momenta[0] == pytest.approx(0.9) and momenta[1] ** 16 == pytest.approx(0.9)
+
+
+# -------------------------------------------------------------------------------------------- testing while training
+
+
+def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
+    """Faults 1 and 2: the whole test split, by moving statistics, without dropout; nothing moves."""
+    config, train, test = configuration(data_dir, "--norm_type", "batch", "--model", "convnet")
+    model = evaler.build_model(config, train.image_shape, train.num_classes)
+    before = {variable.path: variable.numpy().copy() for variable in model.variables}
+    predict = evaler.make_predictor(model)
+    results = [evaler.evaluate(predict, evaler.create_input_ops(test, size, False), test.labels, 10)
+               for size in (360, 7)]
+    assert results[0]["images"] == results[1]["images"] == 360
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], rtol=1e-4, atol=1e-5)
+    for variable in model.variables:
+        np.testing.assert_array_equal(variable.numpy(), before[variable.path])
+
+
+# ------------------------------------------------------------------------------------------------ ways to start
+
+
+def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, tmp_path):
+    """Fault 10: all variables of the model, and a fresh optimizer; at a rate of nearly 0 the accuracy stays."""
+    scripts.run("trainer.py", *SMALL, "--norm_type", "group", "--max_training_step", 1, "--learning_rate", 1e-30,
+                "--checkpoint", finished[0], "--data_dir", data_dir, "--train_dir", tmp_path)
+    assert scripts.metrics(scripts.only_run(tmp_path))[-1]["test_loss/accuracy"] == \
+        scripts.metrics(finished[0])[-1]["test_loss/accuracy"]
+
+
+def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
+    """Fault 12: the ancestor's layout, by name alone."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "MY_SHAPES"
+    folder.mkdir(parents=True)
+    with h5py.File(folder / "data.hy", "w") as file:
+        for i in range(60):
+            image = rng.integers(0, 60, (12, 10, 3))
+            image[:, :5] += (i % 2) * 150
+            file[f"{i}/image"] = image.astype(np.uint8)
+            file[f"{i}/label"] = np.eye(2)[i % 2]
+    (folder / "id.txt").write_text("".join(f"{i}\n" for i in range(60)))
+    common = ("--dataset", "MY_SHAPES", "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
+    scripts.run("trainer.py", *common, "--norm_type", "group", "--model", "resnet8", "--batch_size", 4,
+                "--max_batch_size", 8, "--max_training_step", 40, "--learning_rate", 0.01)
+    printed = scripts.run("evaler.py", *common)
+    assert "12 images" in printed and "accuracy 100.00 %" in printed
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(stop, data_dir, tmp_path):
+    flags = (*SMALL, "--max_training_step", 100000, "--log_step", 1, "--data_dir", data_dir, "--train_dir", tmp_path)
+    process = subprocess.Popen(scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(stop)
+    rest = process.stdout.read()
+    assert process.wait() == 128 + stop
+    run_dir = scripts.only_run(tmp_path)
+    saved = int(scripts.checkpoint(run_dir)["step/.ATTRIBUTES/VARIABLE_VALUE"])
+    assert f"after step {saved}, which is saved" in rest and f"--resume {run_dir}" in rest
+    assert scripts.metrics(run_dir)[-1]["step"] == saved
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
+    error = scripts.run("trainer.py", *SMALL, "--norm_type", "none", "--optimizer", "momentum", "--learning_rate", 1e9,
+                        "--max_training_step", 50, "--ckpt_save_step", 1, "--data_dir", data_dir, "--train_dir",
+                        tmp_path, code=1)
+    run_dir = scripts.only_run(tmp_path)
+    last = scripts.checkpoint(run_dir)
+    step = int(last["step/.ATTRIBUTES/VARIABLE_VALUE"])
+    assert f"diverged at step {step + 1}" in error and "1e+09" in error and f"model-{step}" in error
+    assert all(np.isfinite(value).all() for name, value in last.items() if name.startswith("model/"))
+
+
+def test_two_runs_of_the_same_second_get_two_folders(data_dir, tmp_path):
+    config, train, test = configuration(data_dir, "--train_dir", str(tmp_path))
+    flags = trainer.parse_flags([*SMALL, "--data_dir", data_dir, "--train_dir", str(tmp_path)])
+    folders = {trainer.make_run_dir(flags, config["derived"]) for _ in range(3)}
+    assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
+# ------------------------------------------------------------------------------------------------ wrong flags
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--batch_size", "3"), "3"), (("--batch_size", "64"), "64"), (("--batch_size", "0"), "0"),
+    (("--learning_rate", "-1"), "-1"), (("--learning_rate", "nan"), "nan"), (("--groups", "8"), "--norm_type group"),
+    (("--norm_type", "group", "--groups", "4", "--group_size", "4"), "--group_size 4"),
+    (("--augment", "--no_augment"), "--no_augment"), (("--seed", "-1"), "-1"), (("--log_step", "0"), "0"),
+    (("--warmup_steps", "20", "--max_training_step", "10"), "20"), (("--prefix", "a/b"), "a/b"),
+    (("--max_training_step", "0"), "0"), (("--weight_decay", "-0.1"), "-0.1"),
+    (("--resume", "somewhere"), "--dataset Digits"),
+])
+def test_wrong_flags_are_named(flags, said):
+    with pytest.raises(trainer.UserError, match=said.replace("+", r"\+")):
+        trainer.parse_flags([*SMALL, *flags])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--norm_type", "group", "--groups", "7"), "16 channels cannot be split into 7 groups"),
+    (("--dataset", "NO_SUCH"), "NO_SUCH"), (("--norm_type", "grupo"), "grupo"), (("--batch", "2"), "--batch"),
+    (("--checkpoint", "/nowhere/model-1"), "/nowhere/model-1"), (("--train_dir", "/proc/no"), "/proc/no"),
+])
+def test_wrong_flags_end_in_one_line(flags, said, data_dir, tmp_path):
+    error = scripts.run("trainer.py", *SMALL, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", *flags, code=2)
+    assert said in error
+    assert not (tmp_path / "runs").exists()
