@@ -195,8 +195,9 @@ def test_the_last_gamma_of_each_block_starts_at_0(name, shape, classes, norm_typ
             into_block = sources_of[sources[0].name][0]                 # what the convolution before the norm takes
             # a projection shortcut also ends at the Add, but takes the block's input, which the block takes too
             last = isinstance(takers[0], keras.layers.Add) and len(takers_of[into_block.name]) == 1
-            np.testing.assert_array_equal(layer.gamma, np.full(layer.channels, 0.0 if last else 1.0), layer.name)
-            np.testing.assert_array_equal(layer.beta, np.zeros(layer.channels), layer.name)
+            start = np.full(layer.channels, 0.0 if last else 1.0)
+            np.testing.assert_array_equal(layer.gamma.numpy(), start, layer.name)
+            np.testing.assert_array_equal(layer.beta.numpy(), np.zeros(layer.channels), layer.name)
             zeros += last
     assert zeros == blocks == len(of_type(model, keras.layers.Add))
 
@@ -215,7 +216,7 @@ def test_he_initialisation():
                 assert abs(kernel.mean()) < 6 * math.sqrt(2 / fan_in / kernel.size), layer.name
                 checked += 1
             if layer.use_bias:
-                np.testing.assert_array_equal(layer.bias, np.zeros(layer.bias.shape))
+                np.testing.assert_array_equal(layer.bias.numpy(), np.zeros(layer.bias.shape))
     assert checked >= 20
 
 
@@ -352,7 +353,7 @@ def test_resnets_take_images_of_any_size(name, norm_type):
 def test_a_new_resnet_starts_from_its_shortcuts():
     """With the last gamma of each block at 0, the logits of a new net pass through no block's convolutions."""
     model = models.create_model("resnet8", (32, 32, 3), 10)
-    x, before = images(2), None
+    x = images(2)
     before = model(x).numpy()
     for layer in of_type(model, keras.layers.Conv2D):
         if layer.kernel_size == (3, 3) and "stem" not in layer.name:
