@@ -181,6 +181,20 @@ def test_convolution_norm_activation_each_once(name, shape, classes, norm_type):
     assert slopes == ({0.2} if name == "convnet" else {0.0}) and len(activations) <= len(norms) + 3
 
 
+@pytest.mark.parametrize("name, shape, classes, sizes", [
+    ("resnet8", (32, 32, 3), 10, [(32, 16), (16, 32), (8, 64)]),
+    ("resnet18", (224, 224, 3), 1000, [(56, 64), (28, 128), (14, 256), (7, 512)]),
+    ("resnet50", (224, 224, 3), 1000, [(56, 256), (28, 512), (14, 1024), (7, 2048)])])
+def test_sizes_of_the_stages(name, shape, classes, sizes):
+    """The stages have the sides and channels of table 1 and section 4.2 of arXiv 1512.03385, 3x3 pooling of stride 2
+    included, which no count of parameters shows."""
+    model = built(name, shape, classes, "batch")
+    shapes = [layer.output.shape for layer in of_type(model, keras.layers.Add)]
+    assert list(dict.fromkeys(shapes)) == [(None, side, side, channels) for side, channels in sizes]
+    pools = of_type(model, keras.layers.MaxPooling2D)
+    assert [(pool.pool_size, pool.strides) for pool in pools] == [((3, 3), (2, 2))] * (name != "resnet8")
+
+
 @pytest.mark.parametrize("name, shape, classes, norm_type", [
     case for case in WALKED if case[0] != "convnet" and case[3] != "none"])
 def test_the_last_gamma_of_each_block_starts_at_0(name, shape, classes, norm_type):
