@@ -1,0 +1,92 @@
+"""Kill training runs at random moments, continue them, and compare with runs that were left alone, bit by bit.
+
+    python tests/kill_trainer.py --kills 20         # over both norms; ten minutes or so
+
+Compared are every tensor of the last checkpoint (weights, moving statistics, optimizer, step, state of dropout),
+metrics.jsonl but for its timings, and the steps of every TensorBoard scalar.
+"""
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
+
+import numpy as np
+import scripts
+
+import download
+
+STEPS = 80
+FLAGS = ("--dataset", "Digits", "--max_batch_size", 32, "--batch_size", 8, "--max_training_step", STEPS, "--augment",
+         "--test_sample_step", 50, "--log_step", 7, "--write_summary_step", 5, "--ckpt_save_step", 3, "--seed", 5)
+
+
+def assert_same_runs(run_dir, expected_dir):
+    """Raise AssertionError unless two finished runs agree in all but their timings."""
+    found, expected = scripts.checkpoint(run_dir), scripts.checkpoint(expected_dir)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert scripts.metrics(run_dir) == scripts.metrics(expected_dir)
+    # images_per_second is missing where a process made its first step, which it does not time
+    shown, wanted = ([point for point in scripts.scalars(path) if point[0] not in scripts.TIMINGS]
+                     for path in (run_dir, expected_dir))
+    assert sorted(shown) == sorted(wanted), "TensorBoard events lost or doubled"
+
+
+def kill_and_continue(data_dir, folder, flags, kills, rng, longest=4.0):
+    """Train under SIGKILL; returns the run folder and the steps that the continued processes began at."""
+    command = scripts.command("trainer.py", *FLAGS, *flags, "--data_dir", data_dir, "--train_dir", folder)
+    begun = []
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+        if kills:
+            for line in process.stdout:             # until it is about to train
+                if line.startswith("run folder"):
+                    break
+            time.sleep(rng.uniform(0, longest))
+            process.kill()
+            kills -= process.wait() < 0             # a run that finished first was not killed
+        rest = process.stdout.read()
+        if process.wait() >= 0:
+            assert process.returncode == 0 and f"done: {STEPS} steps" in rest, rest
+            return scripts.only_run(folder), begun
+        run_dir = scripts.only_run(folder)
+        rows = scripts.metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        begun.append(rows[-1]["step"] if rows else 0)
+        command = scripts.command("trainer.py", "--resume", run_dir)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="in all, over both norms")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        download.prepare("Digits", str(folder / "data"))
+        for norm_type, model in (("batch", "convnet"), ("group", "resnet8")):
+            flags = ("--norm_type", norm_type, "--model", model)
+            if norm_type == "group":
+                flags += ("--weight_standardization",)
+            data_dir, alone = folder / "data", folder / f"{norm_type}0"
+            scripts.run("trainer.py", *FLAGS, *flags, "--data_dir", data_dir, "--train_dir", alone)
+            left, part = arguments.kills // 2, 0
+            while left:                             # a run is over after some kills: then another one is killed
+                part += 1
+                run_dir, begun = kill_and_continue(data_dir, folder / f"{norm_type}{part}", flags, min(left, 5), rng)
+                assert_same_runs(run_dir, scripts.only_run(alone))
+                left -= len(begun)
+                print(f"{norm_type} norm, {model}: killed {len(begun)} times, last row before each at steps {begun}; "
+                      f"ended bitwise like the run left alone", flush=True)
+
+
+if __name__ == "__main__":
+    main()

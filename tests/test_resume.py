@@ -1,0 +1,63 @@
+"""An interrupted run ends exactly like an uninterrupted one."""
+import random
+import shutil
+
+import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
+
+import kill_trainer
+import numpy as np
+import pytest
+import scripts
+import tensorflow as tf
+
+import trainer
+
+
+@pytest.mark.parametrize("norm_type, model", [("batch", "convnet"), ("group", "resnet8")])
+def test_killed_runs_end_like_the_one_left_alone(norm_type, model, data_dir, tmp_path):
+    """SIGKILL at two random moments; dropout, augmentation, moving statistics and Adam are all in play."""
+    flags = ("--norm_type", norm_type, "--model", model)
+    scripts.run("trainer.py", *kill_trainer.FLAGS, *flags, "--data_dir", data_dir, "--train_dir", tmp_path / "alone")
+    run_dir, begun = kill_trainer.kill_and_continue(data_dir, tmp_path / "killed", flags, 2, random.Random(1))
+    assert len(begun) == 2
+    kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "alone"))
+
+
+def test_rows_and_events_after_the_checkpoint_are_dropped(tmp_path):
+    """What a kill leaves: rows and events of steps that were not saved, and a last line and record cut short."""
+    writer = tf.summary.create_file_writer(str(tmp_path))
+    for step in range(1, 6):
+        with writer.as_default(step=step):
+            tf.summary.scalar("loss/loss", 1.0 / step)
+    writer.close()
+    (events,) = tmp_path.glob("events*")
+    shutil.copy(events, tmp_path / (events.name + ".again"))         # as if an earlier trim was killed half-way
+    events.write_bytes(events.read_bytes()[:-7])
+    rows = "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 6, "los')
+    trainer.trim_events(tmp_path, 3)
+    trainer.trim_metrics(tmp_path / "metrics.jsonl", 3)
+    assert scripts.scalars(tmp_path) == [("loss/loss", 1), ("loss/loss", 2), ("loss/loss", 3)]
+    assert [row["step"] for row in scripts.metrics(tmp_path)] == [1, 2, 3]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_finished_run_stays_as_it_is(data_dir, tmp_path):
+    flags = ("--dataset", "Digits", "--model", "resnet8", "--max_training_step", 2, "--data_dir", data_dir)
+    scripts.run("trainer.py", *flags, "--train_dir", tmp_path)
+    run_dir = scripts.only_run(tmp_path)
+    before, rows, points = scripts.checkpoint(run_dir), scripts.metrics(run_dir), scripts.scalars(run_dir)
+    assert "done: 2 steps" in scripts.run("trainer.py", "--resume", run_dir)
+    assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
+    for name, value in scripts.checkpoint(run_dir).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_data_that_changed_is_not_trained_on(data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = trainer.parse_flags(["--dataset", "Digits", "--data_dir", data_dir])
+    _, config, train, test = trainer.open_run(flags)
+    config["data"]["train"] = 1000
+    run_dir.mkdir()
+    trainer.write_whole(run_dir / "config.json", trainer.json.dumps(config))
+    assert "1000 train images" in scripts.run("trainer.py", "--resume", run_dir, code=2)
