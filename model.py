@@ -45,10 +45,13 @@ def create_model(model, image_shape, num_classes, norm_type="group", groups=None
         keras.Model from [N, height, width, channels] float32 to [N, num_classes] float32.
 
     Raises:
-        ValueError: if the groups do not divide the channels of every norm, or leave a single value a group.
+        ValueError: if a name is unknown, or the groups do not divide the channels of every norm, or leave one value each.
     """
-    options = {"weight_standardization": weight_standardization, "norm_type": norm_type,
-               "groups": groups or default_groups(model), "group_size": group_size, "momentum": momentum}
+    if model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, not {model!r}")
+    groups = default_groups(model) if groups is None else groups
+    options = {"weight_standardization": weight_standardization, "norm_type": norm_type, "groups": groups,
+               "group_size": group_size, "momentum": momentum}
     image = keras.Input(image_shape, name="image")
     if model == "convnet":
         x = convnet(image, **options)

@@ -2,12 +2,13 @@
 
     y = ops.group_norm(x, gamma, beta, groups=32)                        # a function of tensors
     x = ops.GroupNorm(groups=8)(x)                                       # a layer for any Keras model
-    x = ops.residual_block(x, 64, strides=2, norm_type="group")          # a piece of a ResNet
+    x = ops.residual_block(x, 64, 2, "block1", norm_type="group")        # a piece of a ResNet
 
 Group Normalization: Wu & He, arXiv 1803.08494. Batch Normalization: Ioffe & Szegedy, arXiv 1502.03167.
 Weight Standardization: Qiao et al., arXiv 1903.10520. Residual blocks: He et al., arXiv 1512.03385.
 """
 import math
+import numbers
 
 import keras
 import tensorflow as tf
@@ -129,13 +130,14 @@ def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=
         one (m - 1): at small batches only that is the right size for unseen images.
 
     Raises:
-        ValueError: if C is unknown, or in training a channel statically holds a single value.
+        ValueError: if C is unknown, or in training a channel statically holds no more than one value.
     """
     x = tf.convert_to_tensor(x)
     axis = _channel_axis(x, data_format)
-    if training and math.prod(size or 2 for i, size in enumerate(x.shape) if i != axis) == 1:
-        raise ValueError(f"batch_norm in training needs at least 2 values a channel, not 1: the shape is {x.shape}; "
-                         f"use a larger batch, or group_norm")
+    count = math.prod(2 if size is None else size for i, size in enumerate(x.shape) if i != axis)
+    if training and count < 2:
+        raise ValueError(f"batch_norm in training needs at least 2 values a channel, not {count}: the shape is "
+                         f"{x.shape}; use a larger batch, or group_norm")
     if axis != x.shape.rank - 1:
         x = tf.experimental.numpy.moveaxis(x, axis, -1)
     gamma, beta, dtype = _affine(x, -1, gamma, beta)
@@ -162,12 +164,18 @@ def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, trainin
     """The same by the definition, for the types that the kernel lacks."""
     mean, variance = moving_mean, moving_variance
     if training:
-        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        mean, variance = _moments(x, [0, 1, 2])
         count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
         unbiased = variance * count / tf.maximum(count - 1, 1)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean
         moving_variance = momentum * moving_variance + (1 - momentum) * unbiased
     return (x - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, moving_mean, moving_variance
+
+
+def _moments(x, axes):
+    """Mean and variance over axes; tf.nn.moments has the same, but wrong second derivatives."""
+    mean = tf.reduce_mean(x, axes)
+    return mean, tf.reduce_mean(tf.square(x - mean), axes)
 
 
 def standardize_weights(kernel, epsilon=EPSILON):
@@ -181,9 +189,10 @@ def standardize_weights(kernel, epsilon=EPSILON):
         Weights of the same shape and type, each filter with mean 0 and variance 1 / fan_in: the scale of LeCun's
         initialisation, so that the outputs keep the variance of the inputs whether a norm follows or not.
     """
+    kernel = tf.convert_to_tensor(kernel)
     weights = tf.cast(kernel, tf.float64 if kernel.dtype == tf.float64 else tf.float32)
     axes = list(range(kernel.shape.rank - 1))
-    mean, variance = tf.nn.moments(weights, axes)
+    mean, variance = _moments(weights, axes)
     fan_in = math.prod(kernel.shape[:-1])
     return tf.cast((weights - mean) * tf.math.rsqrt(fan_in * (variance + epsilon / fan_in)), kernel.dtype)
 
@@ -193,7 +202,7 @@ def check_groups(shape, axis, groups):
     channels = shape[axis]
     if channels is None:
         raise ValueError(f"the number of channels must be known, but axis {axis} of the shape {shape} is None")
-    if not isinstance(groups, int) or groups < 1 or channels % groups:
+    if not isinstance(groups, numbers.Integral) or groups < 1 or channels % groups:
         raise ValueError(f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
                          f"valid numbers of groups are {divisors(channels)}")
     sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
@@ -299,7 +308,7 @@ class GroupNorm(_Norm):
     """
 
     def __init__(self, groups=32, axis=-1, epsilon=EPSILON, center=True, scale=True, **kwargs):
-        super().__init__(axis=axis, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        super().__init__(axis, epsilon, center, scale, **kwargs)
         self.groups = groups
 
     def build(self, input_shape):
@@ -325,9 +334,9 @@ class BatchNorm(_Norm):
     that this replica sees, as in arXiv 1803.08494.
     """
 
-    def __init__(self, axis=-1, momentum=0.99, epsilon=EPSILON, center=True, scale=True,
+    def __init__(self, axis=-1, momentum=0.99, epsilon=EPSILON, center=True, scale=True, *,
                  moving_mean_initializer="zeros", moving_variance_initializer="ones", **kwargs):
-        super().__init__(axis=axis, epsilon=epsilon, center=center, scale=scale, **kwargs)
+        super().__init__(axis, epsilon, center, scale, **kwargs)
         self.momentum = momentum
         self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
         self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
@@ -369,12 +378,14 @@ class StandardizedConv2D(keras.layers.Conv2D):
 def norm(x, norm_type, groups=32, group_size=None, momentum=0.9, gamma="ones", name=None):
     """The norm of norm_type (one of NORM_TYPES) on x [N, ..., C]; group_size, channels a group, overrides groups."""
     channels = x.shape[-1]
+    if norm_type not in NORM_TYPES:
+        raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, not {norm_type!r}")
     if norm_type == "none":
         return x
     if norm_type == "batch":
         return BatchNorm(momentum=momentum, gamma_initializer=gamma, name=name)(x)
     if norm_type == "group" and group_size is not None:
-        if channels % group_size:
+        if group_size < 1 or channels % group_size:
             raise ValueError(f"group_size must divide the channels of every norm: {channels} channels cannot be split "
                              f"into groups of {group_size}; valid here are {divisors(channels)}")
         groups = channels // group_size
