@@ -45,7 +45,7 @@ def create_model(model, image_shape, num_classes, norm_type="group", groups=None
         keras.Model from [N, height, width, channels] float32 to [N, num_classes] float32.
 
     Raises:
-        ValueError: if a name is unknown, or the groups do not divide the channels of every norm, or leave one value each.
+        ValueError: if a name is unknown, or the groups do not divide the channels of every norm, or hold one value.
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, not {model!r}")
