@@ -223,12 +223,12 @@ def make_train_step(model, optimizer, totals, config):
     def train_step(images, labels):
         if updates == 1:
             return update(images, labels)
+        images = tf.reshape(images, [updates, batch_size, *images.shape[1:]])
+        labels = tf.reshape(labels, [updates, batch_size])
         finite, loss = True, 0.0
         for i in tf.range(updates):
             if finite:                          # nothing is learned after the update that failed
-                here = slice(i * batch_size, (i + 1) * batch_size)
-                finite, loss = update(tf.ensure_shape(images[here], [batch_size, *images.shape[1:]]),
-                                      tf.ensure_shape(labels[here], [batch_size]))
+                finite, loss = update(images[i], labels[i])
         return finite, loss
 
     return train_step

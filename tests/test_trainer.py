@@ -251,6 +251,24 @@ def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, t
         scripts.metrics(finished[0])[-1]["test_loss/accuracy"]
 
 
+@pytest.mark.parametrize("flag", [("--dtype", "bfloat16"), ("--jit_compile",)])
+@pytest.mark.parametrize("norm_type", ["batch", "group"])
+def test_other_ways_to_compute_learn_the_same(flag, norm_type, data_dir, digits):
+    """Mixed precision and XLA start from the same loss as float32 and TensorFlow's kernels, and move alike."""
+    images = tf.constant(digits[0].images()[:32] / np.float32(255))
+    labels = tf.constant(digits[0].labels[:32])
+    losses = []
+    try:
+        for flags in ((), flag):
+            _, _, optimizer, _, step = machinery(data_dir, "--norm_type", norm_type, "--batch_size", 8, *flags)
+            optimizer.learning_rate.assign(1e-3)
+            losses.append([float(step(images, labels)[1]) for _ in range(6)])
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)         # bfloat16 has 3 digits
+
+
 def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
     """Fault 12: the ancestor's layout, by name alone."""
     rng = np.random.default_rng(0)
@@ -297,11 +315,31 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, t
     assert all(np.isfinite(value).all() for name, value in last.items() if name.startswith("model/"))
 
 
-def test_two_runs_of_the_same_second_get_two_folders(data_dir, tmp_path):
-    config, train, test = configuration(data_dir, "--train_dir", str(tmp_path))
+def test_runs_of_the_same_second_get_folders_of_their_own(data_dir, tmp_path):
+    config, _, _ = configuration(data_dir)
     flags = trainer.parse_flags([*SMALL, "--data_dir", data_dir, "--train_dir", str(tmp_path)])
     folders = {trainer.make_run_dir(flags, config["derived"]) for _ in range(3)}
     assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
+
+
+def test_two_trainers_and_an_evaler_at_once(data_dir, tmp_path):
+    """Two runs of the same flags side by side, of which one is evaluated while it trains."""
+    flags = (*SMALL, "--max_training_step", 60, "--log_step", 1, "--ckpt_save_step", 1, "--test_sample_step", 1000,
+             "--data_dir", data_dir, "--train_dir", tmp_path)
+    both = [subprocess.Popen(scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    for line in both[0].stdout:
+        if line.startswith("step  2"):
+            break
+    evaluated = scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path)
+    assert "360 images" in evaluated
+    for process in both:
+        process.stdout.read()
+        assert process.wait() == 0
+    runs = list(tmp_path.iterdir())
+    assert len(runs) == 2
+    assert scripts.metrics(runs[0]) == scripts.metrics(runs[1])
+    assert len(scripts.metrics(runs[0])) == 60
 
 
 # ------------------------------------------------------------------------------------------------ wrong flags
