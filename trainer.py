@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -480,6 +481,8 @@ def main():
         checkpoint.restore(manager.latest_checkpoint).assert_consumed()
     step, steps = int(done), derived["max_training_step"]
     if flags.resume:
+        for leftover in run_dir.glob("model-*temp*"):       # of a checkpoint whose writing was killed
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         trim_metrics(run_dir / "metrics.jsonl", step)
         trim_events(run_dir, step if step else -1)
         print(f"going on at step {step} of {steps}")
@@ -489,7 +492,11 @@ def main():
           f"{derived['optimizer']}, batch size {derived['batch_size']}, "
           f"{derived['updates_per_step']} updates a step, {steps} steps\n"
           f"run folder: {run_dir}", flush=True)
-    train_run(run_dir, config, train, test, model, optimizer, totals, done, manager, interruption)
+    try:
+        train_run(run_dir, config, train, test, model, optimizer, totals, done, manager, interruption)
+    except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
+        # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
+        raise WorldError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """An interrupted run ends exactly like an uninterrupted one."""
 import random
 import shutil
+import subprocess
 
 import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
 
@@ -51,6 +52,21 @@ def test_a_finished_run_stays_as_it_is(data_dir, tmp_path):
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
     for name, value in scripts.checkpoint(run_dir).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, tmp_path):
+    """A limit on the size of files stands for the full disk: no checkpoint fits, which ends the run in one line, and
+    nothing is left that would count as one."""
+    flags = ("--dataset", "Digits", "--model", "resnet8", "--max_training_step", 4, "--ckpt_save_step", 1,
+             "--data_dir", data_dir, "--train_dir", tmp_path)
+    limited = ["prlimit", "--fsize=400000", *scripts.command("trainer.py", *flags)]
+    done = subprocess.run(limited, capture_output=True, text=True, cwd="/", timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
+    run_dir = scripts.only_run(tmp_path)
+    assert tf.train.latest_checkpoint(run_dir) is None
+    assert "done: 4 steps" in scripts.run("trainer.py", "--resume", run_dir)
+    assert not list(run_dir.glob("*temp*"))
 
 
 def test_data_that_changed_is_not_trained_on(data_dir, tmp_path):
