@@ -13,12 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
+import scripts          # first: it quietens TensorFlow as it loads
 
 import numpy as np
-import scripts
 
 import download
 

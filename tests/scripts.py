@@ -5,9 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from datasets.errors import import_tensorflow_quietly
+
+import_tensorflow_quietly()
+
 import tensorflow as tf
 
-REPO = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_second",)
 
 

@@ -3,8 +3,6 @@ import random
 import shutil
 import subprocess
 
-import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
-
 import kill_trainer
 import numpy as np
 import pytest
