@@ -39,15 +39,17 @@ def assert_same_runs(run_dir, expected_dir):
     assert sorted(shown) == sorted(wanted), "TensorBoard events lost or doubled"
 
 
-def kill_and_continue(data_dir, folder, flags, kills, rng, longest=4.0):
-    """Train under SIGKILL; returns the run folder and the steps that the continued processes began at."""
+def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
+    """Train under SIGKILL; returns the run folder and the last steps in metrics.jsonl at the kills."""
     command = scripts.command("trainer.py", *FLAGS, *flags, "--data_dir", data_dir, "--train_dir", folder)
-    begun = []
+    killed_at = []
     while True:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
         if kills:
-            for line in process.stdout:             # until it is about to train
-                if line.startswith("run folder"):
+            lines = rng.randint(0, 5)               # 0: while it starts; else somewhere after so many lines of log
+            for line in process.stdout:
+                lines -= line.startswith("step")
+                if lines <= 0 and line.startswith(("run folder", "step")):
                     break
             time.sleep(rng.uniform(0, longest))
             process.kill()
@@ -55,10 +57,10 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=4.0):
         rest = process.stdout.read()
         if process.wait() >= 0:
             assert process.returncode == 0 and f"done: {STEPS} steps" in rest, rest
-            return scripts.only_run(folder), begun
+            return scripts.only_run(folder), killed_at
         run_dir = scripts.only_run(folder)
         rows = scripts.metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-        begun.append(rows[-1]["step"] if rows else 0)
+        killed_at.append(rows[-1]["step"] if rows else 0)
         command = scripts.command("trainer.py", "--resume", run_dir)
 
 
@@ -80,10 +82,10 @@ def main():
             left, part = arguments.kills // 2, 0
             while left:                             # a run is over after some kills: then another one is killed
                 part += 1
-                run_dir, begun = kill_and_continue(data_dir, folder / f"{norm_type}{part}", flags, min(left, 5), rng)
+                run_dir, killed_at = kill_and_continue(data_dir, folder / f"{norm_type}{part}", flags, min(left, 5), rng)
                 assert_same_runs(run_dir, scripts.only_run(alone))
-                left -= len(begun)
-                print(f"{norm_type} norm, {model}: killed {len(begun)} times, last row before each at steps {begun}; "
+                left -= len(killed_at)
+                print(f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging steps {killed_at}; "
                       f"ended bitwise like the run left alone", flush=True)
 
 

@@ -17,8 +17,8 @@ def test_killed_runs_end_like_the_one_left_alone(norm_type, model, data_dir, tmp
     """SIGKILL at two random moments; dropout, augmentation, moving statistics and Adam are all in play."""
     flags = ("--norm_type", norm_type, "--model", model)
     scripts.run("trainer.py", *kill_trainer.FLAGS, *flags, "--data_dir", data_dir, "--train_dir", tmp_path / "alone")
-    run_dir, begun = kill_trainer.kill_and_continue(data_dir, tmp_path / "killed", flags, 2, random.Random(1))
-    assert len(begun) == 2
+    run_dir, killed_at = kill_trainer.kill_and_continue(data_dir, tmp_path / "killed", flags, 2, random.Random(1))
+    assert len(killed_at) == 2
     kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "alone"))
 
 
