@@ -82,7 +82,8 @@ def main():
             left, part = arguments.kills // 2, 0
             while left:                             # a run is over after some kills: then another one is killed
                 part += 1
-                run_dir, killed_at = kill_and_continue(data_dir, folder / f"{norm_type}{part}", flags, min(left, 5), rng)
+                place = folder / f"{norm_type}{part}"
+                run_dir, killed_at = kill_and_continue(data_dir, place, flags, min(left, 5), rng)
                 assert_same_runs(run_dir, scripts.only_run(alone))
                 left -= len(killed_at)
                 print(f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging steps {killed_at}; "
