@@ -49,13 +49,16 @@ def checkpoint(run_dir):
 
 
 def scalars(run_dir):
-    """[(tag, step)] of every scalar in the event files of a run, in order."""
+    """[(tag, step)] of every scalar in the event files of a run, in the order of the files."""
     found = []
     for path in sorted(Path(run_dir).glob("events.out.tfevents.*")):
-        for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for event in events(path):
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":
                     found.append((value.tag, event.step))
-                elif not value.metadata.plugin_data.plugin_name and "/" in value.tag and value.tensor.dtype == 1:
-                    found.append((value.tag, event.step))
     return found
+
+
+def events(path):
+    """The events of one file of TensorBoard's."""
+    return map(tf.compat.v1.Event.FromString, tf.data.TFRecordDataset(str(path)).as_numpy_iterator())

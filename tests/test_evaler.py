@@ -53,9 +53,9 @@ def test_reestimated_statistics_stand_beside_the_moving_ones(batch_run):
 def test_summaries_and_mistakes_are_pictures(batch_run):
     run_dir, _ = batch_run
     assert iio.imread(run_dir / "mistakes.png").shape[:2] == (1100, 1000)
-    (events,) = run_dir.glob("events.out.tfevents.*.evaluation")
+    (path,) = run_dir.glob("events.out.tfevents.*.evaluation")
     found = {}
-    for event in tf.compat.v1.train.summary_iterator(str(events)):
+    for event in scripts.events(path):
         for value in event.summary.value:
             found[value.tag] = (event.step, tf.make_ndarray(value.tensor))
     assert found["evaluation_test/accuracy"][0] == 12
