@@ -45,18 +45,20 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
     killed_at = []
     while True:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
+        printed = ""
         if kills:
             lines = rng.randint(0, 5)               # 0: while it starts; else somewhere after so many lines of log
             for line in process.stdout:
+                printed += line
                 lines -= line.startswith("step")
                 if lines <= 0 and line.startswith(("run folder", "step")):
                     break
             time.sleep(rng.uniform(0, longest))
             process.kill()
             kills -= process.wait() < 0             # a run that finished first was not killed
-        rest = process.stdout.read()
+        printed += process.stdout.read()
         if process.wait() >= 0:
-            assert process.returncode == 0 and f"done: {STEPS} steps" in rest, rest
+            assert process.returncode == 0 and f"done: {STEPS} steps" in printed, printed
             return scripts.only_run(folder), killed_at
         run_dir = scripts.only_run(folder)
         rows = scripts.metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
