@@ -168,6 +168,19 @@ def load_weights(model, checkpoint):
     return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
+def check_same_network(config, checkpoint):
+    """Raise UserError if the run that a checkpoint lies in had another network; norms can share all their shapes."""
+    folder = Path(checkpoint) if os.path.isdir(checkpoint) else Path(checkpoint).parent
+    if not (folder / "config.json").exists():
+        return
+    other = read_config(folder)
+    for part, name in (("derived", "model"), ("flags", "norm_type"), ("flags", "group_size"), ("derived", "groups"),
+                       ("flags", "weight_standardization")):
+        here, there = config[part][name], other[part][name]
+        if here != there and (name not in ("groups", "group_size") or config["flags"]["norm_type"] == "group"):
+            raise UserError(f"checkpoint {checkpoint} is of a run with --{name} {there}, not {here}: give the same")
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 

@@ -467,6 +467,7 @@ def main():
     keras.utils.set_random_seed(settings["seed"])
     model = evaler.build_model(config, network_image_shape(train), train.num_classes)
     if settings["checkpoint"]:
+        evaler.check_same_network(config, settings["checkpoint"])
         path, _ = evaler.load_weights(model, settings["checkpoint"])
         print(f"starting from the weights of {path}")
     optimizer = Optimizer(derived["optimizer"], [variable.value for variable in model.trainable_variables])

@@ -251,6 +251,19 @@ def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, t
         scripts.metrics(finished[0])[-1]["test_loss/accuracy"]
 
 
+@pytest.mark.parametrize("flags, said", [
+    (("--norm_type", "layer"), "--norm_type group, not layer"),         # the same names and shapes of variables
+    (("--norm_type", "group", "--groups", 4), "--groups 8, not 4"),
+    (("--norm_type", "group", "--weight_standardization"), "--weight_standardization False, not True"),
+    (("--norm_type", "group", "--model", "resnet14"), "--model resnet8, not resnet14"),
+])
+def test_checkpoint_of_another_network_is_refused(flags, said, finished, data_dir):
+    config, _, _ = configuration(data_dir, *flags)
+    for checkpoint in (finished[0], finished[0] / "model-9"):
+        with pytest.raises(evaler.UserError, match=said):
+            evaler.check_same_network(config, str(checkpoint))
+
+
 @pytest.mark.parametrize("flag", [("--dtype", "bfloat16"), ("--jit_compile",)])
 @pytest.mark.parametrize("norm_type", ["batch", "group"])
 def test_other_ways_to_compute_learn_the_same(flag, norm_type, data_dir, digits):
