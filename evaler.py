@@ -276,6 +276,7 @@ def print_result(title, result, class_names):
 
 def main(argv=None):
     flags = parse_flags(argv)
+    datasets.folder_of(flags.dataset, flags.data_dir)       # a name that can name no dataset ends here
     if flags.checkpoint:
         folder = Path(flags.checkpoint)
         run_dir = folder if (folder / "config.json").exists() else folder.parent

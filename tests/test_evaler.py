@@ -144,6 +144,12 @@ def test_mistakes_of_all_kinds_are_named(batch_run, data_dir, tmp_path):
             evaler.main(digits + [str(flag) for flag in flags])
 
 
+@pytest.mark.parametrize("name, said", [("digits", "did you mean Digits"), ("../Digits", "no slashes")])
+def test_names_that_name_no_dataset(name, said):
+    with pytest.raises(evaler.UserError, match=said):
+        evaler.main(["--dataset", name])
+
+
 def test_a_checkpoint_of_other_classes_is_named(batch_run):
     config = json.loads((batch_run[0] / "config.json").read_text())
     model = evaler.build_model(config, (8, 8, 1), 11)
