@@ -39,8 +39,13 @@ def assert_same_runs(run_dir, expected_dir):
     assert sorted(shown) == sorted(wanted), "TensorBoard events lost or doubled"
 
 
+def half_written(folder):
+    """Whether a run folder in `folder` holds a checkpoint that is not written to its end."""
+    return any(Path(folder).glob("*/model-*temp*"))
+
+
 def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
-    """Train under SIGKILL; returns the run folder and the last steps in metrics.jsonl at the kills."""
+    """Train under SIGKILL; returns the run folder and the last step in metrics.jsonl at each kill."""
     command = scripts.command("trainer.py", *FLAGS, *flags, "--data_dir", data_dir, "--train_dir", folder)
     killed_at = []
     while True:
@@ -53,7 +58,11 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
                 lines -= line.startswith("step")
                 if lines <= 0 and line.startswith(("run folder", "step")):
                     break
-            time.sleep(rng.uniform(0, longest))
+            if rng.random() < 0.5:
+                time.sleep(rng.uniform(0, longest))
+            else:                                   # as soon as a checkpoint is being written
+                while process.poll() is None and not half_written(folder):
+                    pass
             process.kill()
             kills -= process.wait() < 0             # a run that finished first was not killed
         printed += process.stdout.read()
@@ -62,7 +71,7 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
             return scripts.only_run(folder), killed_at
         run_dir = scripts.only_run(folder)
         rows = scripts.metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-        killed_at.append(rows[-1]["step"] if rows else 0)
+        killed_at.append(f"{rows[-1]['step'] if rows else 0}{' in a checkpoint' * half_written(folder)}")
         command = scripts.command("trainer.py", "--resume", run_dir)
 
 
@@ -88,8 +97,8 @@ def main():
                 run_dir, killed_at = kill_and_continue(data_dir, place, flags, min(left, 5), rng)
                 assert_same_runs(run_dir, scripts.only_run(alone))
                 left -= len(killed_at)
-                print(f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging steps {killed_at}; "
-                      f"ended bitwise like the run left alone", flush=True)
+                print(f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging step "
+                      f"{', '.join(killed_at)}; ended bitwise like the run left alone", flush=True)
 
 
 if __name__ == "__main__":
