@@ -104,6 +104,19 @@ def read_config(run_dir):
     return config
 
 
+def write_whole(path, text):
+    """Write a file so that it is either there as a whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def run_dir_of(checkpoint):
+    """The run folder that a checkpoint lies in; a folder stands for its newest checkpoint."""
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
 def find_run(train_dir, dataset):
     """The run folder of this dataset whose checkpoint is the newest; train_dir may itself be one run folder."""
     train_dir = Path(train_dir)
@@ -170,7 +183,7 @@ def load_weights(model, checkpoint):
 
 def check_same_network(config, checkpoint):
     """Raise UserError if the run that a checkpoint lies in had another network; norms can share all their shapes."""
-    folder = Path(checkpoint) if os.path.isdir(checkpoint) else Path(checkpoint).parent
+    folder = run_dir_of(checkpoint)
     if not (folder / "config.json").exists():
         return
     other = read_config(folder)
@@ -278,8 +291,7 @@ def main(argv=None):
     flags = parse_flags(argv)
     datasets.folder_of(flags.dataset, flags.data_dir)       # a name that can name no dataset ends here
     if flags.checkpoint:
-        folder = Path(flags.checkpoint)
-        run_dir = folder if (folder / "config.json").exists() else folder.parent
+        run_dir = run_dir_of(flags.checkpoint)
     else:
         run_dir = find_run(flags.train_dir, flags.dataset)
     config = read_config(run_dir)
@@ -311,9 +323,7 @@ def main(argv=None):
         tf.summary.scalar(f"evaluation_{flags.split}/loss", result["loss"])
         tf.summary.image(f"evaluation_{flags.split}/confusion", confusion_image(result["confusion"], split.class_names))
     draw_mistakes(run_dir / "mistakes.png", split, result)
-    part = run_dir / f"evaluation.json.{os.getpid()}"
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.replace(run_dir / "evaluation.json")
+    write_whole(run_dir / "evaluation.json", json.dumps(record, indent=1) + "\n")
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
 
 

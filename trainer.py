@@ -98,9 +98,8 @@ def check_flags(flags):
     if not flags.prefix or any(c in flags.prefix for c in "/\\\0") or flags.prefix in (".", ".."):
         raise UserError(f"--prefix {flags.prefix!r} must be a plain name, for it begins the name of a folder")
     models.check_model_flags(flags)
-    for name in ("max_batch_size", "log_step", "write_summary_step", "ckpt_save_step"):
-        at_least(flags, name, 1)
-    for name in ("batch_size", "test_sample_step", "max_training_step"):
+    for name in ("batch_size", "max_batch_size", "max_training_step", "log_step", "write_summary_step",
+                 "test_sample_step", "ckpt_save_step"):
         at_least(flags, name, 1)
     at_least(flags, "warmup_steps", 0)
     at_least(flags, "seed", 0)
@@ -267,18 +266,11 @@ def describe(flags, derived, train, test):
     }
 
 
-def write_whole(path, text):
-    """Write a file so that it is either there as a whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def trim_metrics(path, step):
     """Drop the rows after `step` from metrics.jsonl: the steps that a continued run does again."""
     rows = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-    write_whole(path, "".join(kept))
+    evaler.write_whole(path, "".join(kept))
 
 
 def trim_events(run_dir, step):
@@ -475,7 +467,7 @@ def main():
     done = tf.Variable(0, dtype=tf.int64, trainable=False)
     if run_dir is None:
         run_dir = make_run_dir(flags, derived)
-        write_whole(run_dir / "config.json", json.dumps(config, indent=1) + "\n")
+        evaler.write_whole(run_dir / "config.json", json.dumps(config, indent=1) + "\n")
     checkpoint = tf.train.Checkpoint(model=evaler.weights_of(model), optimizer=optimizer, totals=totals, step=done)
     manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
     if manager.latest_checkpoint:

@@ -286,25 +286,17 @@ def test_mistakes_of_the_user(args, said, tmp_path, monkeypatch, capsys):
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 def big_archives(folder):
-    """Write MNIST archives of a size that takes a moment to pack."""
+    """Write MNIST archives of a size that takes a moment to pack; returns the flags that pack them beside `folder`."""
     archives.make("MNIST", folder)
     for prefix in ("train", "t10k"):
         archives.idx(folder / f"{prefix}-images-idx3-ubyte.gz", np.zeros((40000, 28, 28), np.uint8))
         archives.idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(40000) % 10)
+    return ["--dataset", "MNIST", "--archive_dir", str(folder), "--data_dir", str(folder.parent), "--no_checksum"]
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2])
 def test_killed_while_packing(tmp_path, moment):
-    big_archives(tmp_path / "archives")
-    args = [
-        "--dataset",
-        "MNIST",
-        "--archive_dir",
-        str(tmp_path / "archives"),
-        "--data_dir",
-        str(tmp_path),
-        "--no_checksum",
-    ]
+    args = big_archives(tmp_path / "archives")
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "download.py"), *args], stdout=subprocess.DEVNULL)
     unfinished = tmp_path / "mnist" / "data.hdf5.unfinished"
     wait_for(lambda: unfinished.exists() and unfinished.stat().st_size >= (0, 1000, 20_000_000)[moment])
@@ -328,16 +320,7 @@ def limit_files(size):
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 200_000, 62_000_000])
 def test_a_disk_that_is_full_while_packing(tmp_path, size):
-    big_archives(tmp_path / "archives")
-    args = [
-        "--dataset",
-        "MNIST",
-        "--archive_dir",
-        str(tmp_path / "archives"),
-        "--data_dir",
-        str(tmp_path),
-        "--no_checksum",
-    ]
+    args = big_archives(tmp_path / "archives")
     one_line(call(*args, preexec_fn=limit_files(size)), 1)
     assert os.listdir(tmp_path / "mnist") == [".lock"]
     assert call(*args).returncode == 0 and datasets.is_prepared("MNIST", tmp_path)

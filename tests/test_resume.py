@@ -3,6 +3,8 @@ import random
 import shutil
 import subprocess
 
+import evaler           # first: it quietens TensorFlow as it loads
+
 import kill_trainer
 import numpy as np
 import pytest
@@ -73,5 +75,5 @@ def test_data_that_changed_is_not_trained_on(data_dir, tmp_path):
     _, config, train, test = trainer.open_run(flags)
     config["data"]["train"] = 1000
     run_dir.mkdir()
-    trainer.write_whole(run_dir / "config.json", trainer.json.dumps(config))
+    evaler.write_whole(run_dir / "config.json", trainer.json.dumps(config))
     assert "1000 train images" in scripts.run("trainer.py", "--resume", run_dir, code=2)
