@@ -53,10 +53,13 @@ def group_norm(x, gamma, beta, groups=32, epsilon=EPSILON, data_format="channels
     check_groups(x.shape, axis, groups)
     gamma, beta, dtype = _affine(x, axis, gamma, beta)
     shape = _dynamic_shape(x)
-    positions = math.prod(shape[1:axis] + shape[axis + 1:])
-    last = axis == len(shape) - 1
-    flat = [shape[0], positions, shape[axis]] if last else [shape[0], shape[axis], positions]
-    y = _normalize_groups(tf.reshape(tf.cast(x, dtype), flat), gamma, beta, groups, epsilon, 1 if last else 2)
+    channels, positions = shape[axis], math.prod(shape[1:axis] + shape[axis + 1:])
+    if axis == len(shape) - 1:
+        fold = _fold(positions, channels)
+        view, position_axis = [shape[0], positions // fold, fold * channels], 1
+    else:
+        view, position_axis, fold = [shape[0], channels, positions], 2, 1
+    y = _normalize_groups(tf.reshape(tf.cast(x, dtype), view), gamma, beta, groups, epsilon, position_axis, fold)
     return tf.cast(tf.reshape(y, shape), x.dtype)
 
 
@@ -71,41 +74,55 @@ def instance_norm(x, gamma, beta, epsilon=EPSILON, data_format="channels_last"):
     return group_norm(x, gamma, beta, x.shape[_channel_axis(x, data_format)], epsilon, data_format)
 
 
-def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis):
-    """group_norm on x of [N, positions, C] (position_axis 1) or [N, C, positions] (position_axis 2)."""
-    channels = x.shape[3 - position_axis]
-    count = tf.cast(tf.shape(x)[position_axis], x.dtype)
+def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
+    """group_norm on x of [N, rows, fold * C] (position_axis 1) or [N, C, positions] (position_axis 2, fold 1)."""
+    examples, _, _ = _dynamic_shape(x)
+    size = x.shape[3 - position_axis] // (groups * fold)        # channels a group
+    rows = tf.cast(tf.shape(x)[position_axis], x.dtype)
 
-    def wide(per_channel):                                      # [N, C] → [N, 1, C] or [N, C, 1]
-        return tf.expand_dims(per_channel, position_axis)
+    def by_group(columns):                                      # [N, fold * C] → [N, fold, G, C / G]
+        return tf.reshape(columns, [examples, fold, groups, size])
 
-    def group_mean(per_channel):                                # [N, C] → [N, C], alike within a group
-        if groups == channels:
-            return per_channel
-        grouped = tf.reshape(per_channel, [-1, groups, channels // groups])
-        mean = tf.reduce_mean(grouped, axis=2, keepdims=True)
-        return tf.reshape(tf.broadcast_to(mean, tf.shape(grouped)), tf.shape(per_channel))
+    def group_mean(values):                                     # [N, fold, G, C / G] → [N, 1, G, 1]
+        return tf.reduce_mean(values, axis=[1, 3], keepdims=True)
+
+    def wide(values, examples=examples):                        # whatever broadcasts to [N, fold, G, C / G] → over x
+        columns = tf.broadcast_to(values, [examples, fold, groups, size])
+        return tf.reshape(columns, [examples, 1, -1] if position_axis == 1 else [examples, -1, 1])
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
-        mean = group_mean(tf.reduce_mean(x, axis=position_axis))
+        mean = group_mean(by_group(tf.reduce_mean(x, axis=position_axis)))
         centred = x - wide(mean)                                # E[x^2] - E[x]^2 would lose all digits at mean >> std
-        variance = group_mean(tf.reduce_mean(tf.square(centred), axis=position_axis))
-        inverse_std = tf.math.rsqrt(variance + epsilon)         # [N, C]
-        y = centred * wide(gamma * inverse_std) + wide(beta[tf.newaxis])
+        variance = group_mean(by_group(tf.reduce_mean(tf.square(centred), axis=position_axis)))
+        inverse_std = tf.math.rsqrt(variance + epsilon)         # [N, 1, G, 1]
+        scale = gamma * inverse_std                             # [N, 1, G, C / G]
+        wide_scale = wide(scale)
+        y = centred * wide_scale + wide(beta, examples=1)
 
         def gradient(dy):
-            sum_dy = tf.reduce_sum(dy, axis=position_axis)                                      # [N, C]
-            sum_dy_xhat = tf.reduce_sum(dy * centred, axis=position_axis) * inverse_std         # [N, C]
-            mean_dxhat = group_mean(gamma * sum_dy) / count
-            mean_dxhat_xhat = group_mean(gamma * sum_dy_xhat) / count
-            dx = (dy * wide(gamma * inverse_std) - centred * wide(mean_dxhat_xhat * inverse_std * inverse_std)
-                  - wide(mean_dxhat * inverse_std))
-            return dx, tf.reduce_sum(sum_dy_xhat, axis=0), tf.reduce_sum(sum_dy, axis=0)
+            sum_dy = by_group(tf.reduce_sum(dy, axis=position_axis))
+            sum_dy_centred = by_group(tf.reduce_sum(dy * centred, axis=position_axis))
+            offset = group_mean(scale * sum_dy) / rows                                          # [N, 1, G, 1]
+            slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows          # [N, 1, G, 1]
+            dx = dy * wide_scale - centred * wide(slope) - wide(offset)
+            return (dx, tf.reduce_sum(sum_dy_centred * inverse_std, axis=[0, 1]),
+                    tf.reduce_sum(sum_dy, axis=[0, 1]))
 
         return y, gradient
 
-    return normalize(x, gamma, beta)
+    return normalize(x, tf.reshape(gamma, [groups, size]), tf.reshape(beta, [groups, size]))
+
+
+def _fold(positions, channels):
+    """How many positions to put side by side, so that [N, P, C] becomes [N, P / fold, fold * C].
+
+    Rows of at least 128 values, as broadcasting over shorter ones is slow, and columns of no more than about 1024,
+    as float32 loses digits in longer sums; as far as P, which may be a tensor, has factors of 2.
+    """
+    if not isinstance(positions, int):
+        return 1
+    return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
 
 
 def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=0.9, epsilon=EPSILON,
