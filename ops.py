@@ -76,19 +76,20 @@ def instance_norm(x, gamma, beta, epsilon=EPSILON, data_format="channels_last"):
 
 def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
     """group_norm on x of [N, rows, fold * C] (position_axis 1) or [N, C, positions] (position_axis 2, fold 1)."""
-    examples, _, _ = _dynamic_shape(x)
-    size = x.shape[3 - position_axis] // (groups * fold)        # channels a group
+    examples, columns = _dynamic_shape(x)[0], x.shape[3 - position_axis]
+    size = columns // (groups * fold)                           # channels a group
     rows = tf.cast(tf.shape(x)[position_axis], x.dtype)
 
-    def by_group(columns):                                      # [N, fold * C] → [N, fold, G, C / G]
-        return tf.reshape(columns, [examples, fold, groups, size])
+    def by_group(values):                                       # [N, fold * C] → [N, fold, G, C / G]
+        return tf.reshape(values, [examples, fold, groups, size])
 
     def group_mean(values):                                     # [N, fold, G, C / G] → [N, 1, G, 1]
-        return tf.reduce_mean(values, axis=[1, 3], keepdims=True)
+        mean = tf.reduce_mean(values, axis=3, keepdims=True)    # both at once: the order would depend on N
+        return tf.reduce_mean(mean, axis=1, keepdims=True)
 
     def wide(values, examples=examples):                        # whatever broadcasts to [N, fold, G, C / G] → over x
-        columns = tf.broadcast_to(values, [examples, fold, groups, size])
-        return tf.reshape(columns, [examples, 1, -1] if position_axis == 1 else [examples, -1, 1])
+        values = tf.broadcast_to(values, [examples, fold, groups, size])
+        return tf.reshape(values, [examples, 1, columns] if position_axis == 1 else [examples, columns, 1])
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
