@@ -3,9 +3,9 @@
     python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
     python model.py --model resnet20 --norm_type group --groups 4
 """
-from datasets.errors import ArgumentParser, UserError, import_tensorflow_quietly, run
+from datasets.errors import ArgumentParser, UserError, import_tensorflow, run
 
-import_tensorflow_quietly()
+import_tensorflow()
 
 import keras
 

@@ -7,6 +7,7 @@
 import argparse
 import errno
 import os
+import platform
 import sys
 
 # A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
@@ -62,12 +63,15 @@ def run(main):
     sys.exit(code)
 
 
-def import_tensorflow_quietly():
+def import_tensorflow():
     """Import TensorFlow without the notices on missing GPUs that it prints, past every setting, as it loads.
 
-    TF_CPP_MIN_LOG_LEVEL, where the user has set it, decides on what it says later.
+    TF_CPP_MIN_LOG_LEVEL, where the user has set it, decides on what it says later. TF_ENABLE_ONEDNN_OPTS is 1 unless
+    set: TensorFlow leaves oneDNN's convolutions out on CPUs without AVX-512, where they are up to 5 times as fast too.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if platform.machine() in ("x86_64", "AMD64"):
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

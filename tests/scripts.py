@@ -8,9 +8,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from datasets.errors import import_tensorflow_quietly
+from datasets.errors import import_tensorflow
 
-import_tensorflow_quietly()
+import_tensorflow()
 
 import tensorflow as tf
 
