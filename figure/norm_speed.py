@@ -1,7 +1,7 @@
 """Measure what the norms cost: alone, in a training step, in memory, in bfloat16 and under XLA, as ratios.
 
     python figure/norm_speed.py             # about half an hour, with nothing else running
-    python figure/norm_speed.py --quick     # fewer networks and rounds: some minutes
+    python figure/norm_speed.py --quick     # fewer networks and rounds: four minutes
 
 What is compared runs in one process, in turn, round after round; a ratio is the median over the rounds of the ratio
 within a round, with the quartiles in brackets. Steps are those of trainer.py, with its settings. PyTorch takes part
@@ -239,7 +239,7 @@ def make_torch_step(size, batch_size, norm_type, updates):
 
 
 def measure_all(quick):
-    rounds, shapes, steps = (7, SHAPES[3:5], QUICK_STEPS) if quick else (31, SHAPES, STEPS)
+    rounds, shapes, steps = (7, SHAPES[3:5], QUICK_STEPS) if quick else (21, SHAPES, STEPS)
     torch = importlib.util.find_spec("torch") is not None
     results = {"machine": describe_machine(), "alone": {}, "error": {}, "step": {}, "memory": {}}
     for shape in shapes:
@@ -259,7 +259,7 @@ def measure_all(quick):
         large = model == "resnet50"
         results["step"][f"{model} {batch_size}"] = times = in_own_process(
             {"kind": "step", "model": model, "size": size, "batch_size": batch_size, "variants": variants,
-             "rounds": 9 if large and not quick else rounds})
+             "rounds": 7 if large and not quick else rounds})
         print_step(model, batch_size, times)
     for norm_type in ("none", "batch", "group"):
         case = ("resnet20", 32, 32) if quick else ("resnet50", 224, 8)
@@ -351,6 +351,7 @@ def main():
     parser.add_argument("--case", help="(used by the script itself) measure one case and print it as JSON")
     flags = parser.parse_args()
     if flags.case:
+        tf.get_logger().setLevel("ERROR")       # many graphs are traced here, which it would warn of
         case = json.loads(flags.case)
         measure = {"alone": measure_alone, "error": measure_error, "step": measure_step, "memory": measure_memory}
         print(json.dumps(measure[case.pop("kind")](**case)))

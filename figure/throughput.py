@@ -1,0 +1,109 @@
+"""Measure images a second of trainer.py as users run it, its start, and the input pipeline alone.
+
+    python figure/throughput.py                                 # CIFAR-10, convnet: about 15 minutes
+    python figure/throughput.py --quick                         # two batch sizes, one round: three minutes
+    python figure/throughput.py --model resnet20 --optimizer momentum
+
+Each run is `python trainer.py` with its default input, augmentation, summaries and log; images a second are those that
+it writes into metrics.jsonl, without the first step, which traces the graph. Norms and batch sizes take turns.
+"""
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
+
+import datasets
+from datasets.errors import ArgumentParser, UserError, WorldError, run
+from input_ops import create_input_ops
+
+BATCH_SIZES = (1, 2, 8, 32, 64)
+QUICK_BATCH_SIZES = (2, 32)
+NORMS = ("batch", "group")
+# Images a second of the 2018 repo's own trainer and network on CIFAR-10, with TensorFlow 1.15.5, medians of two runs on
+# the machine of the README's table (AMD EPYC, 2 cores, AVX2): elsewhere the ratio says little.
+ANCESTOR = {"batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
+            "group": dict(zip(BATCH_SIZES, (33, 49, 70, 82, 90)))}
+
+
+def train(flags, norm_type, batch_size, steps):
+    """Run trainer.py; returns the images a second of each logged row, and the seconds to the first step."""
+    with tempfile.TemporaryDirectory() as train_dir:
+        command = [sys.executable, str(ROOT / "trainer.py"), "--dataset", flags.dataset, "--data_dir", flags.data_dir,
+                   "--model", flags.model, "--optimizer", flags.optimizer, "--norm_type", norm_type, "--batch_size",
+                   str(batch_size), "--max_training_step", str(steps), "--train_dir", train_dir]
+        start = time.perf_counter()
+        done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        ready = None
+        for line in done.stdout:
+            if line.startswith("run folder"):
+                ready = time.perf_counter() - start
+        if done.wait():
+            raise WorldError(f"{' '.join(command)} failed with exit code {done.returncode}")
+        metrics, = Path(train_dir).glob("*/metrics.jsonl")
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [row["images_per_second"] for row in rows if "images_per_second" in row], ready
+
+
+def measure_pipeline(flags):
+    """Images a second of the input alone, with augmentation, 64 at a time."""
+    train_split, _ = datasets.create_default_splits(flags.dataset, flags.data_dir)
+    batches = iter(create_input_ops(train_split, 64, is_training=True, augment=True))
+    for _ in range(20):
+        next(batches)
+    start, count = time.perf_counter(), 400
+    for _ in range(count):
+        next(batches)
+    return 64 * count / (time.perf_counter() - start)
+
+
+def main():
+    parser = ArgumentParser(description="Measure images a second of trainer.py as users run it.")
+    parser.add_argument("--dataset", default="CIFAR10", help="a dataset that download.py packed")
+    parser.add_argument("--model", default="convnet", help="the network")
+    parser.add_argument("--optimizer", default="adam", choices=("adam", "momentum"), help="the optimizer")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
+    parser.add_argument("--quick", action="store_true", help="two batch sizes, one round")
+    flags = parser.parse_args()
+    if not datasets.is_prepared(flags.dataset, flags.data_dir):
+        raise UserError(f"{flags.dataset} is not in {flags.data_dir}: run python download.py --dataset {flags.dataset}")
+    batch_sizes, rounds, steps = (QUICK_BATCH_SIZES, 1, 21) if flags.quick else (BATCH_SIZES, 2, 41)
+    speeds = {(norm_type, batch_size): [] for batch_size in batch_sizes for norm_type in NORMS}
+    ready = []
+    for _ in range(rounds):
+        for norm_type, batch_size in speeds:
+            rows, seconds = train(flags, norm_type, batch_size, steps)
+            speeds[norm_type, batch_size] += rows
+            ready.append(seconds)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
+    imports = time.perf_counter() - start
+
+    compare = (flags.dataset, flags.model, flags.optimizer) == ("CIFAR10", "convnet", "adam")
+    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second, median [quartiles] of {rounds} runs")
+    print(f"{'batch size':>10}  " + "".join(f"{norm_type + ' norm':<24}" for norm_type in NORMS) + "group / batch"
+          + ("   times the ancestor's: batch, group" if compare else ""))
+    for batch_size in batch_sizes:
+        quartiles = {norm_type: statistics.quantiles(speeds[norm_type, batch_size], n=4, method="inclusive")
+                     for norm_type in NORMS}
+        line = f"{batch_size:>10}  " + "".join(
+            f"{middle:7.1f} [{low:.1f} {high:.1f}]".ljust(24) for low, middle, high in quartiles.values())
+        line += f"{quartiles['group'][1] / quartiles['batch'][1]:13.2f}"
+        if compare:
+            line += "   " + ", ".join(f"{quartiles[n][1] / ANCESTOR[n][batch_size]:.1f}" for n in NORMS)
+        print(line)
+    pipeline, fastest = measure_pipeline(flags), max(statistics.median(rows) for rows in speeds.values())
+    print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
+    print(f"start: {imports:.1f} s to import TensorFlow and all else, {statistics.median(ready) - imports:.1f} s more "
+          f"to open the data, build the network and make the run folder")
+
+
+if __name__ == "__main__":
+    run(main)
