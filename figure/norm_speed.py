@@ -1,6 +1,6 @@
 """Measure what the norms cost: alone, in a training step, in memory, in bfloat16 and under XLA, as ratios.
 
-    python figure/norm_speed.py             # about half an hour, with nothing else running
+    python figure/norm_speed.py             # about 25 minutes, with nothing else running
     python figure/norm_speed.py --quick     # fewer networks and rounds: four minutes
 
 What is compared runs in one process, in turn, round after round; a ratio is the median over the rounds of the ratio
@@ -254,7 +254,7 @@ def measure_all(quick):
         if model == "resnet20":
             variants += ["group PyTorch"] if torch else []
             variants += ["group XLA"] if batch_size in (2, 32) else []
-        if (model, batch_size) in (("resnet20", 64), ("resnet50", 8)) or quick and batch_size == 32:
+        if (model, batch_size) in (("resnet20", 64), ("resnet50", 8)) and (model == "resnet20" or has_bfloat16()):
             variants += ["group bfloat16"]
         large = model == "resnet50"
         results["step"][f"{model} {batch_size}"] = times = in_own_process(
@@ -269,17 +269,26 @@ def measure_all(quick):
     return results
 
 
+def processor():
+    """The processor's name, and which instructions it has of those that matter here."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    words = {word for line in lines if line.startswith("flags") for word in line.split()}
+    return (names or [platform.processor() or platform.machine()])[0], [
+        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in words]
+
+
+def has_bfloat16():
+    """Without such instructions a step of resnet50 takes minutes."""
+    return any("bf16" in name for name in processor()[1]) or bool(tf.config.list_physical_devices("GPU"))
+
+
 def describe_machine():
-    processor = platform.processor() or platform.machine()
-    flags = ""
-    if os.path.exists("/proc/cpuinfo"):
-        text = Path("/proc/cpuinfo").read_text()
-        names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
-        flags = ", ".join(flag for flag in ("avx2", "avx512f", "amx_bf16") if f" {flag} " in text.replace("\n", " "))
+    name, instructions = processor()
     gpus = len(tf.config.list_physical_devices("GPU"))
-    return (f"{processor} ({flags}), {os.cpu_count()} cores, {gpus} GPUs, Python {platform.python_version()}, "
-            f"TensorFlow {tf.__version__}, Keras {keras.__version__}")
+    return (f"{name} ({', '.join(instructions)}), {os.cpu_count()} cores, {gpus} GPUs, Python "
+            f"{platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}")
 
 
 def show(quartiles):

@@ -1,7 +1,7 @@
 """Measure images a second of trainer.py as users run it, its start, and the input pipeline alone.
 
-    python figure/throughput.py                                 # CIFAR-10, convnet: about 15 minutes
-    python figure/throughput.py --quick                         # two batch sizes, one round: three minutes
+    python figure/throughput.py                                 # CIFAR-10, convnet: about 8 minutes
+    python figure/throughput.py --quick                         # two batch sizes, fewer steps: three minutes
     python figure/throughput.py --model resnet20 --optimizer momentum
 
 Each run is `python trainer.py` with its default input, augmentation, summaries and log; images a second are those that
@@ -64,30 +64,9 @@ def measure_pipeline(flags):
     return 64 * count / (time.perf_counter() - start)
 
 
-def main():
-    parser = ArgumentParser(description="Measure images a second of trainer.py as users run it.")
-    parser.add_argument("--dataset", default="CIFAR10", help="a dataset that download.py packed")
-    parser.add_argument("--model", default="convnet", help="the network")
-    parser.add_argument("--optimizer", default="adam", choices=("adam", "momentum"), help="the optimizer")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--quick", action="store_true", help="two batch sizes, one round")
-    flags = parser.parse_args()
-    if not datasets.is_prepared(flags.dataset, flags.data_dir):
-        raise UserError(f"{flags.dataset} is not in {flags.data_dir}: run python download.py --dataset {flags.dataset}")
-    batch_sizes, rounds, steps = (QUICK_BATCH_SIZES, 1, 21) if flags.quick else (BATCH_SIZES, 2, 41)
-    speeds = {(norm_type, batch_size): [] for batch_size in batch_sizes for norm_type in NORMS}
-    ready = []
-    for _ in range(rounds):
-        for norm_type, batch_size in speeds:
-            rows, seconds = train(flags, norm_type, batch_size, steps)
-            speeds[norm_type, batch_size] += rows
-            ready.append(seconds)
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
-    imports = time.perf_counter() - start
-
+def print_table(flags, speeds, batch_sizes):
     compare = (flags.dataset, flags.model, flags.optimizer) == ("CIFAR10", "convnet", "adam")
-    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second, median [quartiles] of {rounds} runs")
+    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second, median [quartiles] of the logged rows")
     print(f"{'batch size':>10}  " + "".join(f"{norm_type + ' norm':<24}" for norm_type in NORMS) + "group / batch"
           + ("   times the ancestor's: batch, group" if compare else ""))
     for batch_size in batch_sizes:
@@ -99,6 +78,28 @@ def main():
         if compare:
             line += "   " + ", ".join(f"{quartiles[n][1] / ANCESTOR[n][batch_size]:.1f}" for n in NORMS)
         print(line)
+
+
+def main():
+    parser = ArgumentParser(description="Measure images a second of trainer.py as users run it.")
+    parser.add_argument("--dataset", default="CIFAR10", help="a dataset that download.py packed")
+    parser.add_argument("--model", default="convnet", help="the network")
+    parser.add_argument("--optimizer", default="adam", choices=("adam", "momentum"), help="the optimizer")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
+    parser.add_argument("--quick", action="store_true", help="two batch sizes, fewer steps")
+    flags = parser.parse_args()
+    if not datasets.is_prepared(flags.dataset, flags.data_dir):
+        raise UserError(f"{flags.dataset} is not in {flags.data_dir}: run python download.py --dataset {flags.dataset}")
+    batch_sizes, steps = (QUICK_BATCH_SIZES, 21) if flags.quick else (BATCH_SIZES, 41)
+    speeds, ready = {}, []
+    for batch_size in batch_sizes:
+        for norm_type in NORMS:
+            speeds[norm_type, batch_size], seconds = train(flags, norm_type, batch_size, steps)
+            ready.append(seconds)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
+    imports = time.perf_counter() - start
+    print_table(flags, speeds, batch_sizes)
     pipeline, fastest = measure_pipeline(flags), max(statistics.median(rows) for rows in speeds.values())
     print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
     print(f"start: {imports:.1f} s to import TensorFlow and all else, {statistics.median(ready) - imports:.1f} s more "

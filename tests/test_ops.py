@@ -18,7 +18,8 @@ import ops
 # (shape, channels last; groups): every rank, odd sizes, a single group, a group for each channel, a single channel
 GROUP_CASES = [((4, 6), 1), ((4, 6), 2), ((5, 7), 1), ((3, 5, 6), 3), ((2, 5, 7), 7), ((3, 4, 1), 1),
                ((2, 5, 3, 12), 4), ((1, 7, 5, 9), 3), ((2, 7, 5, 9), 9), ((2, 7, 5, 9), 1), ((3, 1, 1, 8), 4),
-               ((2, 19, 17, 64), 32), ((2, 3, 4, 5, 8), 2), ((2, 2, 3, 3, 5), 5), ((1, 3, 2, 5, 6), 1)]
+               ((2, 19, 17, 64), 32), ((2, 16, 8, 6), 3), ((2, 4, 16, 16), 8), ((2, 3, 4, 5, 8), 2),
+               ((2, 2, 3, 3, 5), 5), ((1, 3, 2, 5, 6), 1)]
 BATCH_SHAPES = [(5, 7), (2, 3), (3, 5, 6), (2, 5, 3, 12), (1, 7, 5, 9), (9, 1, 1, 4), (2, 3, 4, 5, 3)]
 FORMATS = ["channels_last", "channels_first"]
 
@@ -256,6 +257,17 @@ def test_large_images_do_not_depend_on_the_batch():
     for i, single in zip((0, 2), alone):
         for name in ("y", "dx"):
             assert np.abs(batch[name][i] - single[name][0]).max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("shape, groups", [((3, 32, 32, 16), 8), ((3, 28, 28, 64), 32), ((4, 16, 8, 48), 6)])
+def test_an_example_is_bitwise_the_same_in_every_batch(shape, groups):
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(0.5, 2.0, shape).astype("float32"), rng.normal(0.2, 1.0, shape).astype("float32")
+    gamma, beta = rng.normal(1, 0.5, (2, shape[-1])).astype("float32")
+    batch = run_with_gradients(lambda *args: ops.group_norm(*args, groups), x, gamma, beta, dy)
+    alone = run_with_gradients(lambda *args: ops.group_norm(*args, groups), x[1:2], gamma, beta, dy[1:2])
+    for name in ("y", "dx"):
+        np.testing.assert_array_equal(batch[name][1], alone[name][0])
 
 
 @pytest.mark.parametrize("norm_type, jit_compile", [("group", False), ("group", True), ("batch", False),

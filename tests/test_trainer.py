@@ -1,8 +1,11 @@
 """trainer.py, as users run it and step by step against independent formulas."""
 import json
 import math
+import os
+import platform
 import signal
 import subprocess
+import sys
 import time
 
 import evaler           # first: it quietens TensorFlow as it loads
@@ -353,6 +356,33 @@ def test_two_trainers_and_an_evaler_at_once(data_dir, tmp_path):
     assert len(runs) == 2
     assert scripts.metrics(runs[0]) == scripts.metrics(runs[1])
     assert len(scripts.metrics(runs[0])) == 60
+
+
+# ----------------------------------------------------------------------------------------- TensorFlow's settings
+
+
+def test_small_updates_take_one_thread_an_operation():
+    """Up to 16 images of 32 by 32; TensorFlow's choice (0) above, and where the size of the images is not known."""
+    script = ("import trainer, tensorflow as tf\n"
+              "for images, shape in ((17, (32, 32, 3)), (64, (None, None, 3)), (16, (32, 32, 3))):\n"
+              "    trainer.set_threads(images, shape)\n"
+              "    print(tf.config.threading.get_intra_op_parallelism_threads())\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=scripts.REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "0", "1"]
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_onednn_is_on_unless_the_user_says_no(given):
+    """On x86; other processors keep TensorFlow's own default."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    then = given or ("1" if x86 else "None")
+    environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+    if given:
+        environment["TF_ENABLE_ONEDNN_OPTS"] = given
+    script = "import model, os; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=scripts.REPO, env=environment, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.strip() == then
 
 
 # ------------------------------------------------------------------------------------------------ wrong flags
