@@ -33,7 +33,8 @@ def group_norm(x, gamma, beta, groups=32, epsilon=EPSILON, data_format="channels
         dx = (gamma * dy - mean(gamma * dy) - xhat * mean(gamma * dy * xhat)) / sqrt(var + epsilon)
 
     so that x - mu is the only large tensor kept for it. Every sum runs over the positions first, to [N, C], and
-    over the few channels of a group after that: the large tensor is never transposed, nor split into groups.
+    over the few channels of a group after that: the large tensor is never transposed, nor split into groups. Where
+    it pays, some positions lie side by side in a row, and the sums over them run last (see _fold).
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.

@@ -342,14 +342,15 @@ def draw(results, path):
     for i, times in enumerate(results["step"].values()):
         for j, norm_type in enumerate(("group", "none")):
             low, median, high = ratios(times, norm_type, "batch")
-            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm_type], label=None if i else f"{norm_type} norm")
+            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm_type], label=None if i else {"group": "group norm", "none": "no norm"}[norm_type])
             axes.plot([i + 0.4 * j] * 2, [low, high], color="black", linewidth=1)
     axes.axhline(1, color=COLOURS["batch"], label="batch norm")
     axes.set_xticks([i + 0.2 for i in range(len(results["step"]))],
                     [f"{name.split()[0]}\nbatch {name.split()[1]}" for name in results["step"]], fontsize=8)
     axes.set(ylabel="time of a training step\n(batch norm = 1)", title=results["machine"])
     axes.title.set_fontsize(8)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.set_ylim(0, 1.4)
+    axes.legend(fontsize=8, loc="upper right", ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -91,18 +91,19 @@ def main():
     if not datasets.is_prepared(flags.dataset, flags.data_dir):
         raise UserError(f"{flags.dataset} is not in {flags.data_dir}: run python download.py --dataset {flags.dataset}")
     batch_sizes, steps = (QUICK_BATCH_SIZES, 21) if flags.quick else (BATCH_SIZES, 41)
-    speeds, ready = {}, []
+    speeds, ready, imports = {}, [], []
     for batch_size in batch_sizes:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
+        imports.append(time.perf_counter() - start)
         for norm_type in NORMS:
             speeds[norm_type, batch_size], seconds = train(flags, norm_type, batch_size, steps)
             ready.append(seconds)
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
-    imports = time.perf_counter() - start
     print_table(flags, speeds, batch_sizes)
     pipeline, fastest = measure_pipeline(flags), max(statistics.median(rows) for rows in speeds.values())
     print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
-    print(f"start: {imports:.1f} s to import TensorFlow and all else, {statistics.median(ready) - imports:.1f} s more "
+    importing = statistics.median(imports)
+    print(f"start: {importing:.1f} s to import TensorFlow and all else, {statistics.median(ready) - importing:.1f} s more "
           f"to open the data, build the network and make the run folder")
 
 
