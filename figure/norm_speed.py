@@ -342,7 +342,8 @@ def draw(results, path):
     for i, times in enumerate(results["step"].values()):
         for j, norm_type in enumerate(("group", "none")):
             low, median, high = ratios(times, norm_type, "batch")
-            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm_type], label=None if i else {"group": "group norm", "none": "no norm"}[norm_type])
+            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm_type],
+                     label=None if i else ("group norm", "no norm")[j])
             axes.plot([i + 0.4 * j] * 2, [low, high], color="black", linewidth=1)
     axes.axhline(1, color=COLOURS["batch"], label="batch norm")
     axes.set_xticks([i + 0.2 for i in range(len(results["step"]))],

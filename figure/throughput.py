@@ -102,9 +102,9 @@ def main():
     print_table(flags, speeds, batch_sizes)
     pipeline, fastest = measure_pipeline(flags), max(statistics.median(rows) for rows in speeds.values())
     print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
-    importing = statistics.median(imports)
-    print(f"start: {importing:.1f} s to import TensorFlow and all else, {statistics.median(ready) - importing:.1f} s more "
-          f"to open the data, build the network and make the run folder")
+    importing, starting = statistics.median(imports), statistics.median(ready)
+    print(f"start: {importing:.1f} s to import TensorFlow and all else, {starting - importing:.1f} s more to open the "
+          f"data, build the network and make the run folder")
 
 
 if __name__ == "__main__":
