@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 import model as models
 import ops
 import trainer
+from curves import COLOURS
 from datasets.errors import ArgumentParser, WorldError, run
 
 SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (32, 32, 32, 16), (1, 8, 8, 64),
@@ -40,7 +41,6 @@ GROUPS = 8
 STEPS = [("resnet20", 32, batch_size) for batch_size in (1, 2, 8, 32, 64)] + [
     ("convnet", 32, 2), ("convnet", 32, 64), ("resnet50", 224, 2), ("resnet50", 224, 8)]
 QUICK_STEPS = [("resnet20", 32, 2), ("resnet20", 32, 32), ("convnet", 32, 2)]
-COLOURS = {"batch": "#d1495b", "group": "#2f7fc1", "none": "#777777"}
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -254,18 +254,17 @@ def measure_all(quick):
         if model == "resnet20":
             variants += ["group PyTorch"] if torch else []
             variants += ["group XLA"] if batch_size in (2, 32) else []
-        if (model, batch_size) in (("resnet20", 64), ("resnet50", 8)) and (model == "resnet20" or has_bfloat16()):
+        if (model, batch_size) == ("resnet20", 64) or (model, batch_size) == ("resnet50", 8) and has_bfloat16():
             variants += ["group bfloat16"]
-        large = model == "resnet50"
         results["step"][f"{model} {batch_size}"] = times = in_own_process(
             {"kind": "step", "model": model, "size": size, "batch_size": batch_size, "variants": variants,
-             "rounds": 7 if large and not quick else rounds})
+             "rounds": 7 if model == "resnet50" else rounds})
         print_step(model, batch_size, times)
+    model, size, batch_size = ("resnet20", 32, 32) if quick else ("resnet50", 224, 8)
     for norm_type in ("none", "batch", "group"):
-        case = ("resnet20", 32, 32) if quick else ("resnet50", 224, 8)
         results["memory"][norm_type] = in_own_process(
-            {"kind": "memory", "model": case[0], "size": case[1], "batch_size": case[2], "norm_type": norm_type})
-    print_memory(results["memory"], case)
+            {"kind": "memory", "model": model, "size": size, "batch_size": batch_size, "norm_type": norm_type})
+    print_memory(model, size, batch_size, results["memory"])
     return results
 
 
@@ -328,8 +327,7 @@ def print_step(model, batch_size, times):
           flush=True)
 
 
-def print_memory(memory, case):
-    model, size, batch_size = case
+def print_memory(model, size, batch_size, memory):
     print(f"\nPeak memory of a step, {model}, {size} px, batch size {batch_size}: " + ", ".join(
         f"{name} {peak / 1e9:.2f} GB" for name, peak in memory.items())
         + f"; group / batch {memory['group'] / memory['batch']:.2f}")

@@ -5,7 +5,7 @@
     python figure/throughput.py --model resnet20 --optimizer momentum
 
 Each run is `python trainer.py` with its default input, augmentation, summaries and log; images a second are those that
-it writes into metrics.jsonl, without the first step, which traces the graph. Norms and batch sizes take turns.
+it writes into metrics.jsonl, without the first step, which traces the graph. The runs follow one another.
 """
 import json
 import statistics
@@ -34,7 +34,7 @@ ANCESTOR = {"batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
 
 
 def train(flags, norm_type, batch_size, steps):
-    """Run trainer.py; returns the images a second of each logged row, and the seconds to the first step."""
+    """Run trainer.py; returns the images a second of each logged row, and the seconds until it has a run folder."""
     with tempfile.TemporaryDirectory() as train_dir:
         command = [sys.executable, str(ROOT / "trainer.py"), "--dataset", flags.dataset, "--data_dir", flags.data_dir,
                    "--model", flags.model, "--optimizer", flags.optimizer, "--norm_type", norm_type, "--batch_size",
