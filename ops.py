@@ -107,7 +107,9 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
             sum_dy_centred = by_group(tf.reduce_sum(dy * centred, axis=position_axis))
             offset = group_mean(scale * sum_dy) / rows                                          # [N, 1, G, 1]
             slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows          # [N, 1, G, 1]
-            dx = dy * wide_scale - centred * wide(slope) - wide(offset)
+            with tf.control_dependencies([slope, offset]):      # dy is needed no more: the product takes its memory
+                dx = dy * wide_scale - wide(offset)
+            dx -= centred * wide(slope)
             return (dx, tf.reduce_sum(sum_dy_centred * inverse_std, axis=[0, 1]),
                     tf.reduce_sum(sum_dy, axis=[0, 1]))
 
@@ -214,6 +216,39 @@ def standardize_weights(kernel, epsilon=EPSILON):
     mean, variance = _moments(weights, axes)
     fan_in = math.prod(kernel.shape[:-1])
     return tf.cast((weights - mean) * tf.math.rsqrt(fan_in * (variance + epsilon / fan_in)), kernel.dtype)
+
+
+def convolve(x, kernel, strides):
+    """tf.nn.conv2d with 'SAME' padding, whose gradient is faster where the kernel is larger than the patches it sees.
+
+    The filters' gradient is a matrix product, of the patches [N * H' * W', inputs] and the outputs' gradient
+    [N * H' * W', filters]. oneDNN reorders memory of the kernel's size for it, several times: for few outputs, as small
+    batches have, that takes longer than to cut the patches out and multiply. Measured on CPUs, and only used there.
+
+    Args:
+        x: [N, H, W, C], any float type.
+        kernel: [height, width, C, filters].
+        strides: (vertical, horizontal).
+
+    Returns:
+        [N, H', W', filters], with H' = ceil(H / strides[0]), W' = ceil(W / strides[1]).
+    """
+    y = tf.nn.conv2d(x, kernel, strides, "SAME")
+    outputs, filters = y.shape[:-1].num_elements(), y.shape[-1]
+    if outputs is None or outputs >= filters or tf.config.list_physical_devices("GPU"):
+        return y
+
+    @tf.custom_gradient
+    def convolution(x, kernel):
+        def gradient(dy):
+            dx = tf.nn.conv2d_transpose(dy, kernel, tf.shape(x), strides, "SAME")
+            patches = tf.image.extract_patches(x, [1, *kernel.shape[:2], 1], [1, *strides, 1], [1, 1, 1, 1], "SAME")
+            dkernel = tf.matmul(tf.reshape(patches, [outputs, kernel.shape[:-1].num_elements()]),
+                                tf.reshape(dy, [outputs, filters]), transpose_a=True)
+            return dx, tf.reshape(dkernel, kernel.shape)
+        return tf.nn.conv2d(x, kernel, strides, "SAME"), gradient
+
+    return convolution(x, kernel)
 
 
 def check_groups(shape, axis, groups):
@@ -384,8 +419,19 @@ class BatchNorm(_Norm):
 
 
 @keras.saving.register_keras_serializable("group_norm")
-class StandardizedConv2D(keras.layers.Conv2D):
-    """keras.layers.Conv2D whose kernel passes through standardize_weights before each use."""
+class Conv2D(keras.layers.Conv2D):
+    """keras.layers.Conv2D, by convolve where that does what the layer's arguments ask for."""
+
+    def convolution_op(self, inputs, kernel):
+        arguments = self.padding, self.dilation_rate, self.groups, self.data_format
+        if arguments != ("same", (1, 1), 1, "channels_last"):
+            return super().convolution_op(inputs, kernel)
+        return convolve(inputs, tf.convert_to_tensor(kernel), self.strides)
+
+
+@keras.saving.register_keras_serializable("group_norm")
+class StandardizedConv2D(Conv2D):
+    """Conv2D whose kernel passes through standardize_weights before each use."""
 
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, standardize_weights(tf.convert_to_tensor(kernel)))
@@ -430,7 +476,7 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, weight_stand
     Returns:
         [N, ceil(H / strides), ceil(W / strides), filters].
     """
-    convolution = StandardizedConv2D if weight_standardization else keras.layers.Conv2D
+    convolution = StandardizedConv2D if weight_standardization else Conv2D
     x = convolution(filters, kernel_size, strides, padding="same", use_bias=norm_type == "none",
                     kernel_initializer="he_normal", name=f"{name}_conv")(x)
     x = norm(x, norm_type, gamma=gamma, name=f"{name}_norm", **norm_options)

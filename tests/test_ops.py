@@ -760,7 +760,7 @@ def small_model():
     x = ops.StandardizedConv2D(8, 3, padding="same", use_bias=False)(inputs)
     x = ops.BatchNorm(momentum=0.8)(x)
     x = keras.layers.ReLU()(x)
-    x = keras.layers.Conv2D(12, 3)(x)
+    x = ops.Conv2D(12, 3)(x)
     x = ops.GroupNorm(4, beta_regularizer="l2")(x)
     x = keras.layers.ReLU()(x)              # else the next norm subtracts again what the last one adds
     x = ops.GroupNorm(-1)(x)
@@ -806,6 +806,99 @@ def test_layers_take_unknown_sizes(layer_class):
     assert model.output.shape == (None, None, None, 32)
     for shape in ((1, 4, 6, 32), (3, 2, 2, 32)):
         assert model(np.ones(shape, "float32"), training=True).shape == shape
+
+
+# --------------------------------------------------------------------------------------------------- convolution
+
+
+def convolution_oracle(x, kernel, dy, strides):
+    """y, dx and dkernel of a convolution with 'SAME' padding, by the definition, one output position at a time."""
+    (height, width, _, filters), (_, rows, columns, _) = kernel.shape, x.shape
+    outputs = [math.ceil(rows / strides[0]), math.ceil(columns / strides[1])]
+    missing = [max((outputs[0] - 1) * strides[0] + height - rows, 0),
+               max((outputs[1] - 1) * strides[1] + width - columns, 0)]
+    before = [size // 2 for size in missing]
+    padded = np.pad(x, [(0, 0), (before[0], missing[0]), (before[1], missing[1]), (0, 0)])
+    y, dx, dkernel = np.zeros([len(x), *outputs, filters]), np.zeros_like(padded), np.zeros_like(kernel)
+    for i, j in np.ndindex(*outputs):
+        window = np.s_[:, i * strides[0]:i * strides[0] + height, j * strides[1]:j * strides[1] + width]
+        y[:, i, j] = np.tensordot(padded[window], kernel, 3)
+        dx[window] += np.tensordot(dy[:, i, j], kernel, (1, 3))
+        dkernel += np.tensordot(padded[window], dy[:, i, j], (0, 0))
+    return y, dx[:, before[0]:before[0] + rows, before[1]:before[1] + columns], dkernel
+
+
+CONVOLUTIONS = [((1, 4, 4, 3), (4, 4, 3, 8), (2, 2), True), ((2, 5, 6, 3), (3, 2, 3, 24), (2, 3), True),
+                ((3, 3, 2, 5), (1, 1, 5, 20), (1, 1), True), ((2, 3, 3, 2), (3, 3, 2, 18), (1, 1), False),
+                ((2, 7, 7, 3), (3, 3, 3, 4), (2, 2), False)]
+
+
+@pytest.mark.parametrize("shape, kernel, strides, by_patches", CONVOLUTIONS)
+@pytest.mark.parametrize("jit_compile", [None, True])
+def test_convolve_and_its_gradients_are_the_definition(shape, kernel, strides, by_patches, jit_compile):
+    """Both ways to the filters' gradient, chosen by whether there are fewer outputs than filters."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=shape), rng.normal(size=kernel)
+    dy = rng.normal(size=[shape[0], -(-shape[1] // strides[0]), -(-shape[2] // strides[1]), kernel.shape[3]])
+
+    @tf.function(jit_compile=jit_compile)
+    def convolve(x, kernel, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            y = ops.convolve(x, kernel, strides)
+        return y, *tape.gradient(y, [x, kernel], dy)
+    arguments = [tf.constant(value) for value in (x, kernel, dy)]
+    operations = {operation.type for operation in convolve.get_concrete_function(*arguments).graph.get_operations()}
+    assert ("ExtractImagePatches" in operations) == by_patches == ("Conv2DBackpropFilter" not in operations)
+    for actual, expected in zip(convolve(*arguments), convolution_oracle(x, kernel, dy, strides)):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)        # float64, sums of up to 50 products
+
+
+def test_convolve_has_second_derivatives():
+    """The gradient by patches can be derived again, as a gradient penalty does."""
+    x, kernel = (np.random.default_rng(0).normal(size=size) for size in ((1, 3, 3, 2), (2, 2, 2, 6)))
+
+    def gradients(x, kernel):
+        with tf.GradientTape() as tape:
+            tape.watch([x, kernel])
+            y = tf.reduce_sum(ops.convolve(x, kernel, (2, 2)) ** 3)
+        return tf.concat([tf.reshape(gradient, [-1]) for gradient in tape.gradient(y, [x, kernel])], 0)
+    for i in (0, 1):
+        theoretical, numerical = tf.test.compute_gradient(tf.function(gradients), [x, kernel], delta=1e-5)
+        np.testing.assert_allclose(theoretical[i], numerical[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (None, 4, 4, 3), (1, None, 4, 3)])
+def test_convolve_takes_empty_and_unknown_batches(shape):
+    """An empty batch has a gradient of 0; where a size is unknown, TensorFlow's own gradient does it."""
+    kernel = tf.Variable(tf.ones([3, 3, 3, 64]))
+
+    @tf.function(input_signature=[tf.TensorSpec(shape)])
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            y = ops.convolve(x, kernel, (2, 2))
+        return tape.gradient(y, kernel)
+    x = np.ones([1 if size is None and i else size or 0 for i, size in enumerate(shape)], np.float32)
+    expected = convolution_oracle(x.astype(np.float64), np.ones([3, 3, 3, 64]),
+                                  np.ones([len(x), -(-x.shape[1] // 2), 2, 64]), (2, 2))[2]
+    np.testing.assert_array_equal(gradient(x), expected)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"padding": "same"}, {"padding": "same", "strides": (2, 1)},
+                                       {"padding": "valid", "strides": 2}, {"padding": "same", "dilation_rate": 2},
+                                       {"padding": "same", "groups": 2}])
+def test_conv2d_layer_is_that_of_keras(arguments):
+    """Conv2D gives what keras.layers.Conv2D gives, gradients included, for all arguments."""
+    x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype("float32")
+    results = []
+    for layer in (ops.Conv2D(64, 3, **arguments), keras.layers.Conv2D(64, 3, **arguments)):
+        layer.build(x.shape)
+        layer.set_weights([np.linspace(-1, 1, math.prod(w.shape)).reshape(w.shape) for w in layer.get_weights()])
+        with tf.GradientTape() as tape:
+            y = layer(x)
+        results.append([y, tape.gradient(y, layer.kernel.value)])
+    for ours, theirs in zip(*results):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
 # ---------------------------------------------------------------------------------------- weight standardization
