@@ -15,6 +15,7 @@ import tensorflow as tf
 
 NORM_TYPES = ("batch", "group", "layer", "instance", "none")
 EPSILON = 1e-5      # for every norm alike, as in the code of the GN paper's authors
+FEW_OUTPUTS = 32    # up to there a convolution by a matrix product was measured to be faster
 
 
 # ---------------------------------------------------------------------------------------------- pure functions
@@ -219,11 +220,12 @@ def standardize_weights(kernel, epsilon=EPSILON):
 
 
 def convolve(x, kernel, strides):
-    """tf.nn.conv2d with 'SAME' padding, whose gradient is faster where the kernel is larger than the patches it sees.
+    """tf.nn.conv2d with 'SAME' padding, as a matrix product where a small batch makes fewer outputs than filters.
 
-    The filters' gradient is a matrix product, of the patches [N * H' * W', inputs] and the outputs' gradient
-    [N * H' * W', filters]. oneDNN reorders memory of the kernel's size for it, several times: for few outputs, as small
-    batches have, that takes longer than to cut the patches out and multiply. Measured on CPUs, and only used there.
+    The patches that the kernel sees are [N * H' * W', inputs] then, less than the kernel. oneDNN's convolution reorders
+    memory of the kernel's size, in its gradient several times: for so few outputs it takes less to cut the patches out
+    and multiply. Measured on CPUs, and only done there: for the filters' gradient wherever the patches are the smaller
+    of the two, for y up to FEW_OUTPUTS, for x's gradient never.
 
     Args:
         x: [N, H, W, C], any float type.
@@ -233,20 +235,27 @@ def convolve(x, kernel, strides):
     Returns:
         [N, H', W', filters], with H' = ceil(H / strides[0]), W' = ceil(W / strides[1]).
     """
-    y = tf.nn.conv2d(x, kernel, strides, "SAME")
-    outputs, filters = y.shape[:-1].num_elements(), y.shape[-1]
+    height, width, channels, filters = kernel.shape
+    sizes = [x.shape[0]] + [size and -(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
+    outputs = None if None in sizes else math.prod(sizes)
     if outputs is None or outputs >= filters or tf.config.list_physical_devices("GPU"):
-        return y
+        return tf.nn.conv2d(x, kernel, strides, "SAME")
+
+    def patches(x):                                             # [N, H, W, C] → [outputs, inputs of a filter]
+        cut = tf.image.extract_patches(x, [1, height, width, 1], [1, *strides, 1], [1, 1, 1, 1], "SAME")
+        return tf.reshape(cut, [outputs, height * width * channels])
 
     @tf.custom_gradient
     def convolution(x, kernel):
         def gradient(dy):
             dx = tf.nn.conv2d_transpose(dy, kernel, tf.shape(x), strides, "SAME")
-            patches = tf.image.extract_patches(x, [1, *kernel.shape[:2], 1], [1, *strides, 1], [1, 1, 1, 1], "SAME")
-            dkernel = tf.matmul(tf.reshape(patches, [outputs, kernel.shape[:-1].num_elements()]),
-                                tf.reshape(dy, [outputs, filters]), transpose_a=True)
+            dkernel = tf.matmul(patches(x), tf.reshape(dy, [outputs, filters]), transpose_a=True)
             return dx, tf.reshape(dkernel, kernel.shape)
-        return tf.nn.conv2d(x, kernel, strides, "SAME"), gradient
+
+        if outputs > FEW_OUTPUTS:
+            return tf.nn.conv2d(x, kernel, strides, "SAME"), gradient
+        product = tf.matmul(patches(x), tf.reshape(kernel, [height * width * channels, filters]))
+        return tf.reshape(product, [*sizes, filters]), gradient
 
     return convolution(x, kernel)
 

@@ -247,6 +247,7 @@ def measure_all(quick):
             {"kind": "alone", "shape": shape, "rounds": rounds})
         for mean in (0, 1000):
             results["error"][f"{mean} {shape}"] = in_own_process({"kind": "error", "shape": shape, "mean": mean})
+    results["geometric means"] = geometric_means(results["alone"])
     print_alone(results)
     print_step_header()
     for model, size, batch_size in steps:
@@ -295,17 +296,18 @@ def show(quartiles):
     return f"{median:.2f} [{low:.2f} {high:.2f}]"
 
 
+def geometric_means(alone):
+    """{base: geometric mean over the shapes of group's time / base's}."""
+    return {base: math.exp(np.mean([math.log(ratios(times, "group", base)[1]) for times in alone.values()]))
+            for base in ("Keras", "transpose", "batch")}
+
+
 def print_alone(results):
     print(f"{results['machine']}\n\nThe norm alone, forward and backward, {GROUPS} groups, float32")
     print(f"{'input NHWC':<16}{'group, ms':>10}  {'/ Keras':<18}{'/ transposes':<18}{'/ batch':<18}")
-    means = {base: [] for base in ("Keras", "transpose", "batch")}
     for shape, times in results["alone"].items():
-        row = {base: ratios(times, "group", base) for base in means}
-        for base in means:
-            means[base].append(row[base][1])
         print(f"{shape.replace(' ', 'x'):<16}{1e3 * statistics.median(times['group']):>10.2f}  "
-              + "".join(f"{show(row[base]):<18}" for base in means))
-    results["geometric means"] = {base: math.exp(np.mean(np.log(of_shapes))) for base, of_shapes in means.items()}
+              + "".join(f"{show(ratios(times, 'group', base)):<18}" for base in results["geometric means"]))
     print(f"{'geometric mean':<28}" + "".join(f"{mean:<18.2f}" for mean in results["geometric means"].values()))
     print("\nLargest error against float64 over these inputs, of y and of dx")
     for mean in (0, 1000):

@@ -1,11 +1,12 @@
 """Measure images a second of trainer.py as users run it, its start, and the input pipeline alone.
 
-    python figure/throughput.py                                 # CIFAR-10, convnet: about 8 minutes
-    python figure/throughput.py --quick                         # two batch sizes, fewer steps: three minutes
+    python figure/throughput.py                                 # CIFAR-10, convnet: about 15 minutes
+    python figure/throughput.py --quick                         # two batch sizes, one round: two minutes
     python figure/throughput.py --model resnet20 --optimizer momentum
 
 Each run is `python trainer.py` with its default input, augmentation, summaries and log; images a second are those that
-it writes into metrics.jsonl, without the first step, which traces the graph. The runs follow one another.
+it writes into metrics.jsonl, without the first step, which traces the graph. The runs take turns, norm by norm, in
+rounds over all batch sizes: what is printed is the median over the rounds, with the least and the most in brackets.
 """
 import json
 import statistics
@@ -27,18 +28,19 @@ from input_ops import create_input_ops
 BATCH_SIZES = (1, 2, 8, 32, 64)
 QUICK_BATCH_SIZES = (2, 32)
 NORMS = ("batch", "group")
+STEPS = 31          # logged every 10
 # Images a second of the 2018 repo's own trainer and network on CIFAR-10, with TensorFlow 1.15.5, medians of two runs on
 # the machine of the README's table (AMD EPYC, 2 cores, AVX2): elsewhere the ratio says little.
 ANCESTOR = {"batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
             "group": dict(zip(BATCH_SIZES, (33, 49, 70, 82, 90)))}
 
 
-def train(flags, norm_type, batch_size, steps):
-    """Run trainer.py; returns the images a second of each logged row, and the seconds until it has a run folder."""
+def train(flags, norm_type, batch_size):
+    """Run trainer.py; returns its images a second, and the seconds until it has a run folder."""
     with tempfile.TemporaryDirectory() as train_dir:
         command = [sys.executable, str(ROOT / "trainer.py"), "--dataset", flags.dataset, "--data_dir", flags.data_dir,
                    "--model", flags.model, "--optimizer", flags.optimizer, "--norm_type", norm_type, "--batch_size",
-                   str(batch_size), "--max_training_step", str(steps), "--train_dir", train_dir]
+                   str(batch_size), "--max_training_step", str(STEPS), "--train_dir", train_dir]
         start = time.perf_counter()
         done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         ready = None
@@ -49,7 +51,7 @@ def train(flags, norm_type, batch_size, steps):
             raise WorldError(f"{' '.join(command)} failed with exit code {done.returncode}")
         metrics, = Path(train_dir).glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [row["images_per_second"] for row in rows if "images_per_second" in row], ready
+    return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row), ready
 
 
 def measure_pipeline(flags):
@@ -64,19 +66,22 @@ def measure_pipeline(flags):
     return 64 * count / (time.perf_counter() - start)
 
 
+def show(values):
+    return f"{statistics.median(values):.1f} [{min(values):.1f} {max(values):.1f}]"
+
+
 def print_table(flags, speeds, batch_sizes):
     compare = (flags.dataset, flags.model, flags.optimizer) == ("CIFAR10", "convnet", "adam")
-    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second, median [quartiles] of the logged rows")
+    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second")
     print(f"{'batch size':>10}  " + "".join(f"{norm_type + ' norm':<24}" for norm_type in NORMS) + "group / batch"
           + ("   times the ancestor's: batch, group" if compare else ""))
     for batch_size in batch_sizes:
-        quartiles = {norm_type: statistics.quantiles(speeds[norm_type, batch_size], n=4, method="inclusive")
-                     for norm_type in NORMS}
-        line = f"{batch_size:>10}  " + "".join(
-            f"{middle:7.1f} [{low:.1f} {high:.1f}]".ljust(24) for low, middle, high in quartiles.values())
-        line += f"{quartiles['group'][1] / quartiles['batch'][1]:13.2f}"
+        batch, group = (speeds[norm_type, batch_size] for norm_type in NORMS)
+        line = f"{batch_size:>10}  {show(batch):<24}{show(group):<24}"
+        line += f"{statistics.median(g / b for g, b in zip(group, batch)):13.2f}"
         if compare:
-            line += "   " + ", ".join(f"{quartiles[n][1] / ANCESTOR[n][batch_size]:.1f}" for n in NORMS)
+            line += "   " + ", ".join(f"{statistics.median(speeds[n, batch_size]) / ANCESTOR[n][batch_size]:.1f}"
+                                      for n in NORMS)
         print(line)
 
 
@@ -86,21 +91,23 @@ def main():
     parser.add_argument("--model", default="convnet", help="the network")
     parser.add_argument("--optimizer", default="adam", choices=("adam", "momentum"), help="the optimizer")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--quick", action="store_true", help="two batch sizes, fewer steps")
+    parser.add_argument("--quick", action="store_true", help="two batch sizes, one round")
     flags = parser.parse_args()
     if not datasets.is_prepared(flags.dataset, flags.data_dir):
         raise UserError(f"{flags.dataset} is not in {flags.data_dir}: run python download.py --dataset {flags.dataset}")
-    batch_sizes, steps = (QUICK_BATCH_SIZES, 21) if flags.quick else (BATCH_SIZES, 41)
-    speeds, ready, imports = {}, [], []
-    for batch_size in batch_sizes:
+    batch_sizes, rounds = (QUICK_BATCH_SIZES, 1) if flags.quick else (BATCH_SIZES, 3)
+    speeds = {(norm_type, batch_size): [] for norm_type in NORMS for batch_size in batch_sizes}
+    ready, imports = [], []
+    for batch_size in batch_sizes * rounds:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
         imports.append(time.perf_counter() - start)
         for norm_type in NORMS:
-            speeds[norm_type, batch_size], seconds = train(flags, norm_type, batch_size, steps)
+            speed, seconds = train(flags, norm_type, batch_size)
+            speeds[norm_type, batch_size].append(speed)
             ready.append(seconds)
     print_table(flags, speeds, batch_sizes)
-    pipeline, fastest = measure_pipeline(flags), max(statistics.median(rows) for rows in speeds.values())
+    pipeline, fastest = measure_pipeline(flags), max(statistics.median(rounds) for rounds in speeds.values())
     print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
     importing, starting = statistics.median(imports), statistics.median(ready)
     print(f"start: {importing:.1f} s to import TensorFlow and all else, {starting - importing:.1f} s more to open the "
