@@ -222,10 +222,9 @@ def standardize_weights(kernel, epsilon=EPSILON):
 def convolve(x, kernel, strides):
     """tf.nn.conv2d with 'SAME' padding, as a matrix product where a small batch makes fewer outputs than filters.
 
-    The patches that the kernel sees are [N * H' * W', inputs] then, less than the kernel. oneDNN's convolution reorders
-    memory of the kernel's size, in its gradient several times: for so few outputs it takes less to cut the patches out
-    and multiply. Measured on CPUs, and only done there: for the filters' gradient wherever the patches are the smaller
-    of the two, for y up to FEW_OUTPUTS, for x's gradient never.
+    The patches that the kernel sees, [N * H' * W', inputs], take less memory than the kernel then, and oneDNN takes up
+    to three times as long as cutting them out and multiplying. Measured on CPUs, and only done there: the filters'
+    gradient wherever there are fewer outputs than filters, y up to FEW_OUTPUTS, the gradient of x never.
 
     Args:
         x: [N, H, W, C], any float type.

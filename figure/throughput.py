@@ -1,6 +1,6 @@
 """Measure images a second of trainer.py as users run it, its start, and the input pipeline alone.
 
-    python figure/throughput.py                                 # CIFAR-10, convnet: about 15 minutes
+    python figure/throughput.py                                 # CIFAR-10, convnet: about 25 minutes
     python figure/throughput.py --quick                         # two batch sizes, one round: two minutes
     python figure/throughput.py --model resnet20 --optimizer momentum
 
@@ -35,23 +35,28 @@ ANCESTOR = {"batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
             "group": dict(zip(BATCH_SIZES, (33, 49, 70, 82, 90)))}
 
 
+def time_until(line_start, command):
+    """Run a command; returns the seconds until it printed a line that starts so."""
+    start, seconds = time.perf_counter(), None
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(line_start):
+            seconds = time.perf_counter() - start
+    if process.wait():
+        raise WorldError(f"{' '.join(command)} failed with exit code {process.returncode}")
+    return seconds
+
+
 def train(flags, norm_type, batch_size):
     """Run trainer.py; returns its images a second, and the seconds until it has a run folder."""
     with tempfile.TemporaryDirectory() as train_dir:
-        command = [sys.executable, str(ROOT / "trainer.py"), "--dataset", flags.dataset, "--data_dir", flags.data_dir,
-                   "--model", flags.model, "--optimizer", flags.optimizer, "--norm_type", norm_type, "--batch_size",
-                   str(batch_size), "--max_training_step", str(STEPS), "--train_dir", train_dir]
-        start = time.perf_counter()
-        done = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        ready = None
-        for line in done.stdout:
-            if line.startswith("run folder"):
-                ready = time.perf_counter() - start
-        if done.wait():
-            raise WorldError(f"{' '.join(command)} failed with exit code {done.returncode}")
+        seconds = time_until("run folder", [
+            sys.executable, "trainer.py", "--dataset", flags.dataset, "--data_dir", str(Path(flags.data_dir).resolve()),
+            "--model", flags.model, "--optimizer", flags.optimizer, "--norm_type", norm_type,
+            "--batch_size", str(batch_size), "--max_training_step", str(STEPS), "--train_dir", train_dir])
         metrics, = Path(train_dir).glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row), ready
+    return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row), seconds
 
 
 def measure_pipeline(flags):
@@ -97,21 +102,18 @@ def main():
         raise UserError(f"{flags.dataset} is not in {flags.data_dir}: run python download.py --dataset {flags.dataset}")
     batch_sizes, rounds = (QUICK_BATCH_SIZES, 1) if flags.quick else (BATCH_SIZES, 3)
     speeds = {(norm_type, batch_size): [] for norm_type in NORMS for batch_size in batch_sizes}
-    ready, imports = [], []
+    imports, starts = [], []
     for batch_size in batch_sizes * rounds:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import trainer"], cwd=ROOT, check=True)
-        imports.append(time.perf_counter() - start)
+        imports.append(time_until("imported", [sys.executable, "-c", "import trainer; print('imported')"]))
         for norm_type in NORMS:
             speed, seconds = train(flags, norm_type, batch_size)
             speeds[norm_type, batch_size].append(speed)
-            ready.append(seconds)
+            starts.append(seconds - imports[-1])
     print_table(flags, speeds, batch_sizes)
     pipeline, fastest = measure_pipeline(flags), max(statistics.median(rounds) for rounds in speeds.values())
     print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
-    importing, starting = statistics.median(imports), statistics.median(ready)
-    print(f"start: {importing:.1f} s to import TensorFlow and all else, {starting - importing:.1f} s more to open the "
-          f"data, build the network and make the run folder")
+    print(f"start: {statistics.median(imports):.1f} s to import TensorFlow and all else, "
+          f"{statistics.median(starts):.1f} s more to open the data, build the network and make the run folder")
 
 
 if __name__ == "__main__":
