@@ -11,27 +11,30 @@ import json
 import os
 from pathlib import Path
 
-import model as models          # first: it quietens TensorFlow as it loads
-
 import numpy as np
-import tensorflow as tf
 
 import datasets
-import ops
-from datasets.errors import ArgumentParser, UserError, run
+import model as models
+from datasets.errors import ArgumentParser, Later, UserError, run
 from input_ops import create_input_ops, network_image_shape
 
+tf, ops = Later("tensorflow"), Later("ops")
+
+TOP5_CLASSES = 100              # from so many classes on, top-5 accuracy stands beside accuracy
 EVALUATION_BATCH = 250          # images: fast, and a divisor of most test splits; results do not depend on it
+NEEDED = {"flags": ("dataset", "norm_type", "group_size", "weight_standardization", "dtype", "seed"),
+          "derived": ("model", "groups", "batch_norm_momentum", "batch_size"), "data": ("train", "test")}
 REESTIMATION_IMAGES = 10_000    # training images over which batch norm's statistics are estimated anew
 
 
 def make_predictor(model):
-    """A graph from (images [B, h, w, c], labels [B]) to each example's (loss [B], predicted class [B])."""
+    """A graph from (images [B, h, w, c], labels [B]) to each example's loss [B], predicted class [B], and whether its
+    label is among the five most likely [B]."""
     @tf.function(reduce_retracing=True)
     def predict(images, labels):
         logits = model(images, training=False)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-        return loss, tf.argmax(logits, axis=1, output_type=tf.int32)
+        return loss, tf.argmax(logits, axis=1, output_type=tf.int32), tf.math.in_top_k(labels, logits, 5)
     return predict
 
 
@@ -46,15 +49,16 @@ def evaluate(predict, batches, labels, num_classes):
 
     Returns:
         dict with accuracy, loss (mean cross entropy, natural logarithm), images (N), per_class_accuracy [K] (None
-        for a class without images), confusion [K, K] int (label, prediction), losses [N] and predictions [N].
+        for a class without images), confusion [K, K] int (label, prediction), losses [N] and predictions [N]; from
+        TOP5_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most likely.
     """
     outputs = [predict(*batch) for batch in batches]
-    losses = np.concatenate([loss.numpy() for loss, _ in outputs])
-    predictions = np.concatenate([predicted.numpy() for _, predicted in outputs])
+    losses, predictions, in_top5 = (np.concatenate([values.numpy() for values in column]) for column in zip(*outputs))
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     per_class = [int(row[k]) / int(row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
-    return {"accuracy": int(np.trace(confusion)) / len(labels), "loss": float(losses.mean(dtype=np.float64)),
+    top5 = {"top5_accuracy": int(in_top5.sum()) / len(labels)} if num_classes >= TOP5_CLASSES else {}
+    return {"accuracy": int(np.trace(confusion)) / len(labels), **top5, "loss": float(losses.mean(dtype=np.float64)),
             "images": len(labels), "per_class_accuracy": per_class,
             "confusion": confusion, "losses": losses, "predictions": predictions}
 
@@ -88,15 +92,44 @@ def reestimate_batch_statistics(model, train, seed=0):
         norm.moving_variance.assign(variances.mean(axis=0) + means.var(axis=0))
 
 
+def evaluate_by_batch(model, split, batch_size, seed=0):
+    """evaluate() with every BatchNorm normalizing by the test batch of batch_size images that an image is in.
+
+    What the 2018 repo reported: it tells a network that learned nothing from one whose moving statistics do not stand
+    for what it learned. The batches are drawn at random, once; the last may be smaller. Nothing moves.
+    """
+    norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)), is_train=False)
+    for norm in norms:
+        norm.momentum, norm.use_batch_statistics = 1.0, True
+    result = evaluate(make_predictor(model), create_input_ops(shuffled, batch_size, False), shuffled.labels,
+                      split.num_classes)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum, norm.use_batch_statistics = momentum, False
+    return result
+
+
 # ------------------------------------------------------------------------------------------------- run folders
+
+
+def check_path(path):
+    """Raise UserError for a run folder whose checkpoints TensorFlow could not find: it takes paths for patterns."""
+    found = sorted(set("*?[]\\") & set(str(path)))
+    if found:
+        raise UserError(f"{path} has {' '.join(found)} in it: TensorFlow reads the path of a checkpoint as a pattern, "
+                        f"and would not find it again; choose a name without * ? [ ] and \\")
 
 
 def read_config(run_dir):
     """config.json of a run folder, as a dict; UserError if it is not there or not one of trainer.py's."""
     path = Path(run_dir) / "config.json"
+    check_path(run_dir)
     try:
         config = json.loads(path.read_text())
-        config["flags"]["dataset"], config["derived"]["model"]
+        for part, names in NEEDED.items():
+            for name in names:
+                config[part][name]
     except FileNotFoundError:
         raise UserError(f"{run_dir} is no run folder: it has no config.json, which trainer.py writes") from None
     except (ValueError, KeyError, TypeError):
@@ -273,55 +306,82 @@ def parse_flags(argv=None):
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
     parser.add_argument("--batch_size", type=int, default=EVALUATION_BATCH, help="images at a time")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--batch_statistics", choices=("moving", "reestimate"), default="moving",
-                        help="of batch norm: those that training left, or also those re-estimated over training images")
+    parser.add_argument("--batch_statistics", choices=("moving", "reestimate", "batch"), nargs="+", default=["moving"],
+                        help="of batch norm: those that training left; also those re-estimated over training images; "
+                             "also those of the test batch, at the training batch size")
+    parser.add_argument("--validation", type=int, metavar="N",
+                        help="evaluate on the N training images that the run held out by the same flag")
     config = parser.parse_args(argv)
     if config.batch_size < 1:
         raise UserError(f"--batch_size must be at least 1, not {config.batch_size}")
+    if config.validation is not None and config.split == "train":
+        raise UserError(f"--validation {config.validation} and --split train contradict each other: give one of them")
     return config
 
 
 def print_result(title, result, class_names):
-    print(f"{title}: accuracy {100 * result['accuracy']:.2f} %, loss {result['loss']:.4f}, {result['images']} images")
+    top5 = f"top-5 accuracy {100 * result['top5_accuracy']:.2f} %, " if "top5_accuracy" in result else ""
+    print(f"{title}: accuracy {100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.4f}, "
+          f"{result['images']} images")
     for name, accuracy in zip(class_names, result["per_class_accuracy"]):
         print(f"  {name:<24.24} " + ("no images" if accuracy is None else f"{100 * accuracy:6.2f} %"))
+
+
+def summary_of(result):
+    """What evaluation.json holds of a result."""
+    return {key: result[key] for key in ("accuracy", "top5_accuracy", "loss", "images", "per_class_accuracy")
+            if key in result}
+
+
+def check_request(flags, run_dir, config):
+    """Raise UserError for what does not suit the run."""
+    if config["flags"]["dataset"] != flags.dataset:
+        raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config['flags']['dataset']}")
+    further = [choice for choice in flags.batch_statistics if choice != "moving"]
+    if further and config["flags"]["norm_type"] != "batch":
+        raise UserError(f"--batch_statistics {further[0]} is for batch norm, but {run_dir} has --norm_type "
+                        f"{config['flags']['norm_type']}")
+    held_out = config["flags"].get("validation")
+    if flags.validation is not None and flags.validation != held_out:
+        raise UserError(f"--validation {flags.validation}, but {run_dir} held out {held_out or 'nothing'}: it was "
+                        f"trained on some of these images")
 
 
 def main(argv=None):
     flags = parse_flags(argv)
     datasets.folder_of(flags.dataset, flags.data_dir)       # a name that can name no dataset ends here
-    if flags.checkpoint:
-        run_dir = run_dir_of(flags.checkpoint)
-    else:
-        run_dir = find_run(flags.train_dir, flags.dataset)
+    run_dir = run_dir_of(flags.checkpoint) if flags.checkpoint else find_run(flags.train_dir, flags.dataset)
     config = read_config(run_dir)
-    if config["flags"]["dataset"] != flags.dataset:
-        raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config['flags']['dataset']}")
-    if flags.batch_statistics == "reestimate" and config["flags"]["norm_type"] != "batch":
-        raise UserError(f"--batch_statistics reestimate is for batch norm, but {run_dir} has --norm_type "
-                        f"{config['flags']['norm_type']}, which keeps no statistics")
-    train, test = datasets.create_default_splits(flags.dataset, flags.data_dir)
+    check_request(flags, run_dir, config)
+    train, test = datasets.create_default_splits(flags.dataset, flags.data_dir, validation=flags.validation)
     split = test if flags.split == "test" else train
+    name = f"{flags.dataset} {'validation' if flags.validation else flags.split}"
     model = build_model(config, network_image_shape(train), train.num_classes)
     checkpoint, step = load_weights(model, flags.checkpoint or run_dir)
     print(f"{checkpoint}: {config['derived']['model']}, {config['flags']['norm_type']} norm, step {step}")
 
     batches = create_input_ops(split, flags.batch_size, is_training=False)
     result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
-    print_result(f"{flags.dataset} {flags.split}", result, split.class_names)
-    record = {key: result[key] for key in ("accuracy", "loss", "images", "per_class_accuracy")}
-    record |= {"step": step, "split": flags.split, "dataset": flags.dataset, "checkpoint": checkpoint,
-               "class_names": split.class_names}
-    if flags.batch_statistics == "reestimate":
+    print_result(name, result, split.class_names)
+    record = summary_of(result) | {
+        "step": step, "split": "validation" if flags.validation else flags.split, "dataset": flags.dataset,
+        "checkpoint": checkpoint, "class_names": split.class_names}
+    if "batch" in flags.batch_statistics:
+        batch_size = config["derived"]["batch_size"]
+        by_batch = evaluate_by_batch(model, split, batch_size, config["flags"]["seed"])
+        print_result(f"{name}, statistics of each {batch_size} test images", by_batch, split.class_names)
+        record["by_batch"] = summary_of(by_batch) | {"batch_size": batch_size}
+    if "reestimate" in flags.batch_statistics:
         reestimate_batch_statistics(model, train, config["flags"]["seed"])
         again = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
-        print_result(f"{flags.dataset} {flags.split}, statistics re-estimated", again, split.class_names)
-        record["reestimated"] = {key: again[key] for key in ("accuracy", "loss", "images", "per_class_accuracy")}
+        print_result(f"{name}, statistics re-estimated", again, split.class_names)
+        record["reestimated"] = summary_of(again)
 
+    tag = f"evaluation_{record['split']}"
     with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):
-        tf.summary.scalar(f"evaluation_{flags.split}/accuracy", result["accuracy"])
-        tf.summary.scalar(f"evaluation_{flags.split}/loss", result["loss"])
-        tf.summary.image(f"evaluation_{flags.split}/confusion", confusion_image(result["confusion"], split.class_names))
+        tf.summary.scalar(f"{tag}/accuracy", result["accuracy"])
+        tf.summary.scalar(f"{tag}/loss", result["loss"])
+        tf.summary.image(f"{tag}/confusion", confusion_image(result["confusion"], split.class_names))
     draw_mistakes(run_dir / "mistakes.png", split, result)
     write_whole(run_dir / "evaluation.json", json.dumps(record, indent=1) + "\n")
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")

@@ -3,19 +3,25 @@
     for images, labels in create_input_ops(train, 64, is_training=True, seed=0, first_step=0, last_step=100): ...
 
 Batch number s of a training run is a function of the seed and of s alone: the order of the examples, the flips and
-the crops are drawn by counter-based generators that know s. So a run can be continued anywhere, exactly.
-Everything is done a batch at a time, in TensorFlow's own threads; there is no Python call for each example.
+the crops are drawn by counter-based generators from keys that are hashed from both. So a run can be continued
+anywhere, exactly. Everything is done a batch at a time, in TensorFlow's own threads; there is no Python call for each
+example.
 """
 import numpy as np
-import tensorflow as tf
 
+from datasets.errors import Later
+
+tf = Later("tensorflow")
+
+AUGMENTATIONS = ("crop", "flip+crop")
+ORDER, AUGMENTATION = 0, 1  # what random draws are for: each has keys of its own
 IN_MEMORY = 6 << 30         # bytes of images up to which a split is held in memory, as uint8
 CROP_PADDING = 1 / 8        # of the side: 4 pixels around a 32-pixel image, as in arXiv 1512.03385, section 4.2
 IMAGENET_SIZE = 224         # pixels, what the networks see of encoded photographs
 IMAGENET_RESIZE = 256       # pixels, the shorter side before the centre crop at test time
 
 
-def create_input_ops(dataset, batch_size, is_training, augment=False, seed=0, first_step=0, last_step=None):
+def create_input_ops(dataset, batch_size, is_training, augment=None, seed=0, first_step=0, last_step=None):
     """Make a tf.data.Dataset of (images [B, h, w, c] float32, labels [B] int32).
 
     Args:
@@ -23,51 +29,54 @@ def create_input_ops(dataset, batch_size, is_training, augment=False, seed=0, fi
         batch_size: B.
         is_training: True: batches first_step ... last_step - 1 of an endless sequence in which each epoch is
             shuffled anew, and all have B images. False: each example once, in order; the last batch may be smaller.
-        augment: flip and crop images at random (in training only).
+        augment: None, or one of AUGMENTATIONS: cut images at random, or mirror them at random too (in training only).
         seed: of shuffling and augmentation.
         first_step, last_step: the batches of a training run to make; last_step None is endless.
 
     Returns:
         tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are left as they are.
     """
+    augment = augment if is_training else None
     if is_training:
         steps = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max if last_step is None else last_step)
-        draw = shuffled(len(dataset), batch_size, seed)
+        positions = shuffled(len(dataset), batch_size, seed, first_step)
     else:
         steps = tf.data.Dataset.range(-(-len(dataset) // batch_size))
-        draw = in_order(len(dataset), batch_size)
-    augment = augment and is_training
+        positions = tf.data.Dataset.range(len(dataset)).batch(batch_size)
+    places = tf.data.Dataset.zip(steps, positions)
     if dataset.encoded:
-        batches = decoded_batches(steps, draw, dataset, batch_size, augment, is_training, seed)
+        batches = decoded_batches(places, dataset, batch_size, augment, is_training, seed)
     else:
         read = reader(dataset)
 
-        def make_batch(step):
-            positions = draw(step)
+        def make_batch(step, positions):
             images, labels = read(positions)
             if augment:
-                images = flip_and_crop(images, tf.stack([tf.cast(seed, tf.int64), step]))
+                images = flip_and_crop(images, key(AUGMENTATION, seed, step), flip=augment == "flip+crop")
             return to_float(images), labels
 
-        batches = steps.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        batches = places.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return batches.prefetch(tf.data.AUTOTUNE)
 
 
-def shuffled(examples, batch_size, seed):
-    """A function from a step to the positions [batch_size] of its examples; each epoch is a permutation of its own."""
-    def draw(step):
-        place = step * batch_size + tf.range(batch_size, dtype=tf.int64)        # in the endless sequence of epochs
-        epoch = place // examples
-        seeds = tf.stack([tf.fill([batch_size], tf.cast(seed, tf.int64)), epoch, tf.zeros_like(epoch)], axis=1)
-        return tf.raw_ops.RandomIndexShuffle(index=place % examples, seed=seeds, rounds=4,
-                                             max_index=tf.constant(examples - 1, tf.int64))
-    return draw
+def key(purpose, seed, number):
+    """The key [2] of the random draws for one purpose and number (a step, an epoch), under one seed: hashed, so that
+    near numbers are far apart."""
+    return tf.random.fold_in(tf.cast(tf.stack([seed, purpose]), tf.int64), number)
 
 
-def in_order(examples, batch_size):
-    def draw(step):
-        return tf.range(step * batch_size, tf.minimum((step + 1) * batch_size, examples))
-    return draw
+def shuffled(examples, batch_size, seed, first_step):
+    """The positions [batch_size] of the examples of step first_step, first_step + 1, ...; each epoch is a permutation
+    of its own, drawn from all of them alike, and a batch may begin in one and end in the next."""
+    start = first_step * batch_size                             # in the endless sequence of epochs
+
+    def of_epoch(epoch):
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(examples, dtype=tf.int64), key(ORDER, seed, epoch), alg="philox")
+        return tf.data.Dataset.from_tensor_slices(order[tf.maximum(start - epoch * examples, 0):])
+
+    epochs = tf.data.Dataset.range(start // examples, np.iinfo(np.int64).max)
+    return epochs.flat_map(of_epoch).batch(batch_size, drop_remainder=True)
 
 
 def reader(dataset):
@@ -87,12 +96,13 @@ def to_float(images):
     return tf.cast(images, tf.float32) / 255 if images.dtype == tf.uint8 else images
 
 
-def flip_and_crop(images, seed):
+def flip_and_crop(images, seed, flip=True):
     """Mirror each image with probability 1/2 and cut it at random out of its own frame padded with zeros.
 
     Args:
         images: [B, h, w, c], any type.
         seed: [2] integers; the same seed draws the same.
+        flip: False: cut only.
 
     Returns:
         [B, h, w, c]: two gathers, one of rows and one of columns, do the padding, the crop and the mirror at once.
@@ -106,17 +116,17 @@ def flip_and_crop(images, seed):
 
     rows, row_padding = indices(height, draws[0])
     columns, column_padding = indices(width, draws[1])
-    columns = tf.where(draws[2] < 0.5, columns, tf.reverse(columns, [1]))
+    if flip:
+        columns = tf.where(draws[2] < 0.5, columns, tf.reverse(columns, [1]))
     padded = tf.pad(images, [[0, 0], [row_padding] * 2, [column_padding] * 2, [0, 0]])
     return tf.gather(tf.gather(padded, rows, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def decoded_batches(steps, draw, dataset, batch_size, augment, is_training, seed):
+def decoded_batches(places, dataset, batch_size, augment, is_training, seed):
     """The batches of a dataset of JPEG bytes: read a batch in one call, decode its images in parallel."""
     labels = tf.constant(dataset.labels)
 
-    def read(step):
-        positions = draw(step)
+    def read(step, positions):
         jpeg = tf.numpy_function(lambda p: np.array(dataset.read(p), dtype=object), [positions], tf.string)
         jpeg = tf.ensure_shape(jpeg, [None])
         place = step * batch_size + tf.range(tf.size(positions), dtype=tf.int64)
@@ -124,26 +134,27 @@ def decoded_batches(steps, draw, dataset, batch_size, augment, is_training, seed
 
     def decode(jpeg, label, place):
         if augment:
-            image = random_resized_crop(jpeg, tf.stack([tf.cast(seed, tf.int64), place]))
+            image = random_resized_crop(jpeg, key(AUGMENTATION, seed, place), flip=augment == "flip+crop")
         else:
             image = centre_crop(jpeg)
         return tf.cast(image, tf.float32) / 255, label
 
-    examples = steps.map(read, num_parallel_calls=1).prefetch(2).unbatch()
+    examples = places.map(read, num_parallel_calls=1).prefetch(2).unbatch()
     return examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(
         batch_size, drop_remainder=is_training)
 
 
-def random_resized_crop(jpeg, seed):
+def random_resized_crop(jpeg, seed, flip=True):
     """A crop of 8 to 100 % of the area and an aspect of 3/4 to 4/3, resized and mirrored (arXiv 1409.4842)."""
+    crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     shape = tf.io.extract_jpeg_shape(jpeg)
     begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape, tf.zeros([1, 0, 4]), seed, min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3),
+        shape, tf.zeros([1, 0, 4]), crop_seed, min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3),
         area_range=(0.08, 1.0), max_attempts=10, use_image_if_no_bounding_boxes=True)
     window = tf.stack([begin[0], begin[1], size[0], size[1]])
     image = tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)
     image = tf.image.resize(image, [IMAGENET_SIZE, IMAGENET_SIZE], antialias=True)
-    return tf.image.stateless_random_flip_left_right(image, seed + 1)
+    return tf.image.stateless_random_flip_left_right(image, flip_seed) if flip else image
 
 
 def centre_crop(jpeg):

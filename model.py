@@ -1,16 +1,15 @@
-"""The classifiers: the ancestor's four-convolution network, and the ResNets of He et al. (arXiv 1512.03385).
+"""The classifiers: the ancestor's four-convolution network, the ResNets of He et al. (arXiv 1512.03385), their blocks.
 
     python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
     python model.py --model resnet20 --norm_type group --groups 4
 """
-from datasets.errors import ArgumentParser, UserError, import_tensorflow, run
+from datasets.errors import ArgumentParser, Later, UserError, run
 
-import_tensorflow()
+keras, ops = Later("keras"), Later("ops")
 
-import keras
-
-import ops
-
+NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")     # the last: arXiv 1702.03275
+LOGITS_STDDEV = 0.01    # every network starts near the loss log(classes): section 5.1 of arXiv 1706.02677
+RENORM_CLIPPING = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}     # where the schedule of its section 4 ends
 SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if 6 * n + 2 not in (50,))     # section 4.2: 6n + 2
 LARGE_RESNETS = {"resnet18": (False, [2, 2, 2, 2]), "resnet34": (False, [3, 4, 6, 3]),          # table 1
                  "resnet50": (True, [3, 4, 6, 3]), "resnet101": (True, [3, 4, 23, 3])}
@@ -36,7 +35,7 @@ def create_model(model, image_shape, num_classes, norm_type="group", groups=None
         model: one of MODELS.
         image_shape: (height, width, channels); height and width may be None for the ResNets.
         num_classes: number of logits.
-        norm_type: one of ops.NORM_TYPES.
+        norm_type: one of NORM_TYPES.
         groups: of group norm; None is default_groups(model). group_size, channels a group, overrides it.
         weight_standardization: standardize the weights of the convolutions (arXiv 1903.10520).
         momentum: of the moving statistics of batch norm, each update.
@@ -59,40 +58,124 @@ def create_model(model, image_shape, num_classes, norm_type="group", groups=None
         x = large_resnet(image, *LARGE_RESNETS[model], **options)
     else:
         x = small_resnet(image, blocks=(int(model.removeprefix("resnet")) - 2) // 6, **options)
-    logits = ops.fc(x, num_classes, name="logits")
+    logits = fc(x, num_classes, name="logits", initializer=keras.initializers.RandomNormal(stddev=LOGITS_STDDEV))
     logits = keras.layers.Activation("linear", dtype="float32", name="float32")(logits)
     return keras.Model(image, logits, name=model)
+
+
+def norm(x, norm_type, groups=32, group_size=None, momentum=0.9, gamma="ones", name=None):
+    """The norm of norm_type (one of NORM_TYPES) on x [N, ..., C]; group_size, channels a group, overrides groups."""
+    channels = x.shape[-1]
+    if norm_type not in NORM_TYPES:
+        raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, not {norm_type!r}")
+    if norm_type == "none":
+        return x
+    if norm_type == "batch":
+        return ops.BatchNorm(momentum=momentum, gamma_initializer=gamma, name=name)(x)
+    if norm_type == "batch+renorm":
+        return keras.layers.BatchNormalization(
+            momentum=momentum, epsilon=ops.EPSILON, gamma_initializer=gamma, renorm=True,
+            renorm_clipping=RENORM_CLIPPING, renorm_momentum=momentum, name=name)(x)
+    if norm_type == "group" and group_size is not None:
+        if group_size < 1 or channels % group_size:
+            raise ValueError(f"group_size must divide the channels of every norm: {channels} channels cannot be split "
+                             f"into groups of {group_size}; valid here are {ops.divisors(channels)}")
+        groups = channels // group_size
+    elif norm_type != "group":
+        groups = {"layer": 1, "instance": channels}[norm_type]
+    return ops.GroupNorm(groups, gamma_initializer=gamma, name=name)(x)
+
+
+def conv2d(x, filters, kernel_size, strides, name, activation=None, weight_standardization=False, gamma="ones",
+           norm_type="none", **norm_options):
+    """Convolution → norm → activation, in this order.
+
+    Args:
+        x: [N, H, W, C] Keras tensor.
+        filters, kernel_size, strides: of the convolution, which pads to H / strides, W / strides and has a bias only
+            where no norm with its beta follows. He initialisation (arXiv 1502.01852).
+        name: the layers are called name_conv, name_norm and name_relu.
+        activation: None, 'relu' or 'leaky_relu' (slope 0.2).
+        weight_standardization: standardize the weights before each use.
+        gamma: 'ones' or 'zeros', what the norm's gamma starts at.
+        norm_type, norm_options: as in norm.
+
+    Returns:
+        [N, ceil(H / strides), ceil(W / strides), filters].
+    """
+    convolution = ops.StandardizedConv2D if weight_standardization else ops.Conv2D
+    x = convolution(filters, kernel_size, strides, padding="same", use_bias=norm_type == "none",
+                    kernel_initializer="he_normal", name=f"{name}_conv")(x)
+    x = norm(x, norm_type, gamma=gamma, name=f"{name}_norm", **norm_options)
+    if activation is not None:
+        slope = {"relu": 0.0, "leaky_relu": 0.2}[activation]
+        x = keras.layers.ReLU(negative_slope=slope, name=f"{name}_relu")(x)
+    return x
+
+
+def fc(x, units, name, activation=None, initializer="he_normal"):
+    """A dense layer with bias on x [N, inputs], then None or 'leaky_relu' (slope 0.2)."""
+    x = keras.layers.Dense(units, kernel_initializer=initializer, name=name)(x)
+    return x if activation is None else keras.layers.LeakyReLU(0.2, name=f"{name}_relu")(x)
+
+
+def residual_block(x, filters, strides, name, bottleneck=False, **options):
+    """A residual block (arXiv 1512.03385, figure 5): conv → norm → relu, ..., conv → norm, plus x, relu.
+
+    Args:
+        x: [N, H, W, C] Keras tensor.
+        filters: channels of the 3×3 convolutions.
+        strides: of the first 3×3 convolution; H and W shrink by it.
+        bottleneck: False: 3×3, 3×3. True: 1×1, 3×3, 1×1 with 4 * filters channels out.
+        options: of conv2d. The last gamma of a block starts at 0, so that the block starts as its shortcut
+            (arXiv 1803.08494, section 4.1); without a norm a learned scalar does (ops.SkipInit).
+
+    Returns:
+        [N, ceil(H / strides), ceil(W / strides), filters or 4 * filters].
+    """
+    if bottleneck:
+        y = conv2d(x, filters, 1, 1, f"{name}_1", "relu", **options)
+        y = conv2d(y, filters, 3, strides, f"{name}_2", "relu", **options)
+        y = conv2d(y, 4 * filters, 1, 1, f"{name}_3", gamma="zeros", **options)
+    else:
+        y = conv2d(x, filters, 3, strides, f"{name}_1", "relu", **options)
+        y = conv2d(y, filters, 3, 1, f"{name}_2", gamma="zeros", **options)
+    if options.get("norm_type", "none") == "none":
+        y = ops.SkipInit(name=f"{name}_scale")(y)
+    if strides > 1 or x.shape[-1] != y.shape[-1]:
+        x = conv2d(x, y.shape[-1], 1, strides, f"{name}_shortcut", **options)
+    return keras.layers.ReLU(name=f"{name}_relu")(keras.layers.Add(name=f"{name}_add")([x, y]))
 
 
 def convnet(x, **options):
     """The ancestor's classifier of small images: four 4×4 convolutions of stride 2, then three dense layers."""
     for i, filters in enumerate((64, 128, 256, 512), 1):
-        x = ops.conv2d(x, filters, 4, 2, f"layer{i}", "leaky_relu", **options)
+        x = conv2d(x, filters, 4, 2, f"layer{i}", "leaky_relu", **options)
         x = keras.layers.Dropout(0.5, name=f"layer{i}_dropout")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i, units in enumerate((512, 128, 32), 1):
-        x = ops.fc(x, units, f"fc{i}", "leaky_relu")
+        x = fc(x, units, f"fc{i}", "leaky_relu")
     return x
 
 
 def small_resnet(x, blocks, **options):
     """Section 4.2 of He et al.: stages of 16, 32 and 64 channels; shortcuts are projections where sizes change."""
-    x = ops.conv2d(x, 16, 3, 1, "stem", "relu", **options)
+    x = conv2d(x, 16, 3, 1, "stem", "relu", **options)
     for stage, filters in enumerate((16, 32, 64), 1):
         for block in range(1, blocks + 1):
             strides = 2 if stage > 1 and block == 1 else 1
-            x = ops.residual_block(x, filters, strides, f"stage{stage}_block{block}", **options)
+            x = residual_block(x, filters, strides, f"stage{stage}_block{block}", **options)
     return keras.layers.GlobalAveragePooling2D(name="pool")(x)
 
 
 def large_resnet(x, bottleneck, blocks, **options):
     """Table 1 of He et al.; the stride of a bottleneck is on its 3×3 convolution, as has become the custom."""
-    x = ops.conv2d(x, 64, 7, 2, "stem", "relu", **options)
+    x = conv2d(x, 64, 7, 2, "stem", "relu", **options)
     x = keras.layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
     for stage, count in enumerate(blocks, 1):
         for block in range(1, count + 1):
             strides = 2 if stage > 1 and block == 1 else 1
-            x = ops.residual_block(x, 32 * 2 ** stage, strides, f"stage{stage}_block{block}", bottleneck, **options)
+            x = residual_block(x, 32 * 2 ** stage, strides, f"stage{stage}_block{block}", bottleneck, **options)
     return keras.layers.GlobalAveragePooling2D(name="pool")(x)
 
 
@@ -101,7 +184,7 @@ def add_model_flags(parser):
     parser.add_argument("--model", choices=MODELS, metavar="MODEL",
                         help=f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
                              f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above")
-    parser.add_argument("--norm_type", choices=ops.NORM_TYPES, default="batch", help="the normalization")
+    parser.add_argument("--norm_type", choices=NORM_TYPES, default="batch", help="the normalization")
     parser.add_argument("--groups", type=int, help="groups of group norm; by default 32, in the 6n+2 nets 8")
     parser.add_argument("--group_size", type=int, help="channels a group, instead of --groups")
     parser.add_argument("--weight_standardization", action="store_true",

@@ -1,11 +1,10 @@
-"""Normalization as pure functions, the Keras layers on them, and the building blocks of the models.
+"""Normalization as pure functions, and the Keras layers on them.
 
     y = ops.group_norm(x, gamma, beta, groups=32)                        # a function of tensors
     x = ops.GroupNorm(groups=8)(x)                                       # a layer for any Keras model
-    x = ops.residual_block(x, 64, 2, "block1", norm_type="group")        # a piece of a ResNet
 
 Group Normalization: Wu & He, arXiv 1803.08494. Batch Normalization: Ioffe & Szegedy, arXiv 1502.03167.
-Weight Standardization: Qiao et al., arXiv 1903.10520. Residual blocks: He et al., arXiv 1512.03385.
+Weight Standardization: Qiao et al., arXiv 1903.10520.
 """
 import math
 import numbers
@@ -13,7 +12,6 @@ import numbers
 import keras
 import tensorflow as tf
 
-NORM_TYPES = ("batch", "group", "layer", "instance", "none")
 EPSILON = 1e-5      # for every norm alike, as in the code of the GN paper's authors
 FEW_OUTPUTS = 32    # up to there a convolution by a matrix product was measured to be faster
 
@@ -131,7 +129,7 @@ def _fold(positions, channels):
 
 
 def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=0.9, epsilon=EPSILON,
-               data_format="channels_last"):
+               data_format="channels_last", mask=None):
     """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
 
     In training, by the mean and variance of the batch; else by moving_mean and moving_variance. The pure
@@ -145,6 +143,8 @@ def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=
         momentum: share of the old moving statistics in the new: new = momentum * old + (1 - momentum) * batch.
         epsilon: added to the variance.
         data_format: 'channels_last' or 'channels_first'.
+        mask: None, or bool [N, ...], the shape of x without C: the batch's statistics are those of the positions that
+            are True (all are normalized). A batch without any leaves the moving statistics as they are.
 
     Returns:
         (y, new_moving_mean, new_moving_variance); the latter two unchanged without training. x is normalized by
@@ -164,11 +164,16 @@ def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=
         x = tf.experimental.numpy.moveaxis(x, axis, -1)
     gamma, beta, dtype = _affine(x, -1, gamma, beta)
     shape = _dynamic_shape(x)
-    normalize = _batch_norm_by_moments if dtype == tf.float64 else _batch_norm_fused
-    y, moving_mean, moving_variance = normalize(
-        tf.reshape(x, [shape[0], math.prod(shape[1:-1]), 1, shape[-1]]), gamma, beta,
-        tf.cast(moving_mean, dtype), tf.cast(moving_variance, dtype), training, momentum, epsilon)
-    y = tf.reshape(y, shape)
+    positions = tf.reshape(x, [shape[0], math.prod(shape[1:-1]), 1, shape[-1]])
+    arguments = gamma, beta, tf.cast(moving_mean, dtype), tf.cast(moving_variance, dtype), training, momentum, epsilon
+    if mask is not None and training:
+        mask = tf.reshape(tf.convert_to_tensor(mask), tf.shape(positions)[:3])[..., tf.newaxis]
+        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments, mask)
+    elif dtype == tf.float64:
+        y, moving_mean, moving_variance = _batch_norm_by_moments(positions, *arguments)
+    else:
+        y, moving_mean, moving_variance = _batch_norm_fused(positions, *arguments)
+    y = tf.cast(tf.reshape(y, shape), x.dtype)
     if axis != x.shape.rank - 1:
         y = tf.experimental.numpy.moveaxis(y, -1, axis)
     return y, moving_mean, moving_variance
@@ -182,12 +187,19 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
     return (y, mean, variance) if training else (y, moving_mean, moving_variance)
 
 
-def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon):
-    """The same by the definition, for the types that the kernel lacks."""
+def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, mask=None):
+    """The same by the definition, for the type that the kernel lacks, and for masks [N, positions, 1, 1]."""
     mean, variance = moving_mean, moving_variance
     if training:
-        mean, variance = _moments(x, [0, 1, 2])
-        count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
+        if mask is None:
+            count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
+            mean, variance = _moments(x, [0, 1, 2])
+        else:
+            weight = tf.cast(mask, x.dtype)
+            count = tf.reduce_sum(weight)
+            mean = tf.reduce_sum(x * weight, [0, 1, 2]) / tf.maximum(count, 1)
+            variance = tf.reduce_sum(tf.square(x - mean) * weight, [0, 1, 2]) / tf.maximum(count, 1)
+            momentum = tf.where(count > 0, tf.cast(momentum, x.dtype), 1)
         unbiased = variance * count / tf.maximum(count - 1, 1)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean
         moving_variance = momentum * moving_variance + (1 - momentum) * unbiased
@@ -409,11 +421,11 @@ class BatchNorm(_Norm):
         self.moving_mean = self._vector("moving_mean", self.moving_mean_initializer, trainable=False)
         self.moving_variance = self._vector("moving_variance", self.moving_variance_initializer, trainable=False)
 
-    def call(self, inputs, training=False):
+    def call(self, inputs, training=False, mask=None):
         training = (bool(training) and self.trainable) or self.use_batch_statistics
         y, moving_mean, moving_variance = batch_norm(
             inputs, self.gamma, self.beta, self.moving_mean, self.moving_variance, training, self.momentum,
-            self.epsilon, self.data_format)
+            self.epsilon, self.data_format, mask)
         if training:
             self.moving_mean.assign(moving_mean)
             self.moving_variance.assign(moving_variance)
@@ -445,82 +457,16 @@ class StandardizedConv2D(Conv2D):
         return super().convolution_op(inputs, standardize_weights(tf.convert_to_tensor(kernel)))
 
 
-# ---------------------------------------------------------------------------------- building blocks of the models
+@keras.saving.register_keras_serializable("group_norm")
+class SkipInit(keras.layers.Layer):
+    """x times a learned scalar that starts at 0 (De & Smith, arXiv 2002.10444): what lets a ResNet train without norms.
 
-
-def norm(x, norm_type, groups=32, group_size=None, momentum=0.9, gamma="ones", name=None):
-    """The norm of norm_type (one of NORM_TYPES) on x [N, ..., C]; group_size, channels a group, overrides groups."""
-    channels = x.shape[-1]
-    if norm_type not in NORM_TYPES:
-        raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, not {norm_type!r}")
-    if norm_type == "none":
-        return x
-    if norm_type == "batch":
-        return BatchNorm(momentum=momentum, gamma_initializer=gamma, name=name)(x)
-    if norm_type == "group" and group_size is not None:
-        if group_size < 1 or channels % group_size:
-            raise ValueError(f"group_size must divide the channels of every norm: {channels} channels cannot be split "
-                             f"into groups of {group_size}; valid here are {divisors(channels)}")
-        groups = channels // group_size
-    elif norm_type != "group":
-        groups = {"layer": 1, "instance": channels}[norm_type]
-    return GroupNorm(groups, gamma_initializer=gamma, name=name)(x)
-
-
-def conv2d(x, filters, kernel_size, strides, name, activation=None, weight_standardization=False, gamma="ones",
-           norm_type="none", **norm_options):
-    """Convolution → norm → activation, in this order.
-
-    Args:
-        x: [N, H, W, C] Keras tensor.
-        filters, kernel_size, strides: of the convolution, which pads to H / strides, W / strides and has a bias only
-            where no norm with its beta follows. He initialisation (arXiv 1502.01852).
-        name: the layers are called name_conv, name_norm and name_relu.
-        activation: None, 'relu' or 'leaky_relu' (slope 0.2).
-        weight_standardization: standardize the weights before each use.
-        gamma: 'ones' or 'zeros', what the norm's gamma starts at.
-        norm_type, norm_options: as in norm.
-
-    Returns:
-        [N, ceil(H / strides), ceil(W / strides), filters].
+    At the end of each residual branch it does what a last gamma of 0 does for a norm: the network starts as its
+    shortcuts, however deep it is.
     """
-    convolution = StandardizedConv2D if weight_standardization else Conv2D
-    x = convolution(filters, kernel_size, strides, padding="same", use_bias=norm_type == "none",
-                    kernel_initializer="he_normal", name=f"{name}_conv")(x)
-    x = norm(x, norm_type, gamma=gamma, name=f"{name}_norm", **norm_options)
-    if activation is not None:
-        slope = {"relu": 0.0, "leaky_relu": 0.2}[activation]
-        x = keras.layers.ReLU(negative_slope=slope, name=f"{name}_relu")(x)
-    return x
 
+    def build(self, input_shape):
+        self.scale = self.add_weight(name="scale", shape=(), initializer="zeros", autocast=False, dtype="float32")
 
-def fc(x, units, name, activation=None):
-    """A dense layer with bias on x [N, inputs], then None or 'leaky_relu' (slope 0.2); He initialisation."""
-    x = keras.layers.Dense(units, kernel_initializer="he_normal", name=name)(x)
-    return x if activation is None else keras.layers.LeakyReLU(0.2, name=f"{name}_relu")(x)
-
-
-def residual_block(x, filters, strides, name, bottleneck=False, **options):
-    """A residual block (arXiv 1512.03385, figure 5): conv → norm → relu, ..., conv → norm, plus x, relu.
-
-    Args:
-        x: [N, H, W, C] Keras tensor.
-        filters: channels of the 3×3 convolutions.
-        strides: of the first 3×3 convolution; H and W shrink by it.
-        bottleneck: False: 3×3, 3×3. True: 1×1, 3×3, 1×1 with 4 * filters channels out.
-        options: of conv2d. The last gamma of a block starts at 0, so that the block starts as its shortcut
-            (arXiv 1803.08494, section 4.1).
-
-    Returns:
-        [N, ceil(H / strides), ceil(W / strides), filters or 4 * filters].
-    """
-    if bottleneck:
-        y = conv2d(x, filters, 1, 1, f"{name}_1", "relu", **options)
-        y = conv2d(y, filters, 3, strides, f"{name}_2", "relu", **options)
-        y = conv2d(y, 4 * filters, 1, 1, f"{name}_3", gamma="zeros", **options)
-    else:
-        y = conv2d(x, filters, 3, strides, f"{name}_1", "relu", **options)
-        y = conv2d(y, filters, 3, 1, f"{name}_2", gamma="zeros", **options)
-    if strides > 1 or x.shape[-1] != y.shape[-1]:
-        x = conv2d(x, y.shape[-1], 1, strides, f"{name}_shortcut", **options)
-    return keras.layers.ReLU(name=f"{name}_relu")(keras.layers.Add(name=f"{name}_add")([x, y]))
+    def call(self, inputs):
+        return inputs * tf.cast(self.scale, inputs.dtype)

@@ -8,10 +8,13 @@ A known dataset NAME is kept in <data_dir>/<name in lower case>/ (download.py pu
 import os
 import re
 
+import numpy as np
+
 from datasets import hdf5, own
 from datasets.errors import UserError
 
 NAMES = ("MNIST", "Fashion", "SVHN", "CIFAR10", "TinyImageNet", "ImageNet", "Digits")
+VALIDATION_SEED = 0
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -34,11 +37,30 @@ def is_prepared(name, data_dir=DATA_DIR):
     return hdf5.is_packed(place) or (name not in NAMES and own.is_there(place))
 
 
-def create_default_splits(name, data_dir=DATA_DIR, max_examples=None):
+def create_default_splits(name, data_dir=DATA_DIR, max_examples=None, validation=None):
     """Return (train, test), two datasets.hdf5.Dataset, of at most `max_examples` images each.
 
+    validation: that many training images are held out (see hold_out), and returned in place of the test split.
     Raises UserError if the data is missing, broken or not in the layout.
     """
+    train, test = open_splits(name, data_dir, max_examples)
+    return (train, test) if validation is None else hold_out(train, validation)
+
+
+def hold_out(train, count):
+    """Return (train without `count` images, those images): the same in every run, and every class in proportion."""
+    if not 0 < count < len(train):
+        raise UserError(f"--validation {count}: {train.name} has {len(train)} training images, and both what is held "
+                        f"out and what is left must have some: give 1 to {len(train) - 1}")
+    order = np.random.RandomState(VALIDATION_SEED).permutation(len(train))
+    order = order[np.argsort(train.labels[order], kind="stable")]          # class after class, shuffled in each
+    held = np.zeros(len(train), bool)
+    held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True
+    return train.subset(np.flatnonzero(~held), True), train.subset(np.flatnonzero(held), False)
+
+
+def open_splits(name, data_dir, max_examples):
+    """create_default_splits without validation."""
     place = folder_of(name, data_dir)
     if max_examples is not None and max_examples < 1:
         raise UserError(f"max_examples is {max_examples}: it must be at least 1")

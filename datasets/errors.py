@@ -2,12 +2,14 @@
 
     2    a mistake of the user, or something that the user must provide (UserError, a path that cannot be used)
     1    a failure of the world (WorldError: the network; OSError: the disk)
-    130  Ctrl-C
+    130  Ctrl-C; 143  SIGTERM
 """
 import argparse
 import errno
+import importlib
 import os
 import platform
+import signal
 import sys
 
 # A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
@@ -36,8 +38,22 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
 
+    def names_given(self, argv=None):
+        """The names of the flags that the command line gives, whether or not their values are the defaults."""
+        unset = object()
+        flags = self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        return [name for name, value in vars(flags).items() if value is not unset]
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+class Terminated(BaseException):
+    """SIGTERM: as Ctrl-C, nothing half-written stays behind."""
+
+
+def terminate(number, frame):
+    raise Terminated
 
 
 def one_line(text, limit=2000):
@@ -48,6 +64,7 @@ def one_line(text, limit=2000):
 
 def run(main):
     """Call main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
+    signal.signal(signal.SIGTERM, terminate)
     try:
         main()
         return
@@ -59,6 +76,8 @@ def run(main):
         code, message = (2 if error.errno in USER_ERRNO else 1), f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
+    except Terminated:
+        code, message = 143, "terminated"
     print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -81,3 +100,18 @@ def import_tensorflow():
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(null)
+
+
+class Later:
+    """A module that is imported where it is first used: TensorFlow takes seconds, --help and a wrong flag need none.
+
+        tf = Later("tensorflow")
+    """
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        if "tensorflow" not in sys.modules:
+            import_tensorflow()
+        return getattr(importlib.import_module(self._name), attribute)

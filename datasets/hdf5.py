@@ -206,6 +206,12 @@ class Dataset:
         else:
             self.nbytes = len(kept) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
 
+    def subset(self, positions, is_train):
+        """Return the Dataset of the images at `positions` (int [n]), in that order."""
+        return Dataset([self.ids[i] for i in positions], self.name, is_train=is_train, labels=self.labels[positions],
+                       class_names=self.class_names, image=self._image, rows=self._rows[positions],
+                       offset=self._offset)
+
     def __len__(self):
         return len(self.ids)
 
@@ -234,6 +240,8 @@ class Dataset:
             if isinstance(self._image, np.ndarray):
                 return self._image[rows]
             unique, inverse = np.unique(rows, return_inverse=True)
+            if not self.encoded and 2 * len(unique) > unique[-1] - unique[0] + 1 > 256:  # one read of all is faster
+                return self._image[unique[0]:unique[-1] + 1][rows - unique[0]]
             if self.encoded:
                 jpegs = [self._image[self._offset[row]:self._offset[row + 1]].tobytes() for row in unique]
                 return [jpegs[i] for i in inverse]

@@ -57,6 +57,41 @@ def test_every_epoch_is_another_permutation(numbered):
     assert np.concatenate(other).tolist() != epochs[0].tolist()
 
 
+def orders(examples, epochs, seed):
+    """The first epochs of a shuffle, [epochs, examples]."""
+    positions = input_ops.shuffled(examples, examples, seed, first_step=0).take(epochs)
+    return np.stack(list(positions.as_numpy_iterator()))
+
+
+@pytest.mark.parametrize("examples", [50, 200, 5000])
+def test_the_shuffle_is_a_true_one(examples):
+    """Over seeds 0 to 20, on examples in class order: every statistic lies within 5 standard deviations of what a
+    uniform permutation gives."""
+    found = np.concatenate([orders(examples, 4, seed) for seed in range(21)])
+    runs = len(found)
+    ranks = (np.arange(examples) - (examples - 1) / 2) / np.std(np.arange(examples))
+    correlations = (found - (examples - 1) / 2) / np.std(np.arange(examples)) @ ranks / examples
+    assert np.abs(correlations).max() < 5 / np.sqrt(examples - 1)
+    assert abs(correlations.mean()) < 5 / np.sqrt(runs * (examples - 1))
+    neighbours = (np.diff(found) == 1).sum()                # how many followers stay behind their neighbour: Poisson
+    expected = runs * (examples - 1) / examples
+    assert abs(neighbours - expected) < 5 * np.sqrt(expected)
+    share, whole = 1 / 5, examples - examples % 8           # five classes in order, batches of 8: hypergeometric
+    counts = (found[:, :whole] * 5 // examples == 0).reshape(runs, -1, 8).sum(axis=2)
+    variance = 8 * share * (1 - share) * (examples - 8) / (examples - 1)
+    assert abs(counts.var() / variance - 1) < 5 * np.sqrt(2 / counts.size)
+    assert (counts.var(axis=1) / variance).max() < 1 + 6 * np.sqrt(2 / counts.shape[1])     # in each epoch too
+    assert abs(counts.mean() - 8 * share) < 5 * np.sqrt(variance / counts.size) + 8 * (examples % 8) / examples ** 1.5
+    start = np.bincount(found[:, 0] * 5 // examples, minlength=5)
+    assert np.abs(start - runs / 5).max() < 5 * np.sqrt(runs / 5)
+
+
+def test_no_two_epochs_are_alike():
+    """60 examples: 1,000 epochs are 1,000 permutations, and no two seeds share one."""
+    found = np.concatenate([orders(60, 1000, seed=0), orders(60, 1000, seed=1)])
+    assert len(np.unique(found, axis=0)) == 2000
+
+
 def test_batches_over_the_end_of_an_epoch_are_full(numbered):
     train, _ = numbered
     batches = numbers(input_ops.create_input_ops(train, 10, True, seed=0, last_step=27))     # ten epochs

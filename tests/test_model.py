@@ -151,7 +151,7 @@ def test_default_groups():
 
 
 # name, image shape, classes and norm_type of the nets to walk through; several are those of PARAMETERS
-WALKED = [("resnet8", (32, 32, 3), 10, norm_type) for norm_type in ops.NORM_TYPES]
+WALKED = [("resnet8", (32, 32, 3), 10, norm_type) for norm_type in models.NORM_TYPES]
 WALKED += [("convnet", (32, 32, 3), 10, norm_type) for norm_type in ("batch", "group", "none")]
 WALKED += [("resnet18", (224, 224, 3), 1000, "batch"), ("resnet50", (224, 224, 3), 1000, "batch"),
            ("resnet50", (None, None, 1), 10, "group")]
@@ -289,7 +289,7 @@ def test_dropout_of_the_convnet():
 # --------------------------------------------------------------------------------------------------- behaviour
 
 
-@pytest.mark.parametrize("norm_type", ops.NORM_TYPES)
+@pytest.mark.parametrize("norm_type", models.NORM_TYPES)
 @pytest.mark.parametrize("name", ["convnet", "resnet8"])
 def test_predictions_in_inference_are_each_images_own(name, norm_type):
     """In inference an image's logits do not depend on the batch, its size or the last call, and nothing moves

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import model as models
 import ops
 
 # (shape, channels last; groups): every rank, odd sizes, a single group, a group for each channel, a single channel
@@ -530,8 +531,8 @@ def batch(x, training=True, channels=12, gamma=None, beta=None, **kwargs):
     (lambda: ops.check_groups((2, 4, 4, 12), 3, 5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
     (lambda: ops.check_groups((None, 12, None, None), 1, 7), ["12", "7", "1, 2, 3, 4, 6, 12"]),
     (lambda: ops.GroupNorm(5)(image()), ["12", "5", "1, 2, 3, 4, 6, 12"]),
-    (lambda: ops.norm(keras.Input([4, 4, 12]), "group", groups=5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
-    (lambda: ops.norm(keras.Input([4, 4, 12]), "group", group_size=5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
+    (lambda: models.norm(keras.Input([4, 4, 12]), "group", groups=5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
+    (lambda: models.norm(keras.Input([4, 4, 12]), "group", group_size=5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
     # a group of one value would always be 0 (pytorch#19250)
     (lambda: ops.group_norm(tf.ones([2, 1, 1, 12]), None, None, 12), ["single value", "12"]),
     (lambda: ops.group_norm(tf.ones([2, 12]), None, None, 12), ["single value", "12"]),
@@ -962,12 +963,12 @@ def chain(model):
     return [layer.name for layer in model.layers[1:]]
 
 
-@pytest.mark.parametrize("norm_type", ops.NORM_TYPES)
+@pytest.mark.parametrize("norm_type", models.NORM_TYPES)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
 def test_conv2d_is_convolution_norm_activation(norm_type, activation):
     """Convolution → norm → activation (fault 6), a bias only without a norm, and the values that follow from it."""
     inputs = keras.Input([7, 6, 3])
-    model = keras.Model(inputs, ops.conv2d(inputs, 8, 3, 2, "block", activation, norm_type=norm_type, groups=4))
+    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 2, "block", activation, norm_type=norm_type, groups=4))
     assert chain(model) == ["block_conv"] + ["block_norm"] * (norm_type != "none") + ["block_relu"] * bool(activation)
     convolution = model.get_layer("block_conv")
     assert convolution.use_bias == (norm_type == "none")
@@ -985,24 +986,25 @@ def test_conv2d_is_convolution_norm_activation(norm_type, activation):
 def test_conv2d_options_reach_the_norm():
     """groups, group_size, momentum and gamma are those of the norm that conv2d makes."""
     inputs = keras.Input([7, 6, 3])
-    layer = keras.Model(inputs, ops.conv2d(inputs, 8, 3, 1, "a", norm_type="batch", momentum=0.7)).get_layer("a_norm")
+    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", norm_type="batch", momentum=0.7))
+    layer = model.get_layer("a_norm")
     assert isinstance(layer, ops.BatchNorm) and layer.momentum == 0.7
     for options, groups in (({"groups": 2}, 2), ({"group_size": 2}, 4), ({"groups": 1, "group_size": 8}, 1)):
-        model = keras.Model(inputs, ops.conv2d(inputs, 8, 3, 1, "a", norm_type="group", gamma="zeros", **options))
+        model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", norm_type="group", gamma="zeros", **options))
         layer = model.get_layer("a_norm")
         assert isinstance(layer, ops.GroupNorm) and layer.get_config()["groups"] == groups
         np.testing.assert_array_equal(layer.gamma.numpy(), np.zeros(8))
-    model = keras.Model(inputs, ops.conv2d(inputs, 8, 3, 1, "a", weight_standardization=True))
+    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", weight_standardization=True))
     assert isinstance(model.get_layer("a_conv"), ops.StandardizedConv2D)
-    model = keras.Model(inputs, ops.conv2d(inputs, 8, 3, 1, "a"))
+    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a"))
     assert not isinstance(model.get_layer("a_conv"), ops.StandardizedConv2D)
 
 
-@pytest.mark.parametrize("norm_type", ops.NORM_TYPES)
+@pytest.mark.parametrize("norm_type", models.NORM_TYPES)
 def test_norm_is_the_function_of_its_type(norm_type):
     """norm makes one layer of the named type, or none."""
     inputs = keras.Input([4, 4, 8])
-    model = keras.Model(inputs, ops.norm(inputs, norm_type, groups=4, name="some"))
+    model = keras.Model(inputs, models.norm(inputs, norm_type, groups=4, name="some"))
     assert chain(model) == ["some"] * (norm_type != "none")
     x, gamma, beta, _ = random_case((2, 4, 4, 8), np.float32)
     expected = {"batch": lambda: ops.batch_norm(x, None, None, np.zeros(8), np.ones(8), False)[0],
@@ -1016,7 +1018,7 @@ def test_fc_is_a_dense_layer_with_bias():
     inputs = keras.Input([5])
     x = np.random.default_rng(0).normal(size=(3, 5)).astype("float32")
     for activation in (None, "leaky_relu"):
-        model = keras.Model(inputs, ops.fc(inputs, 4, "dense", activation))
+        model = keras.Model(inputs, models.fc(inputs, 4, "dense", activation))
         kernel, bias = model.get_weights()
         model.set_weights([kernel, bias + 0.5])
         y = x @ kernel + 0.5
@@ -1031,7 +1033,7 @@ def test_residual_block_starts_as_its_shortcut(bottleneck, strides, filters):
     channels = 16 if bottleneck else 4
     out = 4 * filters if bottleneck else filters
     inputs = keras.Input([7, 5, channels])
-    model = keras.Model(inputs, ops.residual_block(inputs, filters, strides, "block", bottleneck, norm_type="group",
+    model = keras.Model(inputs, models.residual_block(inputs, filters, strides, "block", bottleneck, norm_type="group",
                                                    groups=2))
     assert model.output.shape == (None, math.ceil(7 / strides), math.ceil(5 / strides), out)
     projections = [layer for layer in model.layers if "shortcut" in layer.name]
