@@ -9,6 +9,7 @@ A step is max_batch_size images, in max_batch_size / batch_size updates, so that
 share an axis. batch_size is the number of images that batch norm sees.
 """
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -309,6 +310,7 @@ def processor():
         return platform.processor()
 
 
+@functools.cache
 def source():
     """The git commit of this code, and whether the tree differs from it; None where there is no git."""
     def git(*words):
@@ -571,6 +573,7 @@ def train_run(run_dir, config, train, test, model, optimizer, totals, done, mana
         optimizer.learning_rate.assign(learning_rate_at(step, config))
         finite, loss = train_step(images, labels)
         if not finite:
+            log.file.write(json.dumps({"step": step + 1, "diverged": True}) + "\n")
             log.close()
             stop_at_nan(run_dir, step + 1, float(loss), float(optimizer.learning_rate), manager)
         step += 1

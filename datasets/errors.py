@@ -41,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def names_given(self, argv=None):
         """The names of the flags that the command line gives, whether or not their values are the defaults."""
         unset = object()
-        flags = self.parse_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions}))
+        flags, _ = self.parse_known_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions}))
         return [name for name, value in vars(flags).items() if value is not unset]
 
     def error(self, message):

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 import model as models
 import ops
 import trainer
-from curves import COLOURS
+from results import COLOURS
 from datasets.errors import ArgumentParser, WorldError, run
 
 SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (32, 32, 32, 16), (1, 8, 8, 64),

@@ -1,0 +1,301 @@
+"""Read run folders, and show them: the table of accuracies against batch size, what it supports in words, the pictures.
+
+Runs are alike when all their settings are alike but for the seed. A cell of the table is alike runs, over their seeds;
+the rows of a table differ in the norm, and in what they name. compare.py is the script.
+"""
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+from datasets.errors import UserError
+
+COLOURS = {"batch": "#d1495b", "group": "#2f7fc1", "layer": "#66a182", "instance": "#8d6a9f", "none": "#777777",
+           "batch+renorm": "#e09f3e", "batch+ws": "#8c2f39", "group+ws": "#1b4079", "layer+ws": "#3b6b4f",
+           "instance+ws": "#553f61", "none+ws": "#222222"}
+# Settings that do not change what is learned, or follow from others that are compared.
+IGNORED = {"seed", "prefix", "data_dir", "train_dir", "resume", "log_step", "write_summary_step", "test_sample_step",
+           "ckpt_save_step", "class_names", "learning_rate", "no_adjust_learning_rate", "no_augment"}
+FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}      # from the batch size
+PLAIN = {"base_learning_rate": "rate", "max_training_step": "steps", "learning_rate_scaling": "scaling",
+         "groups": "groups", "group_size": "channels per group", "validation": "held out"}
+MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batch": ", statistics of the test batch"}
+
+
+class Run(NamedTuple):
+    """A run folder. settings: all that makes runs alike; accuracies: of evaluation.json, by the names in MEASURES."""
+    path: Path
+    settings: dict
+    arm: str
+    batch_size: int
+    seed: int
+    rows: list
+    accuracies: dict
+    evaluation: dict        # the part of them that evaler.py measured
+    state: str              # finished, diverged or unfinished
+
+
+def arm_of(settings):
+    """The norm as compare.py's --norm_type spells it."""
+    return settings["norm_type"] + "+ws" * settings["weight_standardization"]
+
+
+def comparable(config):
+    """The settings of a config.json that make runs alike."""
+    settings = {**config["flags"], **config["derived"], **config["data"]}
+    if settings["norm_type"] != "group":
+        settings |= {"groups": None, "group_size": None}
+    elif settings["group_size"] is not None:
+        settings["groups"] = None
+    return {name: value for name, value in settings.items() if name not in IGNORED}
+
+
+def read_run(path):
+    """The Run in a folder; UserError if one of its files is damaged."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        settings, seed = comparable(config), config["flags"]["seed"]
+        arm, batch_size, steps = arm_of(settings), settings["batch_size"], settings["max_training_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'} is damaged ({type(error).__name__}: {error}): it should be the JSON "
+                        f"object that trainer.py wrote") from error
+    rows = read_rows(path / "metrics.jsonl")
+    state = "unfinished"
+    if rows and rows[-1]["step"] >= steps:
+        state = "finished"
+    if rows and rows[-1].get("diverged"):
+        state = "diverged"
+    accuracies = evaluation = read_evaluation(path / "evaluation.json", settings)
+    if state == "finished" and "test_loss/accuracy" in rows[-1]:    # trainer.py's last test is what evaler.py repeats
+        accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | accuracies
+    return Run(path, settings, arm, batch_size, seed, rows, accuracies, evaluation, state)
+
+
+def read_rows(path):
+    """The rows of metrics.jsonl; a last line that a kill cut short does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        [row["step"] for row in rows]
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): it should hold a JSON object with its step per line") from error
+
+
+def read_evaluation(path, settings):
+    """{measure: accuracy} of the last step on the split that the run was tested on; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        split = "validation" if settings.get("validation") else "test"
+        if record["step"] != settings["max_training_step"] or record["split"] != split:
+            return {}
+        return {"accuracy": record["accuracy"]} | {
+            name: record[name]["accuracy"] for name in MEASURES if isinstance(record.get(name), dict)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): run evaler.py again") from error
+
+
+def read_runs(folders):
+    """The Runs among `folders` and below them, sorted by path."""
+    paths = {path.parent for folder in folders for path in Path(folder).glob("**/config.json")}
+    return [read_run(path) for path in sorted(paths)]
+
+
+# ----------------------------------------------------------------------------------------------------- the table
+
+
+def frozen(settings):
+    return json.dumps(settings, sort_keys=True)
+
+
+def differing(runs):
+    """Names of the settings, other than norm and batch size, in which runs of one norm, dataset and model differ."""
+    names = set()
+    for key in {(run.arm, run.settings["dataset"], run.settings["model"]) for run in runs}:
+        alike = [run.settings for run in runs if (run.arm, run.settings["dataset"], run.settings["model"]) == key]
+        for name in alike[0].keys() | set().union(*alike):
+            if name not in FOLLOWING | {"batch_size"} and len({frozen(s.get(name)) for s in alike}) > 1:
+                names.add(name)
+    return sorted(names)
+
+
+def row_of(run, names):
+    """(arm, words for the settings among `names`): what a row of the table is called."""
+    words = [f"{PLAIN.get(name, name)} {run.settings[name]}" for name in names if run.settings.get(name) is not None]
+    return run.arm, ", ".join(words)
+
+
+def spread(values, most=None):
+    """'59.3', or 'smallest ← median → largest', in percent; with the number of seeds where it is not `most`."""
+    text = f"{100 * statistics.median(values):.1f}"
+    if len(values) > 1:
+        text = f"{100 * min(values):.1f} ← {text} → {100 * max(values):.1f}"
+    return text if most in (None, len(values)) else f"{text} ({len(values)} seed{'s' * (len(values) > 1)})"
+
+
+def tables(runs):
+    """[(title, rows, batch sizes, cells)], one for each dataset and model: cells[row, measure, batch size] are Runs."""
+    found = []
+    for dataset, model in sorted({(run.settings["dataset"], run.settings["model"]) for run in runs}):
+        these = [run for run in runs if (run.settings["dataset"], run.settings["model"]) == (dataset, model)]
+        names = differing(these)
+        cells = {}
+        for run in these:
+            for measure in run.accuracies if run.state == "finished" and run.accuracies else ["accuracy"]:
+                cells.setdefault((row_of(run, names), measure, run.batch_size), []).append(run)
+        order = list(COLOURS)
+        rows = sorted({key[:2] for key in cells},
+                      key=lambda row: (order.index(row[0][0]), row[0][1], list(MEASURES).index(row[1])))
+        batch_sizes = sorted({run.batch_size for run in these})
+        found.append((f"{dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
+    return found
+
+
+def shared(runs, names):
+    """Words for what all runs share: steps, epochs, optimizer, rate, images held out."""
+    settings, words = runs[0].settings, []
+    if "max_training_step" not in names:
+        epochs = settings["max_training_step"] * settings["max_batch_size"] / settings["train"]
+        words.append(f"{settings['max_training_step']} steps of {settings['max_batch_size']} images "
+                     f"({epochs:.3g} epochs)")
+    if not {"optimizer", "base_learning_rate"} & set(names):
+        words.append(f"{settings['optimizer']} at {settings['base_learning_rate']:g}")
+    if settings.get("validation"):
+        words.append(f"tested on {settings['validation']} training images held out")
+    made_from = settings.get("made_from")
+    return "".join(f", {word}" for word in words) + (f"; data: {made_from}" if made_from else "")
+
+
+def cell_text(runs, measure, most):
+    """What a cell of the table says of alike runs: accuracies, and what became of runs without one."""
+    values = [run.accuracies[measure] for run in runs if run.state == "finished" and measure in run.accuracies]
+    words = [spread(values, most)] if values else []
+    diverged = sum(run.state == "diverged" for run in runs)
+    waiting = len(runs) - len(values) - diverged
+    words += [f"{diverged} diverged"] * (diverged > 0) + [f"{waiting} not finished"] * (waiting > 0)
+    return ", ".join(words)
+
+
+def markdown(table):
+    """One table of tables() as Markdown."""
+    title, rows, batch_sizes, cells = table
+    most = max((len({run.seed for run in runs if run.accuracies}) for runs in cells.values()), default=1)
+    kind = "smallest ← median → largest of " + f"{most} seeds" if most > 1 else "one seed"
+    lines = [f"{title}. Accuracy in %, {kind}:", "",
+             "| norm | " + " | ".join(f"batch size {size}" for size in batch_sizes) + " |",
+             "| --- |" + " --- |" * len(batch_sizes)]
+    for row, measure in rows:
+        name = f"{row[0]}{MEASURES[measure]}" + (f" ({row[1]})" if row[1] else "")
+        texts = [cell_text(cells.get((row, measure, size), []), measure, most) for size in batch_sizes]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def sentences(table):
+    """What the numbers of a table support at its smallest and largest batch size, norm against batch norm."""
+    _, rows, batch_sizes, cells = table
+
+    def values(row, size):
+        return [run.accuracies["accuracy"] for run in cells.get((row, "accuracy", size), []) if run.accuracies]
+
+    names = [row for row, measure in rows if measure == "accuracy"]
+    if len({arm for arm, _ in names}) < len(names):         # rows that differ in settings too: no claim about norms
+        return []
+    said = []
+    for size in sorted({batch_sizes[0], min(batch_sizes, key=lambda b: abs(b - 2)), batch_sizes[-1]}):
+        base = values(("batch", ""), size)
+        for row in names:
+            other = values(row, size)
+            if row[0] == "batch" or not base or not other or not row[0].startswith("group"):
+                continue
+            difference = 100 * (statistics.median(other) - statistics.median(base))
+            apart = min(other) > max(base) or min(base) > max(other)
+            ranges = "one seed each" if len(base) == len(other) == 1 else (
+                f"{min(len(base), len(other))} seeds, the ranges " + ("do not overlap" if apart else "overlap"))
+            said.append(f"at batch size {size} {row[0]} is {abs(difference):.1f} points "
+                        f"{'above' if difference >= 0 else 'below'} batch ({ranges})")
+    return [words[0].upper() + words[1:] + "." for words in said]
+
+
+def as_json(table):
+    """The cells of a table with every run behind them."""
+    title, _, _, cells = table
+    return {"title": title, "cells": [
+        {"norm": row[0], "settings": row[1], "measure": measure, "batch_size": size, "runs": [
+            {"run": run.path.name, "seed": run.seed, "state": run.state, "accuracy": run.accuracies.get(measure)}
+            for run in runs]} for (row, measure, size), runs in sorted(cells.items(), key=str)]}
+
+
+# -------------------------------------------------------------------------------------------------- the pictures
+
+
+def draw_batch_sizes(found, path):
+    """Accuracy against batch size on a logarithmic axis, a panel per table, a line per row, the spread drawn."""
+    figure = Figure(figsize=(7.5 * len(found), 4.8), layout="constrained")
+    for place, (title, rows, batch_sizes, cells) in enumerate(found, 1):
+        axes = figure.add_subplot(1, len(found), place)
+        styles = {"accuracy": "-", "reestimated": "--", "by_batch": ":"}
+        markers = {}
+        for row, measure in rows:
+            points = []
+            for size in batch_sizes:
+                runs = cells.get((row, measure, size), [])
+                values = [100 * run.accuracies[measure] for run in runs if measure in run.accuracies]
+                if values:
+                    points.append((size, min(values), statistics.median(values), max(values)))
+            if not points:
+                continue
+            marker = markers.setdefault(row[1], "osD^vPX*<>"[len(markers) % 10])
+            sizes, low, middle, high = zip(*points)
+            axes.plot(sizes, middle, styles[measure], marker=marker, markersize=5, color=COLOURS[row[0]],
+                      label=f"{row[0]}{MEASURES[measure]}" + (f" ({row[1]})" if row[1] else ""))
+            axes.fill_between(sizes, low, high, color=COLOURS[row[0]], alpha=0.18, linewidth=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
+        axes.set(xlabel="batch size (images that batch norm sees)", ylabel="accuracy (%)")
+        axes.set_title(title, fontsize=9, wrap=True)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(found, path):
+    """Training (thin) and test accuracy over steps: a row of panels for each table, a panel for each batch size."""
+    width = max(len(batch_sizes) for _, _, batch_sizes, _ in found)
+    figure = Figure(figsize=(3.4 * width + 1.5, 3.4 * len(found) + 0.6), layout="constrained")
+    for place, (title, rows, batch_sizes, cells) in enumerate(found):
+        for column, size in enumerate(batch_sizes):
+            axes = figure.add_subplot(len(found), width, place * width + column + 1)
+            for row in dict.fromkeys(row for row, _ in rows):
+                label = row[0] + (f" ({row[1]})" if row[1] else "")
+                for run in cells.get((row, "accuracy", size), []):
+                    for key, style in (("loss/accuracy", {"linewidth": 0.7, "alpha": 0.55}),
+                                       ("test_loss/accuracy", {"linewidth": 1.6, "marker": ".", "label": label})):
+                        points = [(r["step"], 100 * r[key]) for r in run.rows if key in r]
+                        if points:
+                            axes.plot(*zip(*points), color=COLOURS[row[0]], **style)
+                    label = None
+            axes.set_title(f"batch size {size}", fontsize=9)
+            axes.set_xlabel(f"step\n{title.split(',')[0]}: test thick, training thin", fontsize=8)
+            axes.grid(alpha=0.3)
+            if column == 0:
+                axes.set_ylabel("accuracy (%)")
+                axes.legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def report(runs, folder):
+    """Print the tables and sentences of `runs`; leave them in folder/table.md, results.json and the two pictures."""
+    found, folder = tables(runs), Path(folder)
+    parts = [part for table in found for part in (markdown(table), "\n".join(sentences(table))) if part]
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    (folder / "table.md").write_text(text)
+    (folder / "results.json").write_text(json.dumps([as_json(table) for table in found], indent=1) + "\n")
+    draw_batch_sizes(found, folder / "batch_size.png")
+    draw_curves(found, folder / "curves.png")
+    print(f"wrote table.md, results.json, batch_size.png and curves.png to {folder}")
