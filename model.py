@@ -27,6 +27,16 @@ def default_groups(model):
     return 8 if model in SMALL_RESNETS else 32
 
 
+def channels_of(model):
+    """The numbers of channels that the norms of a network see."""
+    if model == "convnet":
+        return 64, 128, 256, 512
+    if model in SMALL_RESNETS:
+        return 16, 32, 64
+    bottleneck, _ = LARGE_RESNETS[model]
+    return (64, 128, 256, 512, 1024, 2048)[:6 if bottleneck else 4]
+
+
 def create_model(model, image_shape, num_classes, norm_type="group", groups=None, group_size=None,
                  weight_standardization=False, momentum=0.9):
     """Build a classifier as a Keras model from images to logits.
@@ -203,6 +213,17 @@ def check_model_flags(config):
     if config.groups is not None and config.group_size is not None:
         raise UserError(f"--groups {config.groups} and --group_size {config.group_size} say the same in two ways: "
                         f"give one of them")
+
+
+def check_groups(model, config):
+    """Raise UserError if --groups or --group_size does not divide the channels of every norm; needs no TensorFlow."""
+    for channels in channels_of(model) if config.norm_type == "group" else ():
+        divisor = config.group_size or config.groups or default_groups(model)
+        if channels % divisor:
+            what = f"groups of {divisor}" if config.group_size else f"{divisor} groups"
+            fitting = ", ".join(str(d) for d in range(1, 65) if min(channels_of(model)) % d == 0)
+            raise UserError(f"{model} with --norm_type group: {channels} channels cannot be split into {what}; valid "
+                            f"here are {fitting}")
 
 
 def main():

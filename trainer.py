@@ -144,6 +144,7 @@ def at_least(flags, name, low):
 def derive(flags, train):
     """What follows from the flags and the data; after this nothing of the configuration changes."""
     name = flags.model or models.default_model(network_image_shape(train))
+    models.check_groups(name, flags)
     optimizer = flags.optimizer or ("adam" if name == "convnet" else "momentum")
     batch_size = flags.batch_size or flags.max_batch_size
     learning_rate = flags.learning_rate or LEARNING_RATES[optimizer]

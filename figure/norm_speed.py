@@ -22,18 +22,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import evaler                   # first: it quietens TensorFlow as it loads
-
-import keras
 import numpy as np
-import tensorflow as tf
 from matplotlib.figure import Figure
 
+import evaler
 import model as models
-import ops
 import trainer
+from datasets.errors import ArgumentParser, Later, WorldError, run
 from results import COLOURS
-from datasets.errors import ArgumentParser, WorldError, run
+
+tf, keras, ops = Later("tensorflow"), Later("keras"), Later("ops")
 
 SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (32, 32, 32, 16), (1, 8, 8, 64),
           (8, 14, 14, 512)]

@@ -19,8 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import evaler  # noqa: F401  first: it quietens TensorFlow as it loads
-
 import datasets
 from datasets.errors import ArgumentParser, UserError, WorldError, run
 from input_ops import create_input_ops
@@ -29,6 +27,7 @@ BATCH_SIZES = (1, 2, 8, 32, 64)
 QUICK_BATCH_SIZES = (2, 32)
 NORMS = ("batch", "group")
 STEPS = 31          # logged every 10
+IMPORT = "import trainer; trainer.tf.constant(0); trainer.keras.Model; print('imported')"
 # Images a second of the 2018 repo's own trainer and network on CIFAR-10, with TensorFlow 1.15.5, medians of two runs on
 # the machine of the README's table (AMD EPYC, 2 cores, AVX2): elsewhere the ratio says little.
 ANCESTOR = {"batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
@@ -104,7 +103,7 @@ def main():
     speeds = {(norm_type, batch_size): [] for norm_type in NORMS for batch_size in batch_sizes}
     imports, starts = [], []
     for batch_size in batch_sizes * rounds:
-        imports.append(time_until("imported", [sys.executable, "-c", "import trainer; print('imported')"]))
+        imports.append(time_until("imported", [sys.executable, "-c", IMPORT]))
         for norm_type in NORMS:
             speed, seconds = train(flags, norm_type, batch_size)
             speeds[norm_type, batch_size].append(speed)

@@ -1,8 +1,11 @@
-"""Data that several files of tests share."""
+"""Data that several files of tests share; TensorFlow starts here as the scripts start it."""
 import pytest
 
 import datasets
 import download
+from datasets.errors import import_tensorflow
+
+import_tensorflow()
 
 
 @pytest.fixture(scope="session")

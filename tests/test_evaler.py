@@ -1,8 +1,8 @@
 """evaler.py: the whole split, in inference mode, the same number that the trainer printed."""
+import contextlib
+import io
 import json
 import shutil
-
-import evaler           # first: it quietens TensorFlow as it loads
 
 import imageio.v3 as iio
 import keras
@@ -12,6 +12,7 @@ import scripts
 import tensorflow as tf
 
 import datasets
+import evaler
 import ops
 from input_ops import create_input_ops
 
@@ -99,6 +100,50 @@ def test_statistics_of_the_first_norm_are_those_of_its_input(data_dir, digits):
     assert norm.momentum == 0.9 and not norm.use_batch_statistics
 
 
+def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir, digits):
+    """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves."""
+    run_dir, _ = batch_run
+    scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--train_dir", run_dir,
+                "--batch_statistics", "batch")
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert result["by_batch"]["batch_size"] == 4 and result["by_batch"]["images"] == 360
+    config = evaler.read_config(run_dir)
+    model = evaler.build_model(config, (8, 8, 1), 10)
+    evaler.load_weights(model, run_dir)
+    test, correct = digits[1], 0
+    order = np.random.RandomState(config["flags"]["seed"]).permutation(360)
+    before = [weight.numpy() for weight in model.weights]
+    again = evaler.evaluate_by_batch(model, test, 4, config["flags"]["seed"])
+    for old, weight in zip(before, model.weights):
+        np.testing.assert_array_equal(weight.numpy(), old)
+    for start in range(0, 360, 4):
+        rows = order[start:start + 4]
+        logits = model(test.images()[rows].astype(np.float32) / 255, training=True)
+        correct += int((np.argmax(logits, axis=1) == test.labels[rows]).sum())
+    assert again["accuracy"] == result["by_batch"]["accuracy"] == correct / 360 != result["accuracy"]
+
+
+def test_top5_accuracy_where_there_are_many_classes():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(100)])
+    x, labels = np.random.default_rng(0).normal(size=(300, 4)).astype("float32"), np.arange(300, dtype=np.int32) % 100
+    logits = model(x).numpy()
+    best = np.argsort(-logits, axis=1)[:, :5]
+    batches = [(x[i:i + 128], labels[i:i + 128]) for i in range(0, 300, 128)]
+    result = evaler.evaluate(evaler.make_predictor(model), batches, labels, 100)
+    assert result["top5_accuracy"] == (best == labels[:, None]).any(axis=1).mean() > result["accuracy"]
+    assert "top-5 accuracy" in capture(evaler.print_result, "SET", result, [])
+    few = keras.Sequential([keras.Input((4,)), keras.layers.Dense(99)])
+    assert "top5_accuracy" not in evaler.evaluate(evaler.make_predictor(few), batches, labels % 99, 99)
+
+
+def capture(function, *arguments):
+    """What a function prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        function(*arguments)
+    return printed.getvalue()
+
+
 def test_evaluate_by_hand():
     """Five examples in batches of two, one class without examples."""
     logits = np.log([[.7, .2, .1], [.1, .8, .1], [.3, .4, .3], [.2, .2, .6], [.5, .4, .1]])
@@ -106,7 +151,7 @@ def test_evaluate_by_hand():
 
     def predict(rows, _):
         return (tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], tf.gather(logits, rows)),
-                tf.argmax(tf.gather(logits, rows), axis=1))
+                tf.argmax(tf.gather(logits, rows), axis=1), tf.ones([len(rows)], tf.bool))
 
     batches = [(np.array(rows), None) for rows in ([0, 1], [2, 3], [4])]
     result = evaler.evaluate(predict, batches, labels, 3)
@@ -131,12 +176,14 @@ def test_mistakes_of_all_kinds_are_named(batch_run, data_dir, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{}")
+    (tmp_path / "a[1]").mkdir()
     shutil.copytree(run_dir, tmp_path / "other")
     config = json.loads((run_dir / "config.json").read_text())
     config["derived"]["model"] = "resnet14"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     for flags, said in ((("--train_dir", tmp_path / "empty"), "no run of Digits"),
                         (("--train_dir", tmp_path / "damaged"), "is damaged"),
+                        (("--checkpoint", tmp_path / "a[1]"), "reads the path of a checkpoint as a pattern"),
                         (("--checkpoint", run_dir / "model-77"), "model-77 is no readable checkpoint"),
                         (("--checkpoint", tmp_path / "other" / "model-12"), "is of another model"),
                         (("--train_dir", run_dir, "--batch_size", 0), "--batch_size must be at least 1, not 0")):
@@ -160,8 +207,9 @@ def test_a_checkpoint_of_other_classes_is_named(batch_run):
 def test_reestimation_needs_batch_norm(data_dir, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.json").write_text(json.dumps({"flags": {"dataset": "Digits", "norm_type": "group"},
-                                                     "derived": {"model": "resnet8"}}))
+    config = {part: dict.fromkeys(names) for part, names in evaler.NEEDED.items()}
+    config["flags"] |= {"dataset": "Digits", "norm_type": "group"}
+    (run_dir / "config.json").write_text(json.dumps(config))
     assert "batch norm" in scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--checkpoint",
                                        run_dir, "--batch_statistics", "reestimate", code=2)
     assert datasets.is_prepared("Digits", data_dir)

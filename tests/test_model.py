@@ -18,7 +18,8 @@ import model as models
 import ops
 
 REPO = Path(models.__file__).parent
-NORMS = (ops.GroupNorm, ops.BatchNorm)
+NORMS = (ops.GroupNorm, ops.BatchNorm, keras.layers.BatchNormalization)
+LAYER_OF = {"batch": ops.BatchNorm, "batch+renorm": keras.layers.BatchNormalization}      # GroupNorm for the others
 ACTIVATIONS = (keras.layers.ReLU, keras.layers.LeakyReLU)
 
 
@@ -162,12 +163,13 @@ def test_convolution_norm_activation_each_once(name, shape, classes, norm_type):
     """conv → norm → activation everywhere, each norm once, and a bias just where no norm follows (fault 6)."""
     model = built(name, shape, classes, norm_type)
     assert len(of_type(model, NORMS)) == (0 if norm_type == "none" else len(of_type(model, keras.layers.Conv2D)))
-    assert len(of_type(model, NORMS[norm_type == "batch"])) == len(of_type(model, NORMS))
+    assert len(of_type(model, LAYER_OF.get(norm_type, ops.GroupNorm))) == len(of_type(model, NORMS))
     for layer, sources, takers in structure(model):
         if isinstance(layer, keras.layers.Conv2D):
             assert layer.use_bias == (norm_type == "none"), layer.name
-            after = keras.layers.Add if name != "convnet" else ()
-            assert len(takers) == 1 and isinstance(takers[0], NORMS if norm_type != "none" else ACTIVATIONS + (after,))
+            after = keras.layers.Add if name != "convnet" else ops.SkipInit
+            next_kinds = NORMS if norm_type != "none" else ACTIVATIONS + (ops.SkipInit, after)
+            assert len(takers) == 1 and isinstance(takers[0], next_kinds)
         if isinstance(layer, NORMS):
             assert isinstance(sources[0], keras.layers.Conv2D), layer.name
             assert len(takers) == 1 and isinstance(takers[0], ACTIVATIONS + (keras.layers.Add,)), layer.name
@@ -209,22 +211,60 @@ def test_the_last_gamma_of_each_block_starts_at_0(name, shape, classes, norm_typ
             into_block = sources_of[sources[0].name][0]                 # what the convolution before the norm takes
             # a projection shortcut also ends at the Add, but takes the block's input, which the block takes too
             last = isinstance(takers[0], keras.layers.Add) and len(takers_of[into_block.name]) == 1
-            start = np.full(layer.channels, 0.0 if last else 1.0)
+            start = np.full(layer.gamma.shape, 0.0 if last else 1.0)
             np.testing.assert_array_equal(layer.gamma.numpy(), start, layer.name)
-            np.testing.assert_array_equal(layer.beta.numpy(), np.zeros(layer.channels), layer.name)
+            np.testing.assert_array_equal(layer.beta.numpy(), np.zeros(layer.beta.shape), layer.name)
             zeros += last
     assert zeros == blocks == len(of_type(model, keras.layers.Add))
 
 
+@pytest.mark.parametrize("norm_type", models.NORM_TYPES)
+@pytest.mark.parametrize("name", ["convnet", "resnet8", "resnet20", "resnet110", "resnet50"])
+def test_every_network_starts_near_the_loss_of_a_guess(name, norm_type):
+    """log(10), with norms and without: resnet50 without a norm started at 308, resnet110 at 1.4e9."""
+    if name == "resnet110" and norm_type not in ("none", "group"):
+        return                                          # as deep as it gets: the two that differ most will do
+    keras.utils.set_random_seed(0)
+    side = 64 if name == "resnet50" else 32
+    model = models.create_model(name, (side, side, 3), 10, norm_type)
+    x = np.random.default_rng(0).random((16, side, side, 3), np.float32)
+    loss = keras.losses.sparse_categorical_crossentropy(np.arange(16) % 10, model(x, training=True), from_logits=True)
+    assert abs(float(np.mean(loss)) - math.log(10)) < 0.25
+
+
+def test_without_norms_each_block_ends_in_a_scalar_at_0():
+    """SkipInit (arXiv 2002.10444): the block is its shortcut at first, and the scalar is learned."""
+    model = models.create_model("resnet20", (32, 32, 3), 10, "none")
+    scalars = of_type(model, ops.SkipInit)
+    assert len(scalars) == 9 == len(of_type(model, keras.layers.Add))
+    assert all(layer.scale.trainable and layer.scale.numpy() == 0 and layer.scale.shape == () for layer in scalars)
+    scalars[0].scale.assign(2.5)
+    x = images(2, scalars[0].input.shape[1:])
+    np.testing.assert_array_equal(scalars[0](x), np.float32(2.5) * x)
+    assert not of_type(models.create_model("resnet8", (32, 32, 3), 10, "group"), ops.SkipInit)
+
+
+def test_batch_renorm_is_keras_own_with_the_papers_bounds():
+    """arXiv 1702.03275, section 4: r up to 3, d up to 5; in training the moving statistics take part."""
+    model = models.create_model("resnet8", (32, 32, 3), 10, "batch+renorm", momentum=0.7)
+    for layer in of_type(model, keras.layers.BatchNormalization):
+        config = layer.get_config()
+        assert config["renorm"] and config["renorm_clipping"] == {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}
+        assert (config["momentum"], config["renorm_momentum"], config["epsilon"]) == (0.7, 0.7, 1e-5)
+
+
 def test_he_initialisation():
-    """Kernels start with mean 0 and variance 2 / fan_in (arXiv 1502.01852), also of the dense layers."""
+    """Kernels start with mean 0 and variance 2 / fan_in (arXiv 1502.01852), also of the dense layers but the last,
+    whose standard deviation is 0.01 (arXiv 1706.02677, section 5.1)."""
     keras.utils.set_random_seed(0)
     checked = 0
     for name in ("convnet", "resnet18"):
         model = models.create_model(name, (32, 32, 3), 10)
         for layer in of_type(model, (keras.layers.Conv2D, keras.layers.Dense)):
             kernel = layer.kernel.numpy()
-            if kernel.size >= 30_000:                   # the variance of so many draws is within 5 %, at 6 sigma
+            if layer.name == "logits":
+                assert abs(kernel.std() / 0.01 - 1) < 0.2
+            elif kernel.size >= 30_000:                 # the variance of so many draws is within 5 %, at 6 sigma
                 fan_in = math.prod(kernel.shape[:-1])
                 assert abs(kernel.var() * fan_in / 2 - 1) < 0.05, layer.name
                 assert abs(kernel.mean()) < 6 * math.sqrt(2 / fan_in / kernel.size), layer.name

@@ -958,6 +958,37 @@ def test_standardized_convolution_is_the_convolution_with_standardized_weights(p
 # ------------------------------------------------------------------------------------------------ building blocks
 
 
+def test_masked_positions_do_not_enter_the_statistics_of_a_batch():
+    """Against float64 numpy over the positions that count: y, and what the moving statistics learn."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (4, 6, 5)).astype("float32")
+    mask = rng.random((4, 6)) < 0.6
+    x[~mask] = 100                                          # padding
+    counted = x[mask].astype(np.float64)
+    layer = ops.BatchNorm(momentum=0.8)
+    y = layer(x, training=True, mask=tf.constant(mask))
+    expected = (x - counted.mean(axis=0)) / np.sqrt(counted.var(axis=0) + 1e-5)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(layer.moving_mean, 0.2 * counted.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(layer.moving_variance, 0.8 + 0.2 * counted.var(axis=0, ddof=1), rtol=1e-5)
+    before = layer.moving_mean.numpy()
+    layer(x, training=True, mask=tf.zeros([4, 6], tf.bool))     # a batch of padding alone teaches nothing
+    np.testing.assert_array_equal(layer.moving_mean, before)
+
+
+def test_masks_arrive_through_a_keras_model_as_they_do_in_keras():
+    """The review's case: the moving mean was 1.36 where Keras has 2.72."""
+    x = np.array([[[1.0], [5.0], [0.0], [0.0]], [[2.0], [0.0], [0.0], [0.0]]], np.float32)
+    means = []
+    for norm in (ops.BatchNorm(momentum=0.0), keras.layers.BatchNormalization(momentum=0.0)):
+        inputs = keras.Input((4, 1))
+        model = keras.Model(inputs, norm(keras.layers.Masking(0.0)(inputs)))
+        model(x, training=True)
+        means.append(norm.moving_mean.numpy())
+    np.testing.assert_allclose(means[0], [8 / 3], rtol=1e-6)
+    np.testing.assert_allclose(means[0], means[1], rtol=1e-4)
+
+
 def chain(model):
     """Names of the layers of a model after its input, in order."""
     return [layer.name for layer in model.layers[1:]]
@@ -976,7 +1007,7 @@ def test_conv2d_is_convolution_norm_activation(norm_type, activation):
     y = tf.nn.conv2d(x, tf.convert_to_tensor(convolution.kernel), 2, "SAME").numpy()
     if norm_type in ("group", "layer", "instance"):
         y = ops.group_norm(y, None, None, {"group": 4, "layer": 1, "instance": 8}[norm_type]).numpy()
-    elif norm_type == "batch":
+    elif norm_type.startswith("batch"):
         y = y / np.sqrt(1 + 1e-5)                                       # inference: moving statistics are 0 and 1
     y = {None: y, "relu": np.maximum(y, 0), "leaky_relu": np.where(y > 0, y, 0.2 * y)}[activation]
     assert model.output.shape == (None, 4, 3, 8)
@@ -1008,6 +1039,7 @@ def test_norm_is_the_function_of_its_type(norm_type):
     assert chain(model) == ["some"] * (norm_type != "none")
     x, gamma, beta, _ = random_case((2, 4, 4, 8), np.float32)
     expected = {"batch": lambda: ops.batch_norm(x, None, None, np.zeros(8), np.ones(8), False)[0],
+                "batch+renorm": lambda: keras.layers.BatchNormalization(epsilon=1e-5)(x),
                 "group": lambda: ops.group_norm(x, None, None, 4), "none": lambda: x,
                 "layer": lambda: ops.layer_norm(x, None, None), "instance": lambda: ops.instance_norm(x, None, None)}
     np.testing.assert_array_equal(model(x), expected[norm_type]())

@@ -3,14 +3,13 @@ import random
 import shutil
 import subprocess
 
-import evaler           # first: it quietens TensorFlow as it loads
-
 import kill_trainer
 import numpy as np
 import pytest
 import scripts
 import tensorflow as tf
 
+import evaler
 import trainer
 
 

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 
-import evaler           # first: it quietens TensorFlow as it loads
-
 import h5py
 import keras
+import kill_trainer
 import numpy as np
 import pytest
 import scripts
 import tensorflow as tf
 
+import datasets
+import evaler
 import trainer
 
 SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
@@ -213,6 +214,36 @@ def test_schedules():
     assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.001
 
 
+@pytest.mark.parametrize("flags, scaling, share", [
+    (("--optimizer", "momentum"), "linear", 2 / 32), (("--optimizer", "adam"), "square root", math.sqrt(2 / 32)),
+    ((), "linear", 2 / 32), (("--model", "convnet"), "square root", math.sqrt(2 / 32)),
+    (("--optimizer", "adam", "--no_adjust_learning_rate"), "none", 1)])
+def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir):
+    """Linear for momentum, as resnets have it by default, square root for Adam, as convnet does."""
+    derived = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5, *flags)[0]["derived"]
+    assert derived["learning_rate_scaling"] == scaling
+    assert derived["peak_learning_rate"] == pytest.approx(0.5 * share, rel=1e-12)
+
+
+@pytest.mark.parametrize("dataset, augment, optimizer", [
+    ("MNIST", None, "momentum"), ("CIFAR10", "flip+crop", "momentum"), ("Fashion", "flip+crop", "momentum"),
+    ("SVHN", None, "momentum"), ("ImageNet", "flip+crop", "momentum"), ("OWN", None, "momentum")])
+def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
+    """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
+    derived = trainer.derive(trainer.parse_flags(["--dataset", dataset]), digits[0])
+    assert (derived["augment"], derived["optimizer"], derived["weight_decay"]) == (augment, optimizer, 1e-4)
+    assert derived["base_learning_rate"] == 0.1
+    epochs = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "ImageNet": 90, "OWN": 30}[dataset]
+    assert derived["max_training_step"] == epochs * math.ceil(1437 / 64)
+
+
+@pytest.mark.parametrize("flags, augment", [
+    (("--augment",), "flip+crop"), (("--augment", "crop"), "crop"), (("--augment", "flip+crop"), "flip+crop"),
+    ((), None)])
+def test_augmentations(flags, augment, data_dir):
+    assert configuration(data_dir, *flags)[0]["derived"]["augment"] == augment
+
+
 def test_no_adjust_learning_rate_has_an_effect(data_dir):
     config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5)
     assert config["derived"]["peak_learning_rate"] == 0.5 * 2 / 32
@@ -243,7 +274,114 @@ def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
         np.testing.assert_array_equal(variable.numpy(), before[variable.path])
 
 
+class StoppedInTest(trainer.Interruption):
+    """As if a signal came in the middle of the first test."""
+
+    def __init__(self):
+        self.signal, self.worth_saving = None, False
+
+    def check(self, batches):
+        yield next(iter(batches))
+        self.signal = signal.SIGTERM
+        raise trainer.Stopped
+
+
+def test_a_stopped_test_is_made_up_for(data_dir, tmp_path, monkeypatch):
+    """A signal in a test stops it between batches; the run goes on and ends like one left alone, that row included."""
+    flags = (*SMALL, "--norm_type", "batch", "--batch_size", 8, "--max_training_step", 6, "--log_step", 2,
+             "--test_sample_step", 3, "--data_dir", data_dir)
+    scripts.run("trainer.py", *flags, "--train_dir", tmp_path / "alone")
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags), "--train_dir", str(tmp_path / "stopped")])
+    monkeypatch.setattr(trainer, "Interruption", StoppedInTest)
+    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)        # TensorFlow runs already
+    with pytest.raises(SystemExit) as ended:
+        trainer.main()
+    assert ended.value.code == 128 + signal.SIGTERM
+    run_dir = scripts.only_run(tmp_path / "stopped")
+    assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
+    scripts.run("trainer.py", "--resume", run_dir)
+    kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "alone"))
+
+
+def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_path, monkeypatch):
+    flags = (*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
+    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        trainer.main()
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert len(list(scripts.only_run(tmp_path).glob("model-*.index"))) == 3
+
+
 # ------------------------------------------------------------------------------------------------ ways to start
+
+
+@pytest.mark.parametrize("script", ["trainer", "evaler", "model", "input_ops", "datasets", "download", "compare"])
+def test_flags_are_parsed_before_tensorflow_loads(script):
+    """--help and wrong flags take a fraction of a second; TensorFlow takes five."""
+    code = (f"import sys; sys.path.insert(0, 'figure'); import {script}; "
+            f"print([name for name in ('tensorflow', 'keras') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts.REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, tmp_path):
+    """--validation tests on training images that are left out, each class in proportion; evaler.py does the same."""
+    whole, _ = datasets.create_default_splits("Digits", data_dir)
+    train, held = datasets.create_default_splits("Digits", data_dir, validation=200)
+    assert len(held) == 200 and sorted(train.ids + held.ids) == sorted(whole.ids)
+    shares = np.bincount(held.labels) / np.bincount(whole.labels)
+    assert np.abs(np.bincount(held.labels) - 200 * np.bincount(whole.labels) / 1437).max() <= 1, shares
+    for split in (train, held):
+        rows = [whole.ids.index(name) for name in split.ids]
+        np.testing.assert_array_equal(split.images(), whole.images()[rows])
+        np.testing.assert_array_equal(split.labels, whole.labels[rows])
+    assert datasets.create_default_splits("Digits", data_dir, validation=200)[1].ids == held.ids
+    common = ("--data_dir", data_dir, "--train_dir", tmp_path)
+    scripts.run("trainer.py", *SMALL, *common, "--max_training_step", 2, "--validation", 200)
+    run_dir = scripts.only_run(tmp_path)
+    config = json.loads((run_dir / "config.json").read_text())
+    assert (config["data"]["train"], config["data"]["test"]) == (1237, 200)
+    printed = scripts.run("evaler.py", "--dataset", "Digits", *common, "--validation", 200)
+    result = json.loads((run_dir / "evaluation.json").read_text())
+    assert "Digits validation: accuracy" in printed and (result["split"], result["images"]) == ("validation", 200)
+    assert result["accuracy"] == scripts.metrics(run_dir)[-1]["test_loss/accuracy"]
+    assert "held out 200" in scripts.run("evaler.py", "--dataset", "Digits", *common, "--validation", 100, code=2)
+    assert "going on at step 2" in scripts.run("trainer.py", "--resume", run_dir)
+
+
+def test_the_configuration_says_what_made_the_run(finished):
+    config = json.loads((finished[0] / "config.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=scripts.REPO, capture_output=True, text=True)
+    assert (config["source"] or {}).get("commit", "") == head.stdout.strip()
+    assert config["machine"]["processors"] == os.cpu_count() and config["machine"]["processor"]
+
+
+def test_hparams_has_every_setting_that_is_not_its_default(finished):
+    from tensorboard.plugins.hparams import plugin_data_pb2
+    shown = {}
+    for path in finished[0].glob("events.out.tfevents.*"):
+        for event in scripts.events(path):
+            for value in event.summary.value:
+                if value.tag == "_hparams_/session_start_info":
+                    content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                    shown = {name: getattr(held, held.WhichOneof("kind"))
+                             for name, held in content.session_start_info.hparams.items()}
+    assert shown == {"dataset": "Digits", "norm_type": "group", "batch_size": 8, "learning_rate": 0.01, "seed": 0,
+                     "model": "resnet8", "optimizer": "momentum", "weight_standardization": False,
+                     "max_batch_size": 32, "max_training_step": 9, "test_sample_step": 5, "ckpt_save_step": 4}
+
+
+def test_the_first_line_comes_before_tensorflow_and_says_what_comes(finished):
+    lines = finished[1].splitlines()
+    assert lines[0] == "Digits: 1437 train, 360 test images of 8x8x1 in 10 classes"
+    assert lines[1].startswith("resnet8, group norm: 9 steps of 32 images, in 4 updates each; 2 tests.")
+    assert any(line.startswith("about 0:00:0") and "tests included" in line for line in lines)
 
 
 def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, tmp_path):
@@ -299,7 +437,7 @@ def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
     (folder / "id.txt").write_text("".join(f"{i}\n" for i in range(60)))
     common = ("--dataset", "MY_SHAPES", "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
     scripts.run("trainer.py", *common, "--norm_type", "group", "--model", "resnet8", "--batch_size", 4,
-                "--max_batch_size", 8, "--max_training_step", 40, "--learning_rate", 0.01)
+                "--max_batch_size", 8, "--max_training_step", 40, "--learning_rate", 0.1)
     printed = scripts.run("evaler.py", *common)
     assert "12 images" in printed and "accuracy 100.00 %" in printed
 
@@ -318,6 +456,27 @@ def test_a_signal_saves_and_says_how_to_go_on(stop, data_dir, tmp_path):
     saved = int(scripts.checkpoint(run_dir)["step/.ATTRIBUTES/VARIABLE_VALUE"])
     assert f"after step {saved}, which is saved" in rest and f"--resume {run_dir}" in rest
     assert scripts.metrics(run_dir)[-1]["step"] == saved
+
+
+@pytest.mark.parametrize("lines, signals", [("run folder", 1), ("step", 2)])
+def test_a_signal_before_the_first_step_and_a_second_one_end_the_process_at_once(lines, signals, data_dir, tmp_path):
+    """Steps that take long: nothing is waited for, where there is nothing to save or the user insists."""
+    flags = ("--dataset", "Digits", "--model", "resnet110", "--max_batch_size", 1024, "--max_training_step", 1000,
+             "--log_step", 1, "--test_sample_step", 1000, "--data_dir", data_dir, "--train_dir", tmp_path)
+    process = subprocess.Popen(scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if line.startswith(lines):
+            break
+    time.sleep(0.3)
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    began = time.monotonic()
+    _, error = process.communicate()
+    assert time.monotonic() - began < 2 and process.returncode == 130
+    assert len(error.splitlines()) == 1 and ("SIGINT" in error or "interrupted" in error), error
+    assert not list(scripts.only_run(tmp_path).glob("model-*"))
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
@@ -379,7 +538,7 @@ def test_onednn_is_on_unless_the_user_says_no(given):
     environment = {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
     if given:
         environment["TF_ENABLE_ONEDNN_OPTS"] = given
-    script = "import model, os; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
+    script = "import model, os; model.ops.EPSILON; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
     done = subprocess.run([sys.executable, "-c", script], cwd=scripts.REPO, env=environment, capture_output=True,
                           text=True, check=True)
     assert done.stdout.strip() == then
@@ -395,17 +554,25 @@ def test_onednn_is_on_unless_the_user_says_no(given):
     (("--augment", "--no_augment"), "--no_augment"), (("--seed", "-1"), "-1"), (("--log_step", "0"), "0"),
     (("--warmup_steps", "20", "--max_training_step", "10"), "20"), (("--prefix", "a/b"), "a/b"),
     (("--max_training_step", "0"), "0"), (("--weight_decay", "-0.1"), "-0.1"),
-    (("--resume", "somewhere"), "--dataset Digits"),
+    (("--resume", "somewhere"), "--dataset Digits"), (("--validation", "0"), "0"), (("--augment", "flip"), "flip"),
+    (("--prefix", "lr[1]"), r"lr\[1\]"), (("--train_dir", "runs*"), r"runs\*"),
 ])
 def test_wrong_flags_are_named(flags, said):
-    with pytest.raises(trainer.UserError, match=said.replace("+", r"\+")):
+    with pytest.raises((trainer.UserError, SystemExit), match=None if "flip" in flags else said):
         trainer.parse_flags([*SMALL, *flags])
+
+
+@pytest.mark.parametrize("flags", [("--norm_type", "batch"), ("--seed", "0"), ("--batch_size", "32"), ("--augment",)])
+def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flags):
+    with pytest.raises(trainer.UserError, match=f"{flags[0]} .*has no effect"):
+        trainer.parse_flags(["--resume", "somewhere", *flags])
 
 
 @pytest.mark.parametrize("flags, said", [
     (("--norm_type", "group", "--groups", "7"), "16 channels cannot be split into 7 groups"),
     (("--dataset", "NO_SUCH"), "NO_SUCH"), (("--norm_type", "grupo"), "grupo"), (("--batch", "2"), "--batch"),
     (("--checkpoint", "/nowhere/model-1"), "/nowhere/model-1"), (("--train_dir", "/proc/no"), "/proc/no"),
+    (("--model", "resnet18", "--batch_size", "1"), "a single value per channel"), (("--validation", "1437"), "1437"),
 ])
 def test_wrong_flags_end_in_one_line(flags, said, data_dir, tmp_path):
     error = scripts.run("trainer.py", *SMALL, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", *flags, code=2)

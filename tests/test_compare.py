@@ -1,0 +1,246 @@
+"""figure/compare.py: the grid through the real scripts, and what its tables say of run folders.
+
+    python -m pytest tests/test_compare.py
+"""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import scripts
+
+sys.path.insert(0, str(scripts.REPO / "figure"))
+
+import results
+
+GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
+
+
+# ------------------------------------------------------------------------------------------ reading and tabulating
+
+
+def config(norm="batch", batch_size=2, seed=0, ws=False, **other):
+    """A config.json as trainer.py writes it; `other` replaces values wherever they stand."""
+    made = {"flags": {"dataset": "SET", "norm_type": norm, "weight_standardization": ws, "group_size": None,
+                      "max_batch_size": 64, "lr_schedule": "cosine", "seed": seed, "prefix": "default",
+                      "train_dir": "somewhere", "log_step": 50, "validation": None},
+            "derived": {"model": "resnet8", "groups": 8, "batch_size": batch_size, "optimizer": "momentum",
+                        "base_learning_rate": 0.1, "peak_learning_rate": 0.1 * batch_size / 64, "augment": None,
+                        "max_training_step": 100, "updates_per_step": 64 // batch_size},
+            "data": {"train": 800, "test": 100, "num_classes": 10, "class_names": ["a"]}}
+    for part in made.values():
+        part |= {name: value for name, value in other.items() if name in part}
+    return made
+
+
+def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None, **settings):
+    run_dir = folder / name
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.json").write_text(json.dumps(config(**settings)))
+    rows = [{"step": step, "loss/accuracy": 0.5, "test_loss/accuracy": accuracy} for step in range(50, steps + 1, 50)]
+    rows += [{"step": steps + 1, "diverged": True}] * diverged
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if evaluation:
+        record = {"step": 100, "split": "test", "accuracy": accuracy} | {
+            measure: {"accuracy": value} for measure, value in evaluation.items()}
+        (run_dir / "evaluation.json").write_text(json.dumps(record))
+    return run_dir
+
+
+def table_of(folder):
+    """{row name: [cells]} of the only table of the runs in a folder."""
+    (table,) = results.tables(results.read_runs([folder]))
+    lines = [line.strip("| ").split(" | ") for line in results.markdown(table).splitlines() if line.startswith("|")]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_seeds_share_a_cell_and_other_settings_do_not(tmp_path):
+    """The old table called --groups 4 and --groups 2 two seeds of one experiment."""
+    for seed, accuracy in enumerate((0.61, 0.65, 0.60)):
+        write_run(tmp_path, f"four{seed}", accuracy, norm="group", groups=4, seed=seed)
+    write_run(tmp_path, "two", 0.553, norm="group", groups=2)
+    write_run(tmp_path, "ws", 0.7, norm="group", groups=4, ws=True)
+    write_run(tmp_path, "batch", 0.5, groups=32)                # batch norm has no groups to differ in
+    write_run(tmp_path, "batch_2", 0.52, groups=8, seed=1)
+    assert table_of(tmp_path) == {
+        "norm": ["batch size 2"], "---": ["---"], "batch": ["50.0 ← 51.0 → 52.0 (2 seeds)"],
+        "group (groups 2)": ["55.3 (1 seed)"], "group (groups 4)": ["60.0 ← 61.0 → 65.0"],
+        "group+ws (groups 4)": ["70.0 (1 seed)"]}
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("base_learning_rate", 0.2), ("lr_schedule", "constant"), ("optimizer", "adam"), ("augment", "crop"),
+    ("max_batch_size", 32), ("max_training_step", 50), ("validation", 20)])
+def test_each_setting_that_changes_the_result_makes_a_row_of_its_own(setting, value, tmp_path):
+    write_run(tmp_path, "one", 0.5)
+    write_run(tmp_path, "other", 0.6, seed=1, **{setting: value})
+    rows = {name: cells for name, cells in table_of(tmp_path).items() if name.startswith("batch")}
+    assert len(rows) == 2 and any(str(value) in name for name in rows), rows
+
+
+def test_names_and_places_make_no_difference(tmp_path):
+    write_run(tmp_path, "one", 0.5)
+    write_run(tmp_path, "other", 0.6, seed=1, prefix="mine", train_dir="elsewhere", log_step=7)
+    assert table_of(tmp_path)["batch"] == ["50.0 ← 55.0 → 60.0"]
+
+
+def test_datasets_and_models_have_tables_of_their_own(tmp_path):
+    for name in ("A", "B"):
+        write_run(tmp_path, name, 0.5, dataset=name)
+    write_run(tmp_path, "C", 0.5, dataset="A", model="resnet20")
+    titles = [title for title, *_ in results.tables(results.read_runs([tmp_path]))]
+    assert [title.split(", ")[:2] for title in titles] == [["A", "resnet20"], ["A", "resnet8"], ["B", "resnet8"]]
+
+
+def test_runs_without_a_result_are_named(tmp_path):
+    write_run(tmp_path, "done", 0.5)
+    write_run(tmp_path, "half", 0.4, steps=50, seed=1)
+    write_run(tmp_path, "lost", 0.1, steps=50, seed=2, diverged=True)
+    write_run(tmp_path, "alone", 0.1, steps=50, norm="none", diverged=True)
+    table = table_of(tmp_path)
+    assert table["batch"] == ["50.0, 1 diverged, 1 not finished"] and table["none"] == ["1 diverged"]
+
+
+def test_batch_norm_has_three_rows(tmp_path):
+    write_run(tmp_path, "batch", 0.25, evaluation={"reestimated": 0.26, "by_batch": 0.59})
+    table = table_of(tmp_path)
+    assert table["batch"] == ["25.0"] and table["batch, statistics re-estimated"] == ["26.0"]
+    assert table["batch, statistics of the test batch"] == ["59.0"]
+
+
+def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
+    run_dir = write_run(tmp_path, "batch", 0.25, evaluation={"reestimated": 0.26})
+    record = json.loads((run_dir / "evaluation.json").read_text())
+    for change in ({"step": 50}, {"split": "train"}):
+        (run_dir / "evaluation.json").write_text(json.dumps(record | change | {"accuracy": 0.99}))
+        assert table_of(tmp_path) == {"norm": ["batch size 2"], "---": ["---"], "batch": ["25.0"]}
+
+
+def test_sentences_say_what_the_numbers_support(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, f"b{seed}", 0.50 + 0.02 * seed, seed=seed)
+        write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
+        write_run(tmp_path, f"B{seed}", 0.70 + 0.02 * seed, seed=seed, batch_size=32)
+        write_run(tmp_path, f"G{seed}", 0.69 + 0.02 * seed, seed=seed, batch_size=32, norm="group")
+    (table,) = results.tables(results.read_runs([tmp_path]))
+    assert results.sentences(table) == [
+        "At batch size 2 group is 10.0 points above batch (2 seeds, the ranges do not overlap).",
+        "At batch size 32 group is 1.0 points below batch (2 seeds, the ranges overlap)."]
+
+
+def test_results_and_pictures_come_from_logs_alone(tmp_path):
+    for size in (1, 2, 4, 8, 16):                               # five batch sizes were more than the old picture had
+        write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation={"reestimated": 0.4, "by_batch": 0.6})
+        write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm="group")
+    printed = scripts.run("figure/compare.py", "--from_logs", tmp_path)
+    assert (tmp_path / "table.md").read_text() in printed
+    (found,) = json.loads((tmp_path / "results.json").read_text())
+    cells = {(cell["norm"], cell["measure"], cell["batch_size"]): cell["runs"] for cell in found["cells"]}
+    assert cells["batch", "by_batch", 4] == [{"run": "b4", "seed": 0, "state": "finished", "accuracy": 0.6}]
+    for name in ("batch_size.png", "curves.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("file, text", [
+    ("config.json", "{}"), ("config.json", '{"flags": 3}'), ("metrics.jsonl", '{"loss": 1}\n'),
+    ("metrics.jsonl", "nothing\n"), ("evaluation.json", "[1]"), ("evaluation.json", '{"step": ')])
+def test_damaged_logs_are_named(file, text, tmp_path):
+    run_dir = write_run(tmp_path, "run", 0.5)
+    (run_dir / file).write_text(text)
+    assert f"{file} is damaged" in scripts.run("figure/compare.py", "--from_logs", tmp_path, code=2)
+
+
+def test_a_last_line_cut_short_does_not_count(tmp_path):
+    run_dir = write_run(tmp_path, "run", 0.5)
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 101, "los')
+    assert table_of(tmp_path)["batch"] == ["50.0"]
+
+
+# ----------------------------------------------------------------------------------------- through the real scripts
+
+
+@pytest.fixture(scope="module")
+def compared(data_dir, tmp_path_factory):
+    """A small grid, what it printed, and the flags that made it."""
+    train_dir = tmp_path_factory.mktemp("compared")
+    flags = (*GRID, "--norm_type", "batch", "group+ws", "--batch_size", 8, "--seeds", 1, "--max_training_step", 6,
+             "--data_dir", data_dir, "--train_dir", train_dir)
+    return train_dir, scripts.run("figure/compare.py", *flags), flags
+
+
+def test_every_cell_is_trained_and_evaluated(compared):
+    train_dir, printed, _ = compared
+    runs = results.read_runs([train_dir])
+    assert [(run.arm, run.batch_size, run.state) for run in runs] == [("batch", 8, "finished"),
+                                                                      ("group+ws", 8, "finished")]
+    assert set(runs[0].evaluation) == set(results.MEASURES) and set(runs[1].evaluation) == {"accuracy"}
+    for run in runs:
+        assert run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
+        assert f"{100 * run.evaluation['accuracy']:.1f}" in printed
+    assert "At batch size 8 group+ws is" in printed and "one seed each" in printed
+
+
+def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
+    """A lost evaluation is made again, nothing is trained again; --dry_run says so before and changes nothing."""
+    train_dir, _, flags = compared
+    group = results.read_runs([train_dir])[1].path
+    (group / "evaluation.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in train_dir.glob("*/*") if path.suffix != ".log"}
+    plan = scripts.run("figure/compare.py", *flags, "--dry_run")
+    assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
+    assert "2 runs, 1 to do; about 0.0 hours" in plan
+    scripts.run("figure/compare.py", *flags)
+    assert (group / "evaluation.json").exists()
+    for path, time_of in before.items():
+        assert path.stat().st_mtime_ns == time_of, path
+
+
+def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
+    """Ctrl-C stops every run after saving it; the same command goes on with them, to one run per cell."""
+    flags = (*GRID, "--norm_type", "group", "--batch_size", 1, 2, "--seeds", 1, "--max_training_step", 400,
+             "--log_step", 5, "--jobs", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
+    process = subprocess.Popen(scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while sum(bool(run.rows) for run in results.read_runs([tmp_path])) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
+    stopped = {run.path: run.rows[-1]["step"] for run in results.read_runs([tmp_path])}
+    assert len(stopped) == 2 and max(stopped.values()) < 400
+    assert all(list(path.glob("model-*.index")) for path in stopped)
+    scripts.run("figure/compare.py", *flags)
+    assert {run.path: run.state for run in results.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")
+    for log in (tmp_path / "logs").iterdir():
+        assert "going on at step" in log.read_text()
+
+
+def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path):
+    flags = (*GRID, "--norm_type", "none", "group", "--batch_size", 16, "--seeds", 1, "--max_training_step", 3,
+             "--data_dir", data_dir, "--train_dir", tmp_path)
+    printed = scripts.run("figure/compare.py", *flags, "--learning_rate", "1e30")
+    assert "1 diverged" in printed
+    error = scripts.run("figure/compare.py", *flags, "--checkpoint", tmp_path / "nothing", "--train_dir",
+                        tmp_path / "other", code=1)
+    assert "2 of 2 runs failed" in error and "is no readable checkpoint" in error
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--norm_type", "grupo"), "grupo"), (("--dataset", "NO_SUCH"), "NO_SUCH"), (("--batch_size", "3"), "3"),
+    (("--seeds", "0"), "--seeds must be at least 1, not 0"), (("--jobs", "1000000"), "--jobs 1000000 needs"),
+    (("--batch_sise", "4"), "--batch_sise"), (("--seed", "1"), "--seeds"), (("--groups", "7"), "7 groups"),
+    (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"), (("--max_training_step", "7"), "6"),
+    (("--learning_rate", "0.5"), "base_learning_rate 0.1"), (("--from_logs", "/nowhere"), "has no effect")])
+def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared):
+    train_dir, _, made_with = compared
+    before = sorted(train_dir.glob("*/*"))
+    known = [flag for flag in map(str, made_with)]
+    if "--epochs" in flags:
+        known = known[:known.index("--max_training_step")] + known[known.index("--max_training_step") + 2:]
+    assert said in scripts.run("figure/compare.py", *known, *flags, code=2)
+    assert sorted(train_dir.glob("*/*")) == before
