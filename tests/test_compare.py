@@ -188,7 +188,9 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
     train_dir, _, flags = compared
     group = results.read_runs([train_dir])[1].path
     (group / "evaluation.json").unlink()
-    before = {path: path.stat().st_mtime_ns for path in train_dir.glob("*/*") if path.suffix != ".log"}
+    before = {path: path.stat().st_mtime_ns for name in ("config.json", "metrics.jsonl", "model-*", "events*v2")
+              for path in train_dir.glob(f"*/{name}")}
+    assert len(before) == 10
     plan = scripts.run("figure/compare.py", *flags, "--dry_run")
     assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
     assert "2 runs, 1 to do; about 0.0 hours" in plan
@@ -198,12 +200,17 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
         assert path.stat().st_mtime_ns == time_of, path
 
 
+def hear_ctrl_c():
+    """Tests that a shell runs in the background ignore Ctrl-C, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     """Ctrl-C stops every run after saving it; the same command goes on with them, to one run per cell."""
     flags = (*GRID, "--norm_type", "group", "--batch_size", 1, 2, "--seeds", 1, "--max_training_step", 400,
              "--log_step", 5, "--jobs", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
     process = subprocess.Popen(scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
     deadline = time.monotonic() + 120
     while sum(bool(run.rows) for run in results.read_runs([tmp_path])) < 2:
         assert time.monotonic() < deadline and process.poll() is None

@@ -134,7 +134,7 @@ def test_top5_accuracy_where_there_are_many_classes():
     assert result["top5_accuracy"] == (best == labels[:, None]).any(axis=1).mean() > result["accuracy"]
     assert "top-5 accuracy" in capture(evaler.print_result, "SET", result, [])
     few = keras.Sequential([keras.Input((4,)), keras.layers.Dense(99)])
-    assert "top5_accuracy" not in evaler.evaluate(evaler.make_predictor(few), batches, labels % 99, 99)
+    assert "top5_accuracy" not in evaler.evaluate(evaler.make_predictor(few), [(x, labels % 99)], labels % 99, 99)
 
 
 def capture(function, *arguments):

@@ -286,35 +286,41 @@ class StoppedInTest(trainer.Interruption):
         raise trainer.Stopped
 
 
-def test_a_stopped_test_is_made_up_for(data_dir, tmp_path, monkeypatch):
+@pytest.fixture
+def main_of(monkeypatch):
+    """trainer.main() in this process, of the flags given; TensorFlow's threads and the signals stay as they are."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
+        trainer.main()
+
+    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
+    yield main
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch):
     """A signal in a test stops it between batches; the run goes on and ends like one left alone, that row included."""
     flags = (*SMALL, "--norm_type", "batch", "--batch_size", 8, "--max_training_step", 6, "--log_step", 2,
              "--test_sample_step", 3, "--data_dir", data_dir)
-    scripts.run("trainer.py", *flags, "--train_dir", tmp_path / "alone")
-    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags), "--train_dir", str(tmp_path / "stopped")])
-    monkeypatch.setattr(trainer, "Interruption", StoppedInTest)
-    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)        # TensorFlow runs already
-    with pytest.raises(SystemExit) as ended:
-        trainer.main()
+    main_of(*flags, "--train_dir", tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "Interruption", StoppedInTest)
+        with pytest.raises(SystemExit) as ended:
+            main_of(*flags, "--train_dir", tmp_path / "stopped")
     assert ended.value.code == 128 + signal.SIGTERM
     run_dir = scripts.only_run(tmp_path / "stopped")
     assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
-    scripts.run("trainer.py", "--resume", run_dir)
+    main_of("--resume", run_dir)
     kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "alone"))
 
 
-def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_path, monkeypatch):
-    flags = (*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
-    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
+def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(main_of, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        trainer.main()
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    main_of(*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
     assert len(list(scripts.only_run(tmp_path).glob("model-*.index"))) == 3
 
 
