@@ -14,12 +14,11 @@ import numpy as np
 
 from datasets.archives import refusing
 from datasets.errors import UserError
-from datasets.hdf5 import IDS, Dataset, first_repeated
+from datasets.hdf5 import IDS, Dataset, first_repeated, open_array
 
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
-MAX_CLASSES, MAX_CHUNK = 100_000, 1 << 28
-MAX_RATIO = 1100                                                        # deflate packs at most 1 : 1032
+MAX_CLASSES = 100_000
 
 
 def split_80_20(num):
@@ -94,30 +93,10 @@ def read_splits(folder):
 
 
 def open_item(file, path, id, item):
-    """Return (h5py.h5d.DatasetID, shape, dtype) of `item` of an id, after everything it claims was checked."""
-    name = f"{id}/{item}".encode()
-    for link in (id.encode(), name):
-        if not file.id.links.exists(link):
-            raise UserError(
-                f"{path} has no {link.decode()}" + ("" if link == name else f", but {IDS} has the id {id!r}")
-            )
-        if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
-            raise UserError(f"{path}: {link.decode()} is a soft or external link; copy the data into the file")
-    if not isinstance(h5py.h5o.open(file.id, name), h5py.h5d.DatasetID):
-        raise UserError(f"{path}: {name.decode()} is a group: expected an array")
-    data = h5py.h5d.open(file.id, name)
-    creation, shape, dtype = data.get_create_plist(), data.shape, data.dtype
-    if dtype.kind not in "buif":
-        raise UserError(f"{path}: {name.decode()} has the type {dtype}: expected uint8 or float numbers")
-    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
-        raise UserError(f"{path}: {name.decode()} lies in another file; copy the data into this one")
-    chunk = creation.get_chunk() if creation.get_layout() == h5py.h5d.CHUNKED else ()
-    size = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize
-    held = min(data.get_storage_size(), os.path.getsize(path)) * (MAX_RATIO if creation.get_nfilters() else 1)
-    if size > held or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK:
-        raise UserError(f"{path}: {name.decode()} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
-                        "more than the file can hold")
-    return data, shape, dtype
+    """Return (h5py.h5d.DatasetID, shape, dtype) of `item` of an id, checked by hdf5.open_array."""
+    if not file.id.links.exists(id.encode()):
+        raise UserError(f"{path} has no {id}, but {IDS} has the id {id!r}")
+    return open_array(file, path, f"{id}/{item}")
 
 
 def read_array(data, shape, dtype):

@@ -8,8 +8,10 @@ the file it was reading is kept.
 """
 import argparse
 import collections
+import contextlib
 import gzip
 import importlib
+import io
 import multiprocessing
 import os
 import resource
@@ -44,6 +46,20 @@ def read_own(folder):
     return [split.images() for split in datasets.create_default_splits("Mine", folder)]
 
 
+def make_packed(folder):
+    """A packed dataset of JPEG files, in a file that anybody may have written."""
+    import archives
+    import download
+    archives.make("ImageNet", os.path.join(folder, "archives"), per_class=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        download.prepare("ImageNet", folder, os.path.join(folder, "archives"), checksum=False)
+
+
+def read_packed(folder):
+    import datasets
+    return [split.read(range(len(split))) for split in datasets.create_default_splits("ImageNet", folder)]
+
+
 def read_known(name):
     """Return a function that reads all parts of a known dataset's archives in a folder."""
     def read(folder):
@@ -63,6 +79,7 @@ def make_known(name):
 # reader: (make the valid files, read them, the file to mutate, whether to mutate what gzip holds)
 READERS = {
     "own": (make_own, read_own, "Mine/data.hy", False),
+    "packed": (make_packed, read_packed, "imagenet/data.hdf5", False),
     "idx": (make_known("MNIST"), read_known("MNIST"), "train-images-idx3-ubyte.gz", True),
     "idx.gz": (make_known("MNIST"), read_known("MNIST"), "t10k-labels-idx1-ubyte.gz", False),
     "cifar": (make_known("CIFAR10"), read_known("CIFAR10"), "cifar-10-python.tar.gz", True),

@@ -181,6 +181,144 @@ def test_a_packed_file_that_was_damaged(tmp_path, damage):
         datasets.create_default_splits("Digits", tmp_path)
 
 
+def external_link(file, name):
+    """Move an array of an HDF5 file into another file beside it, and link to it."""
+    with h5py.File(os.path.join(os.path.dirname(file.filename), "elsewhere.hdf5"), "w") as other:
+        other[name] = file[name][()]
+    del file[name]
+    file[name] = h5py.ExternalLink("elsewhere.hdf5", name)
+
+
+def elsewhere(file, name):
+    """Let an array of an HDF5 file be that of the same shape and type in /etc/passwd."""
+    shape, dtype = file[name].shape, file[name].dtype
+    del file[name]
+    file.create_dataset(name, shape, dtype, external=[("/etc/passwd", 0, int(np.prod(shape)) * dtype.itemsize)])
+
+
+def virtual_packed(file, name):
+    shape = file[name].shape
+    layout = h5py.VirtualLayout(shape, np.uint8)
+    layout[:] = h5py.VirtualSource("other.hdf5", name, shape)
+    del file[name]
+    file.create_virtual_dataset(name, layout)
+
+
+def claim(**kwargs):
+    """A change that lets an array claim far more than the file holds."""
+    def change(file, name):
+        del file[name]
+        file.create_dataset(name, **kwargs)
+    return change
+
+
+def other(value):
+    """A change of an array to what value(array) gives."""
+    def change(file, name):
+        replace(file, name, value(file[name][()]))
+    return change
+
+
+PACKED_MISTAKES = {
+    "image by an external link": ("image", external_link, "link"),
+    "label by an external link": ("label", external_link, "link"),
+    "class names by a soft link": (
+        "class_names",
+        lambda file, name: (file.move(name, "x"), file.update(class_names=h5py.SoftLink("x"))),
+        "link",
+    ),
+    "image in /etc/passwd": ("image", elsewhere, "another file"),
+    "id in /etc/passwd": ("id", elsewhere, "another file"),
+    "virtual image": ("image", virtual_packed, "another file"),
+    "image claims 4.3 GB": ("image", claim(shape=(1797, 8, 8, 37400), dtype=np.uint8), "more than the file can hold"),
+    "image claims 4.3 GB in chunks": (
+        "image",
+        claim(shape=(1797, 8, 8, 37400), dtype=np.uint8, chunks=(64, 8, 8, 64)),
+        "more than the file can hold",
+    ),
+    "labels claim 4.3 GB": ("label", claim(shape=(1 << 30,), dtype=np.int32), "more than the file can hold"),
+    "image is a group": ("image", lambda file, name: (file.pop(name), file.create_group(name)), "is a group"),
+    "image of float": ("image", other(lambda image: image.astype(float)), "float64"),
+    "image of rank 3": ("image", other(lambda image: image[..., 0]), "(1797, 8, 8)"),
+    "image of text": ("image", other(lambda image: ["a"] * len(image)), "object"),
+    "image of no channel": ("image", other(lambda image: image[..., :0]), "(1797, 8, 8, 0)"),
+    "no label": ("label", lambda file, name: file.pop(name), "no label"),
+    "label one-hot": ("label", other(lambda label: np.eye(10, dtype=int)[label]), "(1797, 10)"),
+    "label of float": ("label", other(lambda label: label.astype(float)), "float64"),
+    "label of text": ("label", other(lambda label: label.astype("S1")), "S1"),
+    "label a number": ("label", other(lambda label: 1), "()"),
+    "label beyond 32 bits": ("label", other(lambda label: label.astype(int) + (1 << 32)), "4294967296"),
+    "split of rank 2": ("split", other(lambda split: split[:, None]), "(1797, 1)"),
+    "splits that are mixed": ("split", other(lambda split: np.r_[split[:9], 1, split[10:]]), "before"),
+    "id of numbers": ("id", other(lambda ids: np.arange(len(ids))), "int64"),
+    "id of rank 2": ("id", other(lambda ids: ids[:, None]), "(1797, 1)"),
+    "id no text": ("id", other(lambda ids: np.array([b"\xff%d" % i for i in range(len(ids))])), "utf-8"),
+    "class names of numbers": ("class_names", other(lambda names: np.arange(10)), "int64"),
+    "class names of rank 2": ("class_names", other(lambda names: names[None]), "(1, 10)"),
+    "JPEG files of rank 2": ("image", lambda file, name: (file.move(name, "jpeg"), replace(file, "offset", 1)), "jpeg"),
+}
+
+
+@pytest.mark.parametrize("mistake", PACKED_MISTAKES)
+def test_a_packed_file_is_believed_no_more_than_any_other(tmp_path, mistake):
+    """The mark says that a file is whole, not who wrote it."""
+    download.prepare("Digits", tmp_path)
+    os.rename(tmp_path / "digits", tmp_path / "Mine")
+    path = tmp_path / "Mine" / "data.hdf5"
+    name, change, said = PACKED_MISTAKES[mistake]
+    with h5py.File(path, "r+") as file:
+        file["offset"] = 0
+        change(file, name)
+    with pytest.raises(UserError) as error:
+        datasets.create_default_splits("Mine", tmp_path)
+    for word in (said, name if "jpeg" not in said else "jpeg", "download.py"):
+        assert word in str(error.value)
+    assert str(error.value).count(str(path)) == 1 and str(error.value) == one_line(error.value)
+
+
+def test_whether_a_file_is_packed_is_asked_of_this_file_alone(tmp_path):
+    """No link is followed for it: not to the right file, not to one that is missing."""
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    with h5py.File(path, "r+") as file:
+        replace(file, "image", h5py.ExternalLink("missing.hdf5", "image"))
+    assert datasets.is_prepared("Digits", tmp_path)
+    with pytest.raises(UserError, match="image is a soft or external link"):
+        datasets.create_default_splits("Digits", tmp_path)
+    for mark in ([1, 1], "1", 1.0, 2):
+        with h5py.File(path, "r+") as file:
+            file.attrs["packed"] = mark
+        assert not datasets.is_prepared("Digits", tmp_path)
+
+
+def test_offsets_of_jpeg_files_that_run_around(tmp_path):
+    """The difference of two int64 can pass for positive after it has overflown."""
+    archives.make("ImageNet", tmp_path / "archives")
+    download.prepare("ImageNet", tmp_path, tmp_path / "archives", checksum=False)
+    with h5py.File(tmp_path / "imagenet" / "data.hdf5", "r+") as file:
+        file["offset"][1], file["offset"][2] = (1 << 63) - 1, -2
+    with pytest.raises(UserError, match="the offsets do not fit"):
+        datasets.create_default_splits("ImageNet", tmp_path)
+
+
+def test_a_class_name_that_claims_gigabytes(tmp_path):
+    """HDF5 makes room for a string of any length that is claimed, before it looks."""
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    with h5py.File(path) as file:
+        place = file["class_names"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[place:place + 4] = struct.pack("<I", 1 << 29)
+    path.write_bytes(data)
+    code = ("import resource, sys, datasets\n"
+            "try:\n    datasets.create_default_splits('Digits', sys.argv[1])\n"
+            "except datasets.UserError as error:\n    print(error)\n"
+            "sys.exit(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))")
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False,
+                            cwd=os.path.dirname(datasets.DATA_DIR))
+    assert "class_names" in result.stdout and int(result.stderr) < 200_000, result
+
+
 def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
     code = ("import sys, datasets, download; "
             "sys.exit(str({'tensorflow', 'scipy', 'sklearn', 'imageio', 'PIL'} & set(sys.modules)))")
