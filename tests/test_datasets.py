@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 import zlib
 
@@ -412,6 +413,49 @@ class Touch:
 def test_hostile_pickles(tmp_path, data, said):
     archives.tar_gz(tmp_path / CIFAR, bad_pickle(data))
     refused(lambda: cifar10.read(tmp_path), CIFAR, "data_batch_1", said)
+
+
+def nested(depth, start=b"]", repeated=9):
+    """A pickled list (or with start=b"(" tuple) that holds `repeated` times one that holds `repeated` times one ..."""
+    end = b"e" if start == b"]" else b""
+    inner = start + (b"(K\x01" + end if end else b"K\x01t") + b"q\x00"
+    for i in range(1, depth):
+        again = b"h" + bytes([i - 1])
+        inner += b"0" + start + (b"(" if end else b"") + again * repeated + (end or b"t") + b"q" + bytes([i])
+    return inner
+
+
+ONE_IMAGE = archives.py2_array(np.zeros((1, 3072), np.uint8))
+
+
+UNFOLDING = {
+    "labels": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=nested(8))),
+    "a type": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE.replace(b"U\x02u1", nested(7)), labels=nested(1))),
+    "a key, all of which is hashed": ("data_batch_1", b"\x80\x02}" + nested(7, b"(") + b"K\x01s."),
+    "a key of doubles": ("data_batch_1", b"\x80\x02}K\x01" + b"2\x86" * 23 + b"K\x01s."),
+    "lists in lists": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=b"](](](K\x01eee")),
+    "a boolean": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_list([b"\x88"]))),
+    "too many labels": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_list([b"K\x01"] * 2))),
+    "labels as text": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_string(b"\x01"))),
+    "data a number": ("data_batch_1", archives.py2_dict(data=b"K\x01", labels=archives.py2_list([b"K\x01"]))),
+    "millions of lists": ("data_batch_1", b"\x80\x02" + b"]" * 2_000_000 + b"."),
+    "names": ("batches.meta", archives.py2_dict(label_names=nested(7))),
+    "names as text": ("batches.meta", archives.py2_dict(label_names=archives.py2_string(b"cat"))),
+    "names as numbers": ("batches.meta", archives.py2_dict(label_names=archives.py2_list([b"K\x01"]))),
+    "a number": ("batches.meta", b"\x80\x02K\x01."),
+}
+
+
+@pytest.mark.parametrize("what", UNFOLDING)
+def test_pickles_that_unfold(tmp_path, what):
+    """A few hundred bytes that name one list again and again must not become gigabytes, nor a message of megabytes."""
+    (name, data), (members, _) = UNFOLDING[what], archives.cifar10_members(1, np.random.default_rng(0))
+    archives.tar_gz(tmp_path / CIFAR, {**members, "cifar-10-batches-py/" + name: data})
+    tracemalloc.start()
+    refused(lambda: cifar10.read(tmp_path), CIFAR, name, "expected")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30_000_000
 
 
 def test_a_pickle_that_runs_code_does_not_run(tmp_path):
