@@ -20,7 +20,7 @@ from datasets.errors import ArgumentParser, UserError, WorldError, one_line, run
 TIMEOUT = 60.0  # seconds without a byte before a mirror counts as stalled
 TRIES, RETRY_WAIT = 3, 1.0  # tries of a mirror that bring nothing new; seconds between
 SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: slower than that, try the next mirror
-PART, BLOCK = ".part", 1 << 20
+PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # bytes read of a file, and of a connection: lost if it ends halfway
 
 
 class Refused(Exception):
@@ -160,7 +160,7 @@ def receive(url, part, size, timeout, is_last):
         ):
             bar.update(start)
             began, received = time.monotonic(), 0
-            for block in response.raw.stream(BLOCK, decode_content=False):
+            for block in response.raw.stream(RECEIVED, decode_content=False):
                 file.write(block)
                 bar.update(len(block))
                 received += len(block)

@@ -135,7 +135,7 @@ def test_a_stalled_connection_times_out(server, own_mirrors, tmp_path):
 def test_a_slow_mirror_is_left_for_the_next(server, own_mirrors, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "SLOW_AFTER", 0.0)
     monkeypatch.setattr(download, "SLOW_RATE", 1e15)
-    monkeypatch.setattr(download, "BLOCK", 4096)
+    monkeypatch.setattr(download, "RECEIVED", 4096)
     download.prepare("CIFAR10", tmp_path)
     assert [start for _, start in server.requests] == [0, 4096]            # the second mirror takes over
 
@@ -200,6 +200,36 @@ def test_killed_while_fetching_and_started_again(server, tmp_path):
     result = call(*args)
     assert result.returncode == 0 and server.requests[-1] == ("/" + FILE, 1000), result.stderr
     assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
+
+
+@pytest.mark.parametrize("waits_for", ["the server", "the lock"])
+def test_interrupted_while_fetching(server, tmp_path, waits_for):
+    """Ctrl-C ends it at once, with what has come kept for the next run, however long the server or the lock takes."""
+    server.faults["/" + FILE] = ["stall"]
+    command = [sys.executable, os.path.join(ROOT, "download.py"), "--dataset", "CIFAR10", "--mirror", server.url,
+               "--no_checksum", "--data_dir", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part, half = tmp_path / "cifar10" / (FILE + ".part"), len(server.files["/" + FILE]) // 2
+    wait_for(lambda: part.exists() and server.requests)
+    time.sleep(0.1)                                                     # until it waits for the bytes that do not come
+    process = first
+    if waits_for == "the lock":
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stderr == "download.py: error: interrupted\n"
+    assert time.monotonic() - began < 2 and not server.released.is_set()
+    if process is not first:
+        assert first.poll() is None
+        first.kill()
+        first.communicate()
+        return
+    have = part.stat().st_size
+    assert 0 < have <= half and sorted(os.listdir(tmp_path / "cifar10")) == [".lock", FILE + ".part"]
+    assert part.read_bytes() == server.files["/" + FILE][:have]
+    assert call(*command[2:]).returncode == 0 and server.requests[-1] == ("/" + FILE, have)
 
 
 def wait_for(condition):
