@@ -242,6 +242,14 @@ def open_packed(folder, name, max_examples=None):
                          image=image, rows=np.arange(a, b), offset=offset) for a, b in zip(bounds, bounds[1:]))
 
 
+def empty(shape, dtype):
+    """Return an empty array that begins at a multiple of 64 bytes, where TensorFlow can share it without a copy."""
+    size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    block = np.empty(size + 64, np.uint8)
+    start = -block.ctypes.data % 64
+    return block[start:start + size].view(dtype).reshape(shape)
+
+
 class Dataset:
     """One split of a dataset.
 
@@ -277,12 +285,27 @@ class Dataset:
         return f"Dataset({self.name}, {'train' if self.is_train else 'test'}, {len(self)} images of {self.image_shape})"
 
     def images(self):
-        """Return the whole split as one array [N, h, w, c], read once and kept. TypeError when encoded."""
+        """Return the whole split as one array [N, h, w, c], read once and kept. TypeError when encoded.
+
+        Without `max_examples`, or from a packed file, it begins at a multiple of 64 bytes: see empty().
+        """
         if self.encoded:
             raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
         if self._images is None:
-            self._images = self.read(np.arange(len(self)))
+            in_memory = isinstance(self._image, np.ndarray)
+            self._images = self.read(np.arange(len(self))) if in_memory else self._read_rows(self._rows)
         return self._images
+
+    def _read_rows(self, rows):
+        """Read the ascending `rows` of the file, not encoded, into one array."""
+        images = empty((len(rows), *self.image_shape), self.dtype)
+        with LOCK:
+            if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+                self._image.read_direct(images, np.s_[rows[0]:rows[-1] + 1])
+                return images
+            for i, row in enumerate(rows):
+                self._image.read_direct(images, np.s_[row], np.s_[i])
+        return images
 
     def read(self, positions):
         """Return the images at `positions`, int [n] in 0 ... N - 1 in any order, with repeats: [n, h, w, c], or a list
@@ -291,20 +314,16 @@ class Dataset:
         if self._images is not None:
             return self._images[positions]
         rows = self._rows[positions]
-        in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
-        with LOCK:
-            if in_order and not self.encoded:
-                return self._image[rows[0]:rows[-1] + 1]
-            if isinstance(self._image, np.ndarray):
-                return self._image[rows]
-            unique, inverse = np.unique(rows, return_inverse=True)
-            if self.encoded:
+        if isinstance(self._image, np.ndarray):
+            in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
+            return self._image[rows[0]:rows[-1] + 1] if in_order else self._image[rows]
+        unique, inverse = np.unique(rows, return_inverse=True)
+        if self.encoded:
+            with LOCK:
                 jpegs = [self._image[self._offset[row]:self._offset[row + 1]].tobytes() for row in unique]
-                return [jpegs[i] for i in inverse]
-            images = np.empty((len(unique), *self.image_shape), self.dtype)
-            for i, row in enumerate(unique):
-                self._image.read_direct(images, np.s_[row], np.s_[i])
-            return images[inverse]
+            return [jpegs[i] for i in inverse]
+        images = self._read_rows(unique)
+        return images if np.array_equal(unique, rows) else images[inverse]
 
     def get_data(self, id):
         """Return (image, label) of one id: float32 [h, w, c], uint8 images scaled to 0 ... 1, and one-hot float32

@@ -226,7 +226,7 @@ def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="d
     os.makedirs(folder, exist_ok=True)
     rng = np.random.default_rng(seed)
     ids, labels = [str(i) for i in rng.permutation(num)], np.arange(num) % classes
-    images = rng.integers(0, 256, (num, *shape)).astype(dtype)
+    images = rng.integers(0, 256, (num, *shape), np.uint8).astype(dtype)
     with h5py.File(os.path.join(folder, file), "w") as data:
         for id, image, label in zip(ids, images, labels):
             group = data.create_group(id)
