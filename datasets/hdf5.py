@@ -6,12 +6,14 @@
     split       uint8 [N], 0 train and 1 test: train first, in the archive's order
     id          the ids, bytes [N]; id.txt holds them too, one a line
     class_names strings [classes]
+    attribute `recipe`: of a folder of images, the flags of download.py as JSON
     attribute `packed`: the mark, written last
 
 The file is built beside its target under another name, synced and renamed: a file without the mark, or under another
 name, does not count. The mark says that a file is whole, not who wrote it: nothing a file claims is believed before it
 was compared with what it holds.
 """
+import json
 import os
 import re
 import threading
@@ -41,6 +43,7 @@ class Source(NamedTuple):
     image_shape: tuple | None                                           # (h, w, c), None for JPEG files
     num_images: int | None                                              # None where only the end tells (JPEG files)
     parts: Iterator
+    recipe: dict | None = None                                          # how a folder of images was packed
 
 
 def write(folder, source, bar=None):
@@ -54,6 +57,8 @@ def write(folder, source, bar=None):
     try:
         with h5py.File(data + UNFINISHED, "w") as file:
             names = fill(file, source, bar)
+            if source.recipe is not None:
+                file.attrs["recipe"] = np.bytes_(json.dumps(source.recipe))
             file.flush()
             file.attrs["packed"] = FORMAT
         with open(ids + UNFINISHED, "w", encoding="utf-8", newline="\n") as file:
@@ -221,6 +226,19 @@ def is_packed(folder):
             return bool(is_whole and (file.id.links.exists(b"image") or file.id.links.exists(b"jpeg")))
     except (OSError, RuntimeError, KeyError, ValueError, TypeError):
         return False
+
+
+def read_recipe(folder):
+    """Return the recipe that folder/data.hdf5 was packed by, {} if it does not say."""
+    path = os.path.join(folder, DATA)
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if "recipe" not in file.attrs or file.attrs.get_id("recipe").dtype.kind != "S":
+                return {}
+            recipe = json.loads(file.attrs["recipe"])
+            return recipe if isinstance(recipe, dict) else {}
+    except Exception as error:
+        raise UserError(f"{path} is broken ({one_line(error, 300)}): delete it and run download.py again") from error
 
 
 def open_packed(folder, name, max_examples=None):
