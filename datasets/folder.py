@@ -4,6 +4,7 @@ Images become RGB of 8 bits: transparent ones on white, floats 0 ... 1 and integ
 """
 import contextlib
 import itertools
+import logging
 import os
 import warnings
 
@@ -117,6 +118,7 @@ def parts(splits, shape, image_size, bits):
 def opened(path):
     """Open an image file, not decoded yet. What is wrong with it ends in a UserError that names it."""
     from PIL import Image
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)                 # what it would log is in the error too
     with refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:

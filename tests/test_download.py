@@ -632,6 +632,14 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
     assert "4.bmp" in one_line(call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path), 2)
 
 
+def test_no_more_than_that_line_is_said_of_a_broken_image(tmp_path):
+    image_folders(tmp_path / "images")
+    data = bytearray(archives.tiff_12(np.zeros((10, 12), int)))
+    data[90] = 12                                                       # samples per pixel, of which Pillow would log
+    (tmp_path / "images" / "dog" / "0.tif").write_bytes(data)
+    assert "0.tif" in one_line(call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path), 2)
+
+
 def test_gzip_of_a_wrong_length_is_named(tmp_path):
     archives.make("MNIST", tmp_path / "archives")
     path = tmp_path / "archives" / "train-images-idx3-ubyte.gz"
