@@ -118,7 +118,7 @@ def parts(splits, shape, image_size, bits):
 def opened(path):
     """Open an image file, not decoded yet. What is wrong with it ends in a UserError that names it."""
     from PIL import Image
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)                 # what it would log is in the error too
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)                 # or it says a line of its own beside our error
     with refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:

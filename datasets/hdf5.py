@@ -177,11 +177,10 @@ def open_array(file, path, name, kinds="buif"):
     if layout == h5py.h5d.VIRTUAL or creation.get_external_count():
         raise UserError(f"{path}: {name} lies in another file; copy the data into this one")
     chunk = creation.get_chunk() if layout == h5py.h5d.CHUNKED else ()
-    size, stored = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize, min(data.get_storage_size(), held)
+    size = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize
     if (
-        size > stored * (MAX_RATIO if creation.get_nfilters() else 1)
+        size > min(data.get_storage_size(), held) * (MAX_RATIO if creation.get_nfilters() else 1)
         or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK
-        or (layout == h5py.h5d.CONTIGUOUS and size and data.get_offset() + stored > held)
         or (dtype.kind == "O" and longest_string(data, path, name) > held)
     ):
         raise UserError(f"{path}: {name} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "

@@ -341,6 +341,20 @@ def test_offsets_of_jpeg_files_that_run_around(tmp_path):
         datasets.create_default_splits("ImageNet", tmp_path)
 
 
+def test_an_array_that_lies_beyond_the_end_of_the_file(tmp_path):
+    """It is refused (by HDF5 itself) when it is opened, not in the middle of training."""
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    with h5py.File(path) as file:
+        image = file["image"].id
+        place, size = image.get_offset(), image.get_storage_size()
+    data, found = path.read_bytes(), struct.pack("<QQ", place, size)
+    assert data.count(found) == 1
+    path.write_bytes(data.replace(found, struct.pack("<QQ", len(data) - 1000, size)))
+    with pytest.raises(UserError, match="is broken .*download.py"):
+        datasets.create_default_splits("Digits", tmp_path)
+
+
 def test_a_class_name_that_claims_gigabytes(tmp_path):
     """HDF5 makes room for a string of any length that is claimed, before it looks."""
     download.prepare("Digits", tmp_path)
