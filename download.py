@@ -20,7 +20,7 @@ from datasets.errors import ArgumentParser, UserError, WorldError, one_line, run
 TIMEOUT = 60.0  # seconds without a byte before a mirror counts as stalled
 TRIES, RETRY_WAIT = 3, 1.0  # tries of a mirror that bring nothing new; seconds between
 SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: slower than that, try the next mirror
-PART, BLOCK = ".part", 1 << 20
+PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # bytes read of a file, and of a connection: lost if it ends halfway
 
 
 class Refused(Exception):
@@ -160,7 +160,7 @@ def receive(url, part, size, timeout, is_last):
         ):
             bar.update(start)
             began, received = time.monotonic(), 0
-            for block in response.raw.stream(BLOCK, decode_content=False):
+            for block in response.raw.stream(RECEIVED, decode_content=False):
                 file.write(block)
                 bar.update(len(block))
                 received += len(block)
@@ -232,16 +232,32 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
     """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
     from datasets.folder import read
     folder = datasets.folder_of(name, data_dir)
+    recipe = {"--image_dir": os.path.realpath(image_dir),
+              "--test_image_dir": os.path.realpath(test_image_dir) if test_image_dir is not None else None,
+              "--image_size": list(image_size) if image_size is not None else None}
     if name in datasets.NAMES:
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
     with locked(folder):
         if hdf5.is_packed(folder):
+            check_recipe(name, folder, recipe)
             print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
             return
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
                 raise UserError(f"{folder}/{file} is there and was not packed by download.py: choose another name")
-        pack(name, folder, lambda: read(image_dir, test_image_dir, image_size))
+        pack(name, folder, lambda: read(image_dir, test_image_dir, image_size)._replace(recipe=recipe))
+
+
+def check_recipe(name, folder, recipe):
+    """Raise UserError if `folder` was packed by another recipe; a file that does not say which is taken as it is."""
+    def words(value):
+        return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else value
+
+    packed = hdf5.read_recipe(folder)
+    for flag, value in recipe.items():
+        if flag in packed and packed[flag] != value:
+            raise UserError(f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
+                            f"{folder}/{hdf5.DATA} to pack it anew, or choose another name")
 
 
 def pack(name, folder, read):

@@ -16,6 +16,7 @@ FILES = {
 MIRRORS = ("https://www.cs.toronto.edu/~kriz/", "https://storage.googleapis.com/skypilot-example-data/datasets/")
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 MAX_MEMBER, MAX_TOTAL = 1 << 26, 1 << 29                                # a batch has 31 million bytes, all have 186
+MAX_OPCODES, MAX_AGAIN = 1 << 18, 16                                    # of a pickle; a batch has some 30,000 steps
 
 
 def read(archive_dir):
@@ -39,24 +40,36 @@ def load_batch(data, name):
     """Return (images uint8 [n, 32, 32, 3], labels int [n]) of a pickled batch, or the class names of batches.meta."""
     batch = unpickle(data)
     if name == "batches.meta":
-        return [label.decode() for label in batch[b"label_names"]]
-    pixels, labels = batch[b"data"].array, np.asarray(batch[b"labels"])
-    if pixels.ndim != 2 or pixels.shape[1] != 3072 or labels.shape != pixels.shape[:1] or labels.dtype.kind != "i":
-        raise ValueError(
-            f"data of shape {pixels.shape} and {labels.dtype} labels of {labels.shape}: expected [N, 3072] and "
-            "N integers"
-        )
-    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels   # channel, row, column -> row, column, channel
+        return [label.decode() for label in flat_list(batch, b"label_names", bytes)]
+    labels, array = flat_list(batch, b"labels", int), batch.get(b"data")
+    if not isinstance(array, Array) or array.array.shape != (len(labels), 3072):
+        raise ValueError(f"data {array.array.shape if isinstance(array, Array) else ''} and {len(labels)} labels: "
+                         "expected an array [N, 3072] and N labels")
+    # channel, row, column -> row, column, channel
+    return array.array.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(labels, np.int64)
+
+
+def flat_list(batch, key, kind):
+    """Return batch[key] if it is a list of `kind` and nothing else: a list in it may unfold to more than memory."""
+    items = batch.get(key) if isinstance(batch, dict) else None
+    if not isinstance(items, list) or not all(type(item) is kind for item in items):
+        raise ValueError(f"{key.decode()} is missing, or no flat list: expected a dict with a list of {kind.__name__}")
+    return items
 
 
 def unpickle(data):
     """Return what a Python 2 pickle holds, where only lists, dicts, strings, numbers and uint8 arrays are let through.
 
-    Raises pickle.UnpicklingError for anything else before it is built.
+    Raises pickle.UnpicklingError for anything else before it is built, and for a pickle that names an object again
+    and again: lists and tuples of themselves unfold without end when they are hashed, printed or converted.
     """
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.proto > 2 or (opcode.name.endswith("PUT") and argument > len(data)):
-            raise pickle.UnpicklingError(f"{opcode.name} is nothing that a batch of CIFAR-10 needs")
+    again = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        again += opcode.name == "DUP" or opcode.name.endswith("GET")
+        put = argument if opcode.name.endswith("PUT") else 0
+        if opcode.proto > 2 or put > MAX_OPCODES or number > MAX_OPCODES or again > MAX_AGAIN:
+            raise pickle.UnpicklingError(f"{opcode.name}, its {number}. step, is nothing that a batch of CIFAR-10 "
+                                         f"needs: expected at most {MAX_OPCODES} steps, {MAX_AGAIN} of them repeats")
     return BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
 
 
@@ -66,7 +79,8 @@ class Array:
     def __setstate__(self, state):
         _, shape, dtype, fortran_order, data = state
         if dtype.name not in (b"u1", b"|u1", "u1", "|u1") or fortran_order or not isinstance(data, bytes):
-            raise pickle.UnpicklingError(f"an array of {dtype.name}: only uint8 in C order is known here")
+            kind = dtype.name if isinstance(dtype.name, (str, bytes)) else type(dtype.name)
+            raise pickle.UnpicklingError(f"an array of {kind}: expected uint8 in C order")
         self.array = np.frombuffer(data, np.uint8).reshape(shape)
 
 

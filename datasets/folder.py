@@ -1,4 +1,10 @@
-"""A folder of class folders of images, DIR/<class>/<image>, packed as a user's own dataset."""
+"""A folder of class folders of images, DIR/<class>/<image>, packed as a user's own dataset.
+
+Images become RGB of 8 bits: transparent ones on white, floats 0 ... 1 and integers of up to 16 bits scaled.
+"""
+import contextlib
+import itertools
+import logging
 import os
 import warnings
 
@@ -7,42 +13,56 @@ import numpy as np
 from datasets.archives import MAX_PIXELS, refusing
 from datasets.errors import UserError
 from datasets.hdf5 import Source
-from datasets.own import split_80_20
+from datasets.own import SPLIT_SEED
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-PART = 256
+PART = 1 << 24                                                          # bytes of images that are in memory at once
 
 
 def read(image_dir, test_image_dir=None, image_size=None):
     """Return the Source of image_dir/<class>/*: images uint8 [N, h, w, 3], resized to image_size (h, w) if given.
 
-    The test split is test_image_dir, with the same classes, or a fifth of image_dir by a shuffle with a fixed seed.
+    The test split is test_image_dir, with the same classes, or a fifth of each class of image_dir, see split_classes.
     """
     class_names = class_folders(image_dir)
     if len(class_names) < 2:
         raise UserError(f"--image_dir {image_dir} has {len(class_names)} class folders: expected DIR/<class>/<image>, "
                         "at least 2 classes")
     files = list_images(image_dir, class_names)
+    empty = sorted(set(range(len(class_names))) - {label for _, label in files})
+    if empty:               # left out, it would shift the labels of the classes behind it; kept, nothing could learn it
+        raise UserError(f"the class folder {os.path.join(image_dir, class_names[empty[0]])} has no image: put some in "
+                        f"({' '.join(SUFFIXES)}), or remove it")
     if test_image_dir is None:
-        train, test = ([files[i] for i in rows] for rows in split_80_20(len(files)))
-        train, test = sorted(train), sorted(test)
+        train, test = split_classes(files, class_names)
     else:
         strange = sorted(set(class_folders(test_image_dir)) - set(class_names))
         if strange:
             raise UserError(f"--test_image_dir {test_image_dir} has the class {strange[0]}: {image_dir} has not")
         train, test = files, list_images(test_image_dir, class_names)
-    if not train or not test:
-        raise UserError(f"{len(train)} train and {len(test)} test images in {test_image_dir or image_dir}: none may be "
-                        "empty, and without --test_image_dir there must be at least 5 images")
-    shape = (*image_size, 3) if image_size else load(train[0][0], None).shape
-    return Source(class_names, shape, len(train) + len(test), parts((train, test), shape, image_size))
+    if not test:
+        raise UserError(f"no test images: no class of {image_dir} has 2 images, one of which could be in the test split"
+                        if test_image_dir is None else f"--test_image_dir {test_image_dir} has no images")
+    bits = depth(train + test)
+    shape = (*image_size, 3) if image_size else load(train[0][0], None, bits).shape
+    return Source(class_names, shape, len(train) + len(test), parts((train, test), shape, image_size, bits))
+
+
+def names_in(folder):
+    """Return the sorted names in `folder`. Raises UserError for a name that cannot be part of an id."""
+    names = sorted(os.listdir(folder))
+    for name in (str(folder), *names):
+        if "\n" in name or "\r" in name or name != name.encode(errors="replace").decode():
+            raise UserError(f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has a line break in it: "
+                            "rename it")
+    return names
 
 
 def class_folders(folder):
     """Return the sorted names of the folders in `folder`."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder")
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    return [name for name in names_in(folder) if os.path.isdir(os.path.join(folder, name)) and not name.startswith(".")]
 
 
 def list_images(folder, class_names):
@@ -50,41 +70,130 @@ def list_images(folder, class_names):
     files, ignored = [], []
     for label, name in enumerate(class_names):
         place = os.path.join(folder, name)
-        for file in sorted(os.listdir(place)) if os.path.isdir(place) else []:
+        for file in names_in(place) if os.path.isdir(place) else []:
             is_image = file.lower().endswith(SUFFIXES) and not file.startswith(".")
             (files if is_image else ignored).append((os.path.join(place, file), label))
     if ignored:
-        print(f"{folder}: left out {len(ignored)} files that are no images by their names, such as {ignored[0][0]}")
+        print(f"left out {len(ignored)} files that are no images by their names, such as {ignored[0][0]}", flush=True)
     return files
 
 
-def parts(splits, shape, image_size):
-    """Yield the images of both splits, PART at a time."""
+def split_classes(files, class_names):
+    """Return the sorted [(path, label)] `files` as (train, test): a fifth of each class, at least one image, is test.
+
+    The shuffle of each class has the same fixed seed, so that another class changes nothing. A single image is train.
+    """
+    train, test, single = [], [], []
+    for label, group in itertools.groupby(files, key=lambda file: file[1]):
+        own = list(group)
+        order = np.random.RandomState(SPLIT_SEED).permutation(len(own))
+        num_test = max(1, round(len(own) / 5)) if len(own) > 1 else 0
+        train.extend(own[i] for i in sorted(order[num_test:]))
+        test.extend(own[i] for i in sorted(order[:num_test]))
+        if num_test == 0:
+            single.append(class_names[label])
+    if single:
+        print(f"{len(single)} of {len(class_names)} classes have a single image, which is in train: "
+              f"{' '.join(single[:10])}", flush=True)
+    return train, test
+
+
+def parts(splits, shape, image_size, bits):
+    """Yield the images of both splits, PART bytes at a time."""
+    num = max(1, PART // int(np.prod(shape)))
     for split, files in enumerate(splits):
-        for i in range(0, len(files), PART):
-            paths, labels = zip(*files[i:i + PART])
-            images = [load(path, image_size) for path in paths]
-            for path, image in zip(paths, images):
-                if image.shape != shape:
-                    raise UserError(f"{path} has {image.shape[0]}x{image.shape[1]} pixels, {splits[0][0][0]} has "
+        for i in range(0, len(files), num):
+            images = np.empty((len(files[i:i + num]), *shape), np.uint8)
+            for image, (path, _) in zip(images, files[i:i + num]):
+                loaded = load(path, image_size, bits)
+                if loaded.shape != shape:
+                    raise UserError(f"{path} has {loaded.shape[0]}x{loaded.shape[1]} pixels, {splits[0][0][0]} has "
                                     f"{shape[0]}x{shape[1]}: give --image_size H W to resize all")
-            ids = ["/".join((("train", "test")[split], *path.split(os.sep)[-2:])) for path in paths]
-            yield split, np.stack(images), labels, ids
+                image[...] = loaded
+            ids = ["/".join((("train", "test")[split], *path.split(os.sep)[-2:])) for path, _ in files[i:i + num]]
+            yield split, images, [label for _, label in files[i:i + num]], ids
 
 
-def load(path, image_size):
-    """Return an image file (gray, palette, CMYK, alpha or 16 bits) as uint8 [h, w, 3], upright, its first frame."""
-    import imageio.v3 as iio
+@contextlib.contextmanager
+def opened(path):
+    """Open an image file, not decoded yet. What is wrong with it ends in a UserError that names it."""
     from PIL import Image
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)                 # or it says a line of its own beside our error
     with refusing(path), warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with iio.imopen(path, "r", plugin="pillow") as file:
-            if int(np.prod(file.properties(index=0).shape[:2])) > MAX_PIXELS:
-                raise UserError(f"{path} has more than {MAX_PIXELS} pixels")
-            deep = file.metadata(index=0).get("mode", "").startswith("I")
-            image = file.read(index=0, rotate=True, mode=None if deep else "RGB")
-        if deep:                                                        # Pillow would clip 16 bits instead of scaling
-            image = np.repeat((np.asarray(image, np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., np.newaxis], 3, -1)
-        if image_size is not None and image.shape[:2] != tuple(image_size):
-            image = np.asarray(Image.fromarray(image).resize(tuple(image_size)[::-1], Image.Resampling.BILINEAR))
-    return image
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path} has {image.width}x{image.height} pixels: expected {MAX_PIXELS} at most")
+            yield image
+
+
+def depth(files):
+    """Return the bits, 8 to 16, of all images of integers that do not say it themselves, told by their highest value.
+
+    Cameras and scanners put 10, 12 or 14 bits in files of 16. One answer for all of train and test keeps a dim image
+    dimmer than a bright one.
+    """
+    highest = -1
+    for path, _ in files:
+        with opened(path) as image:
+            if is_deep_color(image):                                    # of which Pillow reads the upper half
+                highest = max(highest, int(np.max(image)) << 8 | 255)
+            elif image.mode.startswith("I") and own_depth(image) is None:
+                highest = max(highest, int(integers(image, path).max()))
+    bits = next((bits for bits in (8, 10, 12, 14) if highest < 2**bits), 16)
+    if highest >= 0:
+        print(f"of the images with more than 8 bits the highest value is {highest}: all are read as {bits}-bit images, "
+              f"0 to {2**bits - 1}", flush=True)
+    return bits
+
+
+def own_depth(image):
+    """Return the bits that a file of integers claims: a TIFF file those of a sample, where it is no round number, and
+    a PGM file 16, to which Pillow scales its highest value; None if it does not say."""
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    return 16 if image.format == "PPM" else bits if bits < 16 else None
+
+
+def is_deep_color(image):
+    """Return whether a file not decoded yet has 16 bits in each of several channels."""
+    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)
+
+
+def integers(image, path):
+    """Return the values of an image of integers, [h, w]."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise UserError(f"{path} has values from {values.min()} to {values.max()}: expected 0 to 65535")
+    return values
+
+
+def scaled(values, highest):
+    """Return 0 ... highest as gray 0 ... 255, uint8 [h, w, 3]."""
+    gray = (values * np.float32(255 / highest) + np.float32(0.5)).astype(np.uint8)
+    return np.repeat(gray[..., np.newaxis], 3, axis=-1)
+
+
+def load(path, image_size, bits):
+    """Return an image file as uint8 [h, w, 3], upright, its first frame; bits: what depth() told."""
+    from PIL import Image, ImageOps
+    with opened(path) as file:
+        if is_deep_color(file) and bits < 16:
+            raise UserError(f"{path} is a color image of 16 bits a channel, but its values have {bits} bits, of which "
+                            f"{bits - 8} could be read: save it with 8 bits a channel")
+        own_bits, image = own_depth(file), ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            values = np.asarray(image)
+            if not (values.min() >= 0 and values.max() <= 1):           # nor NaN
+                raise UserError(f"{path} has float values from {values.min()} to {values.max()}: expected 0 to 1, or "
+                                "integers")
+            pixels = scaled(values, 1)
+        elif image.mode.startswith("I"):
+            pixels = scaled(integers(image, path), 2**(own_bits or bits) - 1)
+        else:
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            pixels = np.asarray(image.convert("RGB"))
+        if image_size is not None and pixels.shape[:2] != tuple(image_size):
+            pixels = np.asarray(Image.fromarray(pixels).resize(tuple(image_size)[::-1], Image.Resampling.BILINEAR))
+    return pixels

@@ -6,11 +6,14 @@
     split       uint8 [N], 0 train and 1 test: train first, in the archive's order
     id          the ids, bytes [N]; id.txt holds them too, one a line
     class_names strings [classes]
+    attribute `recipe`: of a folder of images, the flags of download.py as JSON
     attribute `packed`: the mark, written last
 
 The file is built beside its target under another name, synced and renamed: a file without the mark, or under another
-name, does not count.
+name, does not count. The mark says that a file is whole, not who wrote it: nothing a file claims is believed before it
+was compared with what it holds.
 """
+import json
 import os
 import re
 import threading
@@ -20,11 +23,13 @@ from collections.abc import Iterator
 import h5py
 import numpy as np
 
-from datasets.errors import UserError
+from datasets.errors import UserError, one_line
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
 JPEG_CHUNK = 1 << 22
+MAX_CHUNK, MAX_RATIO = 1 << 28, 1100                                    # bytes; deflate packs at most 1 : 1032
+KINDS = {"buif": "uint8 or float numbers", "ui": "integers", "S": "bytes", "SO": "strings"}      # numpy's letters
 LOCK = threading.Lock()                                                 # HDF5 serves one thread at a time anyway
 
 
@@ -38,6 +43,7 @@ class Source(NamedTuple):
     image_shape: tuple | None                                           # (h, w, c), None for JPEG files
     num_images: int | None                                              # None where only the end tells (JPEG files)
     parts: Iterator
+    recipe: dict | None = None                                          # how a folder of images was packed
 
 
 def write(folder, source, bar=None):
@@ -51,6 +57,8 @@ def write(folder, source, bar=None):
     try:
         with h5py.File(data + UNFINISHED, "w") as file:
             names = fill(file, source, bar)
+            if source.recipe is not None:
+                file.attrs["recipe"] = np.bytes_(json.dumps(source.recipe))
             file.flush()
             file.attrs["packed"] = FORMAT
         with open(ids + UNFINISHED, "w", encoding="utf-8", newline="\n") as file:
@@ -116,7 +124,7 @@ def check(labels, splits, ids, class_names):
         if not np.any(splits == split):
             raise UserError(f"the {name} split is empty")
     if np.any(np.diff(splits) < 0) or splits[0] != 0 or splits[-1] != 1:
-        raise UserError("train images must come before test images")
+        raise UserError("split: train images must come before test images, 0 before 1")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
     if len(set(ids)) != len(ids):
@@ -148,13 +156,88 @@ def remove_unfinished(folder):
             os.remove(os.path.join(folder, name + UNFINISHED))
 
 
+def open_array(file, path, name, kinds="buif"):
+    """Return (h5py.h5d.DatasetID, shape, dtype) of an array in an HDF5 file, after everything it claims was checked.
+
+    name: "array" or "group/array". kinds: of KINDS, what may be read.
+    Raises UserError for links, for what lies in another file, and for what claims more than the file can hold.
+    """
+    for link in (name.split("/")[0].encode(), name.encode()):
+        if not file.id.links.exists(link):
+            raise UserError(f"{path}: there is no {link.decode()}")
+        if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
+            raise UserError(f"{path}: {link.decode()} is a soft or external link; copy the data into the file")
+    data = h5py.h5o.open(file.id, name.encode())
+    if not isinstance(data, h5py.h5d.DatasetID):
+        raise UserError(f"{path}: {name} is a group: expected an array")
+    creation, shape, dtype = data.get_create_plist(), data.shape, data.dtype
+    if dtype.kind not in kinds or (dtype.kind == "O" and not h5py.check_string_dtype(dtype)):
+        raise UserError(f"{path}: {name} has the type {dtype}: expected {KINDS[kinds]}")
+    layout, held = creation.get_layout(), os.path.getsize(path)
+    if layout == h5py.h5d.VIRTUAL or creation.get_external_count():
+        raise UserError(f"{path}: {name} lies in another file; copy the data into this one")
+    chunk = creation.get_chunk() if layout == h5py.h5d.CHUNKED else ()
+    size = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize
+    if (
+        size > min(data.get_storage_size(), held) * (MAX_RATIO if creation.get_nfilters() else 1)
+        or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK
+        or (dtype.kind == "O" and longest_string(data, path, name) > held)
+    ):
+        raise UserError(f"{path}: {name} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
+                        "more than the file can hold")
+    return data, shape, dtype
+
+
+def longest_string(data, path, name):
+    """Return the greatest length that strings claim: HDF5 would make room for it before it looks whether it is true."""
+    num, size = int(np.prod(data.shape)), data.get_storage_size()
+    if num == 0 or data.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
+        raise UserError(f"{path}: {name} holds {num} strings, or not in one piece: expected them contiguous")
+    with open(path, "rb") as file:
+        file.seek(data.get_offset())                                    # each a length, uint32, and where it lies
+        return int(np.ndarray(num, "<u4", file.read(size), strides=size // num).max())
+
+
+def open_table(file, path):
+    """Return (image, offset, labels, splits, ids, class_names) of a packed file; image is an h5py.Dataset."""
+    def column(name, kinds):
+        data, shape, dtype = open_array(file, path, name, kinds)
+        if len(shape) != 1:
+            raise UserError(f"{path}: {name} has the shape {shape}: expected one axis")
+        array = h5py.Dataset(data)[:]
+        return array.astype(np.int64) if dtype.kind in "ui" else [text.decode() for text in array.tolist()]
+
+    name = "jpeg" if file.id.links.exists(b"jpeg") else "image"
+    data, shape, dtype = open_array(file, path, name)
+    if dtype != np.uint8 or len(shape) != (1 if name == "jpeg" else 4) or min(shape) < 1:
+        raise UserError(f"{path}: {name} is {dtype} of shape {shape}: expected uint8 "
+                        + ("[bytes]" if name == "jpeg" else "[N, h, w, c]"))
+    return (h5py.Dataset(data), column("offset", "ui") if name == "jpeg" else None, column("label", "ui"),
+            column("split", "ui"), column("id", "S"), column("class_names", "SO"))
+
+
 def is_packed(folder):
-    """Return whether folder/data.hdf5 was packed to its end and can be opened."""
+    """Return whether folder/data.hdf5 was packed to its end and can be opened; no link in it is followed."""
     try:
         with h5py.File(os.path.join(folder, DATA), "r", locking=False) as file:
-            return file.attrs.get("packed") == FORMAT and ("image" in file or "jpeg" in file)
+            mark = file.attrs.get_id("packed")
+            is_whole = mark.shape == () and mark.dtype.kind in "iu" and file.attrs["packed"] == FORMAT
+            return bool(is_whole and (file.id.links.exists(b"image") or file.id.links.exists(b"jpeg")))
     except (OSError, RuntimeError, KeyError, ValueError, TypeError):
         return False
+
+
+def read_recipe(folder):
+    """Return the recipe that folder/data.hdf5 was packed by, {} if it does not say."""
+    path = os.path.join(folder, DATA)
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if "recipe" not in file.attrs or file.attrs.get_id("recipe").dtype.kind != "S":
+                return {}
+            recipe = json.loads(file.attrs["recipe"])
+            return recipe if isinstance(recipe, dict) else {}
+    except Exception as error:
+        raise UserError(f"{path} is broken ({one_line(error, 300)}): delete it and run download.py again") from error
 
 
 def open_packed(folder, name, max_examples=None):
@@ -162,20 +245,26 @@ def open_packed(folder, name, max_examples=None):
     path = os.path.join(folder, DATA)
     try:
         file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)       # no chunk cache: read just the bytes asked for
-        image = file["jpeg"] if "jpeg" in file else file["image"]
-        offset = file["offset"][:] if "jpeg" in file else None
-        labels, splits = file["label"][:].astype(np.int32), file["split"][:]
-        ids, class_names = [i.decode() for i in file["id"][:].tolist()], file["class_names"].asstr()[:].tolist()
+        image, offset, labels, splits, ids, class_names = open_table(file, path)
         check(labels, splits, ids, class_names)
         if (len(image) if offset is None else len(offset) - 1) != len(labels):
-            raise UserError(f"{len(labels)} labels, but {len(image)} images")
-        if offset is not None and (offset[0] != 0 or np.any(np.diff(offset) <= 0) or offset[-1] != len(image)):
+            raise UserError(f"{len(labels)} labels, but {len(image) if offset is None else len(offset) - 1} images")
+        if offset is not None and (offset[0] != 0 or np.any(offset[1:] <= offset[:-1]) or offset[-1] != len(image)):
             raise UserError("the offsets do not fit the JPEG files")
     except Exception as error:
-        raise UserError(f"{path} is broken ({error}): delete it and run download.py again") from error
+        what = one_line(error, 300).removeprefix(f"{path}: ")
+        raise UserError(f"{path} is broken ({what}): delete it and run download.py again") from error
     bounds = (0, np.count_nonzero(splits == 0), len(splits))
     return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names,
                          image=image, rows=np.arange(a, b), offset=offset) for a, b in zip(bounds, bounds[1:]))
+
+
+def empty(shape, dtype):
+    """Return an empty array that begins at a multiple of 64 bytes, where TensorFlow can share it without a copy."""
+    size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
+    block = np.empty(size + 64, np.uint8)
+    start = -block.ctypes.data % 64
+    return block[start:start + size].view(dtype).reshape(shape)
 
 
 class Dataset:
@@ -219,12 +308,26 @@ class Dataset:
         return f"Dataset({self.name}, {'train' if self.is_train else 'test'}, {len(self)} images of {self.image_shape})"
 
     def images(self):
-        """Return the whole split as one array [N, h, w, c], read once and kept. TypeError when encoded."""
+        """Return the whole split as one array [N, h, w, c], read once and kept. TypeError when encoded.
+
+        Without `max_examples`, or from a packed file, it begins at a multiple of 64 bytes: see empty().
+        """
         if self.encoded:
             raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
         if self._images is None:
-            self._images = self.read(np.arange(len(self)))
+            in_memory = isinstance(self._image, np.ndarray)
+            self._images = self.read(np.arange(len(self))) if in_memory else self._read_rows(self._rows)
         return self._images
+
+    def _read_rows(self, rows):
+        """Read the `rows` of the file, not encoded, into one array: rows that follow one another in one go."""
+        images = empty((len(rows), *self.image_shape), self.dtype)
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        with LOCK:
+            for a, b in zip([0, *breaks], [*breaks, len(rows)]):
+                if b > a:
+                    self._image.read_direct(images, np.s_[rows[a]:rows[b - 1] + 1], np.s_[a:b])
+        return images
 
     def read(self, positions):
         """Return the images at `positions`, int [n] in 0 ... N - 1 in any order, with repeats: [n, h, w, c], or a list
@@ -233,22 +336,16 @@ class Dataset:
         if self._images is not None:
             return self._images[positions]
         rows = self._rows[positions]
-        in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
-        with LOCK:
-            if in_order and not self.encoded:
-                return self._image[rows[0]:rows[-1] + 1]
-            if isinstance(self._image, np.ndarray):
-                return self._image[rows]
-            unique, inverse = np.unique(rows, return_inverse=True)
-            if not self.encoded and 2 * len(unique) > unique[-1] - unique[0] + 1 > 256:  # one read of all is faster
-                return self._image[unique[0]:unique[-1] + 1][rows - unique[0]]
-            if self.encoded:
+        if isinstance(self._image, np.ndarray):
+            in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
+            return self._image[rows[0]:rows[-1] + 1] if in_order else self._image[rows]
+        unique, inverse = np.unique(rows, return_inverse=True)
+        if self.encoded:
+            with LOCK:
                 jpegs = [self._image[self._offset[row]:self._offset[row + 1]].tobytes() for row in unique]
-                return [jpegs[i] for i in inverse]
-            images = np.empty((len(unique), *self.image_shape), self.dtype)
-            for i, row in enumerate(unique):
-                self._image.read_direct(images, np.s_[row], np.s_[i])
-            return images[inverse]
+            return [jpegs[i] for i in inverse]
+        images = self._read_rows(unique)
+        return images if np.array_equal(unique, rows) else images[inverse]
 
     def get_data(self, id):
         """Return (image, label) of one id: float32 [h, w, c], uint8 images scaled to 0 ... 1, and one-hot float32

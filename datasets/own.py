@@ -14,12 +14,11 @@ import numpy as np
 
 from datasets.archives import refusing
 from datasets.errors import UserError
-from datasets.hdf5 import IDS, Dataset, first_repeated
+from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array
 
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
-MAX_CLASSES, MAX_CHUNK = 100_000, 1 << 28
-MAX_RATIO = 1100                                                        # deflate packs at most 1 : 1032
+MAX_CLASSES = 100_000
 
 
 def split_80_20(num):
@@ -44,13 +43,14 @@ def open_own(folder, name, max_examples=None):
     ids, path = train_ids + test_ids, found[0]
     with refusing(path), h5py.File(path, "r", locking=False) as file:
         labels, num_classes = read_labels(file, path, ids)
-        images = read_images(file, path, ids)
+        images = read_images(file, path, ids, len(train_ids))
     if len(set(labels[:len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
     class_names = [str(i) for i in range(num_classes)]
-    bounds = (0, len(train_ids), len(ids))
-    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names,
-                         image=images, rows=np.arange(a, b)) for a, b in zip(bounds, bounds[1:]))
+    splits = ((train_ids, labels[:len(train_ids)], images[0]), (test_ids, labels[len(train_ids):], images[1]))
+    return tuple(Dataset(split_ids, name, max_examples, split == 0, labels=split_labels, class_names=class_names,
+                         image=image, rows=np.arange(len(image)))
+                 for split, (split_ids, split_labels, image) in enumerate(splits))
 
 
 def read_ids(path):
@@ -94,30 +94,10 @@ def read_splits(folder):
 
 
 def open_item(file, path, id, item):
-    """Return (h5py.h5d.DatasetID, shape, dtype) of `item` of an id, after everything it claims was checked."""
-    name = f"{id}/{item}".encode()
-    for link in (id.encode(), name):
-        if not file.id.links.exists(link):
-            raise UserError(
-                f"{path} has no {link.decode()}" + ("" if link == name else f", but {IDS} has the id {id!r}")
-            )
-        if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
-            raise UserError(f"{path}: {link.decode()} is a soft or external link; copy the data into the file")
-    if not isinstance(h5py.h5o.open(file.id, name), h5py.h5d.DatasetID):
-        raise UserError(f"{path}: {name.decode()} is a group: expected an array")
-    data = h5py.h5d.open(file.id, name)
-    creation, shape, dtype = data.get_create_plist(), data.shape, data.dtype
-    if dtype.kind not in "buif":
-        raise UserError(f"{path}: {name.decode()} has the type {dtype}: expected uint8 or float numbers")
-    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
-        raise UserError(f"{path}: {name.decode()} lies in another file; copy the data into this one")
-    chunk = creation.get_chunk() if creation.get_layout() == h5py.h5d.CHUNKED else ()
-    size = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize
-    held = min(data.get_storage_size(), os.path.getsize(path)) * (MAX_RATIO if creation.get_nfilters() else 1)
-    if size > held or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK:
-        raise UserError(f"{path}: {name.decode()} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
-                        "more than the file can hold")
-    return data, shape, dtype
+    """Return (h5py.h5d.DatasetID, shape, dtype) of `item` of an id, checked by hdf5.open_array."""
+    if not file.id.links.exists(id.encode()):
+        raise UserError(f"{path} has no {id}, but {IDS} has the id {id!r}")
+    return open_array(file, path, f"{id}/{item}")
 
 
 def read_array(data, shape, dtype):
@@ -146,38 +126,43 @@ def read_labels(file, path, ids):
     return labels, num_classes
 
 
-def read_images(file, path, ids):
-    """Return the images, uint8 or float32 [N, h, w, c]."""
-    images = None
+def read_images(file, path, ids, num_train):
+    """Return the images of the first `num_train` ids and of the others: uint8 or float32 [N, h, w, c] each."""
+    kind, shape_hwc, _ = image_type(file, path, ids[0])
+    size = int(np.prod(shape_hwc, dtype=object)) * len(ids) * np.dtype(kind).itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > 0.8 * memory:
+        raise UserError(f"{path}: {len(ids)} images of {shape_hwc} need {size / 1e9:.1f} GB: "
+                        f"this machine has {memory / 1e9:.1f} GB")
+    images = tuple(empty((num, *shape_hwc), kind) for num in (num_train, len(ids) - num_train))
     for i, id in enumerate(ids):
-        data, shape, dtype = open_item(file, path, id, "image")
-        kind = np.float32 if dtype.kind == "f" else np.uint8
-        if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind == "b":
-            raise UserError(
-                f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]"
-            )
-        shape_hwc = shape if len(shape) == 3 else (*shape, 1)
-        if images is None:
-            size = int(np.prod(shape_hwc, dtype=object)) * len(ids) * np.dtype(kind).itemsize
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            if size > 0.8 * memory:
-                raise UserError(
-                    f"{path}: {len(ids)} images of {shape} need {size / 1e9:.1f} GB: "
-                    f"this machine has {memory / 1e9:.1f} GB"
-                )
-            images = np.empty((len(ids), *shape_hwc), kind)
-        if shape_hwc != images.shape[1:] or kind != images.dtype:
-            raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}, that of id {ids[0]!r} is "
-                            f"{images.dtype} of {images.shape[1:]}: all must agree")
-        image = read_array(data, shape, dtype).reshape(shape_hwc)
-        if kind == np.uint8 and dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
-            raise UserError(f"{path}: image of id {id!r} has values from {image.min()} to {image.max()}: expected 0 to "
-                            "255, or float numbers")
-        with np.errstate(over="ignore"):
-            images[i] = image
-        if kind == np.float32 and not np.isfinite(images[i]).all():
-            bad = np.argwhere(~np.isfinite(images[i]))[0].tolist()
-            raise UserError(
-                f"{path}: image of id {id!r} has the value {image[tuple(bad)]} at {bad}: pixels must be finite"
-            )
+        found_kind, found_shape, data = image_type(file, path, id)
+        if (found_kind, found_shape) != (kind, shape_hwc):
+            raise UserError(f"{path}: image of id {id!r} is {data.dtype} of shape {data.shape}, that of id {ids[0]!r} "
+                            f"is {np.dtype(kind)} of {shape_hwc}: all must agree")
+        read_image(data, path, id, images[i >= num_train][i - num_train * (i >= num_train)])
     return images
+
+
+def image_type(file, path, id):
+    """Return (np.uint8 or np.float32, (h, w, c), h5py.h5d.DatasetID) of the image of an id."""
+    data, shape, dtype = open_item(file, path, id, "image")
+    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind == "b":
+        raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
+        raise UserError(f"{path}: image of id {id!r} has the shape {shape}, channels first: expected [h, w, c], which "
+                        "np.transpose(image, (1, 2, 0)) makes of it")
+    return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1), data
+
+
+def read_image(data, path, id, into):
+    """Read an image, checked by image_type, into the array `into`, and check its values."""
+    image = read_array(data, data.shape, data.dtype).reshape(into.shape)
+    if into.dtype == np.uint8 and image.dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
+        raise UserError(f"{path}: image of id {id!r} has values from {image.min()} to {image.max()}: expected 0 to "
+                        "255, or float numbers")
+    with np.errstate(over="ignore"):
+        into[...] = image
+    if into.dtype == np.float32 and not np.isfinite(into).all():
+        bad = np.argwhere(~np.isfinite(into))[0].tolist()
+        raise UserError(f"{path}: image of id {id!r} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")

@@ -9,6 +9,7 @@ import os
 import struct
 import tarfile
 import zipfile
+import zlib
 
 import h5py
 import numpy as np
@@ -221,12 +222,30 @@ MAKERS = {"MNIST": make_mnist, "Fashion": make_fashion, "SVHN": make_svhn, "CIFA
           "TinyImageNet": make_tinyimagenet, "ImageNet": make_imagenet}
 
 
+def tiff_12(values):
+    """Return integers [h, w] of 12 bits, w even, as a TIFF file with 12 bits a sample, which Pillow reads only."""
+    (height, width), (first, second) = values.shape, values.reshape(-1, 2).T
+    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: height, 279: len(data)}
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags))
+            + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + data)
+
+
+def png_16(values):
+    """Return integers [h, w, 3] as a PNG file of 16 bits a channel, which Pillow does not write."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (height, width), rows = values.shape[:2], b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
 def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):
     """Write an own dataset in the ancestor's layout into `folder`; return (ids, images, labels)."""
     os.makedirs(folder, exist_ok=True)
     rng = np.random.default_rng(seed)
     ids, labels = [str(i) for i in rng.permutation(num)], np.arange(num) % classes
-    images = rng.integers(0, 256, (num, *shape)).astype(dtype)
+    images = rng.integers(0, 256, (num, *shape), np.uint8).astype(dtype)
     with h5py.File(os.path.join(folder, file), "w") as data:
         for id, image, label in zip(ids, images, labels):
             group = data.create_group(id)

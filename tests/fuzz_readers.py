@@ -8,8 +8,10 @@ the file it was reading is kept.
 """
 import argparse
 import collections
+import contextlib
 import gzip
 import importlib
+import io
 import multiprocessing
 import os
 import resource
@@ -44,6 +46,39 @@ def read_own(folder):
     return [split.images() for split in datasets.create_default_splits("Mine", folder)]
 
 
+def make_folder(folder):
+    """Class folders of images, a TIFF file of 12 bits and a PNG file of 16 among them."""
+    import archives
+    from PIL import Image
+    values = np.arange(48).reshape(6, 8)
+    for i, name in enumerate(("cat", "dog")):
+        os.makedirs(os.path.join(folder, "images", name))
+        for j in range(2):
+            Image.fromarray((values + i + j).astype(np.uint16)).save(os.path.join(folder, f"images/{name}/{j}.png"))
+    with open(os.path.join(folder, "images/cat/0.tif"), "wb") as file:
+        file.write(archives.tiff_12(values * 80))
+
+
+def read_folder(folder):
+    from datasets.folder import read
+    with contextlib.redirect_stdout(io.StringIO()):
+        return list(read(os.path.join(folder, "images")).parts)
+
+
+def make_packed(folder):
+    """A packed dataset of JPEG files, in a file that anybody may have written."""
+    import archives
+    import download
+    archives.make("ImageNet", os.path.join(folder, "archives"), per_class=1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        download.prepare("ImageNet", folder, os.path.join(folder, "archives"), checksum=False)
+
+
+def read_packed(folder):
+    import datasets
+    return [split.read(range(len(split))) for split in datasets.create_default_splits("ImageNet", folder)]
+
+
 def read_known(name):
     """Return a function that reads all parts of a known dataset's archives in a folder."""
     def read(folder):
@@ -63,6 +98,9 @@ def make_known(name):
 # reader: (make the valid files, read them, the file to mutate, whether to mutate what gzip holds)
 READERS = {
     "own": (make_own, read_own, "Mine/data.hy", False),
+    "packed": (make_packed, read_packed, "imagenet/data.hdf5", False),
+    "png": (make_folder, read_folder, "images/dog/0.png", False),
+    "tiff": (make_folder, read_folder, "images/cat/0.tif", False),
     "idx": (make_known("MNIST"), read_known("MNIST"), "train-images-idx3-ubyte.gz", True),
     "idx.gz": (make_known("MNIST"), read_known("MNIST"), "t10k-labels-idx1-ubyte.gz", False),
     "cifar": (make_known("CIFAR10"), read_known("CIFAR10"), "cifar-10-python.tar.gz", True),

@@ -3,11 +3,13 @@ import gzip
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 import zlib
 
@@ -160,6 +162,44 @@ def test_max_examples_are_spread_over_the_split(tmp_path):
         datasets.create_default_splits("CIFAR10", tmp_path / "data", max_examples=0)
 
 
+def peak_memory(code, *args):
+    """Run `code` in a process of its own; return by how many bytes its memory peaked above what its imports took."""
+    code = ("import sys, datasets, download, h5py\nfrom PIL import Image\n"
+            "def peak():\n    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+            f"before = peak()\n{code}\nprint(peak() - before)")
+    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False,
+                            cwd=os.path.dirname(datasets.DATA_DIR))
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout.splitlines()[-1])
+
+
+OPEN = "for split in datasets.create_default_splits('Mine', sys.argv[1]{}):\n    split.images()\n"
+
+
+def test_images_are_in_memory_once(tmp_path):
+    """Opening 200 MB of images of one's own takes 1.3 times that at most, and so does packing and opening a folder."""
+    archives.make_own(tmp_path / "Mine", num=66, shape=(1000, 1000, 3))
+    assert 198e6 < peak_memory(OPEN.format(""), tmp_path) < 1.3 * 198e6
+    shutil.rmtree(tmp_path / "Mine")
+    for i in range(66):
+        os.makedirs(tmp_path / "images" / str(i % 2), exist_ok=True)
+        Image.new("RGB", (1000, 1000), (i, 0, 0)).save(tmp_path / "images" / str(i % 2) / f"{i}.bmp")
+    pack = "download.prepare_folder('Mine', sys.argv[1] + '/images', data_dir=sys.argv[1])"
+    assert peak_memory(pack, tmp_path) < 0.5 * 198e6
+    assert 198e6 < peak_memory(OPEN.format(""), tmp_path) < 1.3 * 198e6
+    assert peak_memory(OPEN.format(", max_examples=50"), tmp_path) < 1.3 * 64 * 3e6
+
+
+def test_images_in_memory_can_be_shared_with_tensorflow(tmp_path):
+    """They begin at a multiple of 64 bytes."""
+    archives.make_own(tmp_path / "Mine", shape=(5, 5, 1), num=23)
+    download.prepare("Digits", tmp_path)
+    for name, max_examples in (("Mine", None), ("Digits", None), ("Digits", 50)):
+        for split in datasets.create_default_splits(name, tmp_path, max_examples):
+            array = split.images()
+            assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
+
+
 @pytest.mark.parametrize("damage", ["truncate", "label", "split", "image", "text"])
 def test_a_packed_file_that_was_damaged(tmp_path, damage):
     download.prepare("Digits", tmp_path)
@@ -179,6 +219,154 @@ def test_a_packed_file_that_was_damaged(tmp_path, damage):
                 file["image"] = np.zeros((3, 8, 8, 1), np.uint8)
     with pytest.raises(UserError, match="download.py"):
         datasets.create_default_splits("Digits", tmp_path)
+
+
+def external_link(file, name):
+    """Move an array of an HDF5 file into another file beside it, and link to it."""
+    with h5py.File(os.path.join(os.path.dirname(file.filename), "elsewhere.hdf5"), "w") as other:
+        other[name] = file[name][()]
+    del file[name]
+    file[name] = h5py.ExternalLink("elsewhere.hdf5", name)
+
+
+def elsewhere(file, name):
+    """Let an array of an HDF5 file be that of the same shape and type in /etc/passwd."""
+    shape, dtype = file[name].shape, file[name].dtype
+    del file[name]
+    file.create_dataset(name, shape, dtype, external=[("/etc/passwd", 0, int(np.prod(shape)) * dtype.itemsize)])
+
+
+def virtual_packed(file, name):
+    shape = file[name].shape
+    layout = h5py.VirtualLayout(shape, np.uint8)
+    layout[:] = h5py.VirtualSource("other.hdf5", name, shape)
+    del file[name]
+    file.create_virtual_dataset(name, layout)
+
+
+def claim(**kwargs):
+    """A change that lets an array claim far more than the file holds."""
+    def change(file, name):
+        del file[name]
+        file.create_dataset(name, **kwargs)
+    return change
+
+
+def other(value):
+    """A change of an array to what value(array) gives."""
+    def change(file, name):
+        replace(file, name, value(file[name][()]))
+    return change
+
+
+PACKED_MISTAKES = {
+    "image by an external link": ("image", external_link, "link"),
+    "label by an external link": ("label", external_link, "link"),
+    "class names by a soft link": (
+        "class_names",
+        lambda file, name: (file.move(name, "x"), file.update(class_names=h5py.SoftLink("x"))),
+        "link",
+    ),
+    "image in /etc/passwd": ("image", elsewhere, "another file"),
+    "id in /etc/passwd": ("id", elsewhere, "another file"),
+    "virtual image": ("image", virtual_packed, "another file"),
+    "image claims 4.3 GB": ("image", claim(shape=(1797, 8, 8, 37400), dtype=np.uint8), "more than the file can hold"),
+    "image claims 4.3 GB in chunks": (
+        "image",
+        claim(shape=(1797, 8, 8, 37400), dtype=np.uint8, chunks=(64, 8, 8, 64)),
+        "more than the file can hold",
+    ),
+    "labels claim 4.3 GB": ("label", claim(shape=(1 << 30,), dtype=np.int32), "more than the file can hold"),
+    "image is a group": ("image", lambda file, name: (file.pop(name), file.create_group(name)), "is a group"),
+    "image of float": ("image", other(lambda image: image.astype(float)), "float64"),
+    "image of rank 3": ("image", other(lambda image: image[..., 0]), "(1797, 8, 8)"),
+    "image of text": ("image", other(lambda image: ["a"] * len(image)), "object"),
+    "image of no channel": ("image", other(lambda image: image[..., :0]), "(1797, 8, 8, 0)"),
+    "no label": ("label", lambda file, name: file.pop(name), "no label"),
+    "label one-hot": ("label", other(lambda label: np.eye(10, dtype=int)[label]), "(1797, 10)"),
+    "label of float": ("label", other(lambda label: label.astype(float)), "float64"),
+    "label of text": ("label", other(lambda label: label.astype("S1")), "S1"),
+    "label a number": ("label", other(lambda label: 1), "()"),
+    "label beyond 32 bits": ("label", other(lambda label: label.astype(int) + (1 << 32)), "4294967296"),
+    "split of rank 2": ("split", other(lambda split: split[:, None]), "(1797, 1)"),
+    "splits that are mixed": ("split", other(lambda split: np.r_[split[:9], 1, split[10:]]), "before"),
+    "id of numbers": ("id", other(lambda ids: np.arange(len(ids))), "int64"),
+    "id of rank 2": ("id", other(lambda ids: ids[:, None]), "(1797, 1)"),
+    "id no text": ("id", other(lambda ids: np.array([b"\xff%d" % i for i in range(len(ids))])), "utf-8"),
+    "class names of numbers": ("class_names", other(lambda names: np.arange(10)), "int64"),
+    "class names of rank 2": ("class_names", other(lambda names: names[None]), "(1, 10)"),
+    "JPEG files of rank 2": ("image", lambda file, name: (file.move(name, "jpeg"), replace(file, "offset", 1)), "jpeg"),
+}
+
+
+@pytest.mark.parametrize("mistake", PACKED_MISTAKES)
+def test_a_packed_file_is_believed_no_more_than_any_other(tmp_path, mistake):
+    """The mark says that a file is whole, not who wrote it."""
+    download.prepare("Digits", tmp_path)
+    os.rename(tmp_path / "digits", tmp_path / "Mine")
+    path = tmp_path / "Mine" / "data.hdf5"
+    name, change, said = PACKED_MISTAKES[mistake]
+    with h5py.File(path, "r+") as file:
+        file["offset"] = 0
+        change(file, name)
+    with pytest.raises(UserError) as error:
+        datasets.create_default_splits("Mine", tmp_path)
+    for word in (said, name if "jpeg" not in said else "jpeg", "download.py"):
+        assert word in str(error.value)
+    assert str(error.value).count(str(path)) == 1 and str(error.value) == one_line(error.value)
+
+
+def test_whether_a_file_is_packed_is_asked_of_this_file_alone(tmp_path):
+    """No link is followed for it: not to the right file, not to one that is missing."""
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    with h5py.File(path, "r+") as file:
+        replace(file, "image", h5py.ExternalLink("missing.hdf5", "image"))
+    assert datasets.is_prepared("Digits", tmp_path)
+    with pytest.raises(UserError, match="image is a soft or external link"):
+        datasets.create_default_splits("Digits", tmp_path)
+    for mark in ([1, 1], "1", 1.0, 2):
+        with h5py.File(path, "r+") as file:
+            file.attrs["packed"] = mark
+        assert not datasets.is_prepared("Digits", tmp_path)
+
+
+def test_offsets_of_jpeg_files_that_run_around(tmp_path):
+    """The difference of two int64 can pass for positive after it has overflown."""
+    archives.make("ImageNet", tmp_path / "archives")
+    download.prepare("ImageNet", tmp_path, tmp_path / "archives", checksum=False)
+    with h5py.File(tmp_path / "imagenet" / "data.hdf5", "r+") as file:
+        file["offset"][1], file["offset"][2] = (1 << 63) - 1, -2
+    with pytest.raises(UserError, match="the offsets do not fit"):
+        datasets.create_default_splits("ImageNet", tmp_path)
+
+
+def test_an_array_that_lies_beyond_the_end_of_the_file(tmp_path):
+    """It is refused (by HDF5 itself) when it is opened, not in the middle of training."""
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    with h5py.File(path) as file:
+        image = file["image"].id
+        place, size = image.get_offset(), image.get_storage_size()
+    data, found = path.read_bytes(), struct.pack("<QQ", place, size)
+    assert data.count(found) == 1
+    path.write_bytes(data.replace(found, struct.pack("<QQ", len(data) - 1000, size)))
+    with pytest.raises(UserError, match="is broken .*download.py"):
+        datasets.create_default_splits("Digits", tmp_path)
+
+
+def test_a_class_name_that_claims_gigabytes(tmp_path):
+    """HDF5 makes room for a string of any length that is claimed, before it looks."""
+    download.prepare("Digits", tmp_path)
+    path = tmp_path / "digits" / "data.hdf5"
+    with h5py.File(path) as file:
+        place = file["class_names"].id.get_offset()
+    data = bytearray(path.read_bytes())
+    data[place:place + 4] = struct.pack("<I", 1 << 29)
+    path.write_bytes(data)
+    code = ("try:\n    datasets.create_default_splits('Digits', sys.argv[1])\n"
+            "except datasets.UserError as error:\n    assert 'class_names' in str(error)")
+    assert peak_memory(code, tmp_path) < 50e6
 
 
 def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
@@ -274,6 +462,49 @@ class Touch:
 def test_hostile_pickles(tmp_path, data, said):
     archives.tar_gz(tmp_path / CIFAR, bad_pickle(data))
     refused(lambda: cifar10.read(tmp_path), CIFAR, "data_batch_1", said)
+
+
+def nested(depth, start=b"]", repeated=9):
+    """A pickled list (or with start=b"(" tuple) that holds `repeated` times one that holds `repeated` times one ..."""
+    end = b"e" if start == b"]" else b""
+    inner = start + (b"(K\x01" + end if end else b"K\x01t") + b"q\x00"
+    for i in range(1, depth):
+        again = b"h" + bytes([i - 1])
+        inner += b"0" + start + (b"(" if end else b"") + again * repeated + (end or b"t") + b"q" + bytes([i])
+    return inner
+
+
+ONE_IMAGE = archives.py2_array(np.zeros((1, 3072), np.uint8))
+
+
+UNFOLDING = {
+    "labels": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=nested(8))),
+    "a type": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE.replace(b"U\x02u1", nested(7)), labels=nested(1))),
+    "a key, all of which is hashed": ("data_batch_1", b"\x80\x02}" + nested(7, b"(") + b"K\x01s."),
+    "a key of doubles": ("data_batch_1", b"\x80\x02}K\x01" + b"2\x86" * 23 + b"K\x01s."),
+    "lists in lists": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=b"](](](K\x01eee")),
+    "a boolean": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_list([b"\x88"]))),
+    "too many labels": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_list([b"K\x01"] * 2))),
+    "labels as text": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_string(b"\x01"))),
+    "data a number": ("data_batch_1", archives.py2_dict(data=b"K\x01", labels=archives.py2_list([b"K\x01"]))),
+    "millions of lists": ("data_batch_1", b"\x80\x02" + b"]" * 2_000_000 + b"."),
+    "names": ("batches.meta", archives.py2_dict(label_names=nested(7))),
+    "names as text": ("batches.meta", archives.py2_dict(label_names=archives.py2_string(b"cat"))),
+    "names as numbers": ("batches.meta", archives.py2_dict(label_names=archives.py2_list([b"K\x01"]))),
+    "a number": ("batches.meta", b"\x80\x02K\x01."),
+}
+
+
+@pytest.mark.parametrize("what", UNFOLDING)
+def test_pickles_that_unfold(tmp_path, what):
+    """A few hundred bytes that name one list again and again must not become gigabytes, nor a message of megabytes."""
+    (name, data), (members, _) = UNFOLDING[what], archives.cifar10_members(1, np.random.default_rng(0))
+    archives.tar_gz(tmp_path / CIFAR, {**members, "cifar-10-batches-py/" + name: data})
+    tracemalloc.start()
+    refused(lambda: cifar10.read(tmp_path), CIFAR, name, "expected")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30_000_000
 
 
 def test_a_pickle_that_runs_code_does_not_run(tmp_path):
@@ -601,6 +832,14 @@ MISTAKES = {
     ),
     "image of another type": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3)))), "float64"),
     "image of rank 4": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((1, 8, 8, 3)))), "(1, 8, 8, 3)"),
+    "channels first": (
+        in_file(lambda file, id: replace(file, id + "/image", np.zeros((3, 8, 8), np.uint8))),
+        "(3, 8, 8), channels first: expected [h, w, c], which np.transpose(image, (1, 2, 0)) makes of it",
+    ),
+    "one channel first": (
+        in_file(lambda file, id: replace(file, id + "/image", np.zeros((1, 9, 8), np.uint8))),
+        "(1, 9, 8), channels first",
+    ),
     "image empty": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((0, 8, 3), np.uint8))), "(0, 8, 3)"),
     "image of objects": (in_file(lambda file, id: replace(file, id + "/image", ["a", "b"])), "object"),
     "image of booleans": (in_file(lambda file, id: replace(file, id + "/image", np.zeros((8, 8, 3), bool))), "bool"),

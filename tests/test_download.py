@@ -13,7 +13,7 @@ import time
 import h5py
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import archives
 import datasets
@@ -135,7 +135,7 @@ def test_a_stalled_connection_times_out(server, own_mirrors, tmp_path):
 def test_a_slow_mirror_is_left_for_the_next(server, own_mirrors, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "SLOW_AFTER", 0.0)
     monkeypatch.setattr(download, "SLOW_RATE", 1e15)
-    monkeypatch.setattr(download, "BLOCK", 4096)
+    monkeypatch.setattr(download, "RECEIVED", 4096)
     download.prepare("CIFAR10", tmp_path)
     assert [start for _, start in server.requests] == [0, 4096]            # the second mirror takes over
 
@@ -200,6 +200,36 @@ def test_killed_while_fetching_and_started_again(server, tmp_path):
     result = call(*args)
     assert result.returncode == 0 and server.requests[-1] == ("/" + FILE, 1000), result.stderr
     assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
+
+
+@pytest.mark.parametrize("waits_for", ["the server", "the lock"])
+def test_interrupted_while_fetching(server, tmp_path, waits_for):
+    """Ctrl-C ends it at once, with what has come kept for the next run, however long the server or the lock takes."""
+    server.faults["/" + FILE] = ["stall"]
+    command = [sys.executable, os.path.join(ROOT, "download.py"), "--dataset", "CIFAR10", "--mirror", server.url,
+               "--no_checksum", "--data_dir", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    part, half = tmp_path / "cifar10" / (FILE + ".part"), len(server.files["/" + FILE]) // 2
+    wait_for(lambda: part.exists() and server.requests)
+    time.sleep(0.1)                                                     # until it waits for the bytes that do not come
+    process = first
+    if waits_for == "the lock":
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert "waiting for another process" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130 and stderr == "download.py: error: interrupted\n"
+    assert time.monotonic() - began < 2 and not server.released.is_set()
+    if process is not first:
+        assert first.poll() is None
+        first.kill()
+        first.communicate()
+        return
+    have = part.stat().st_size
+    assert 0 < have <= half and sorted(os.listdir(tmp_path / "cifar10")) == [".lock", FILE + ".part"]
+    assert part.read_bytes() == server.files["/" + FILE][:have]
+    assert call(*command[2:]).returncode == 0 and server.requests[-1] == ("/" + FILE, have)
 
 
 def wait_for(condition):
@@ -371,8 +401,9 @@ def image_folders(folder, sizes=((10, 12),)):
 def test_a_folder_of_class_folders(tmp_path):
     image_folders(tmp_path / "images")
     Image.fromarray(np.full((10, 12), 40 * 257, np.uint16)).save(tmp_path / "images" / "cat" / "deep.png")
+    Image.fromarray(np.full((10, 12), 120 * 257, np.uint16)).save(tmp_path / "images" / "dog" / "deep.png")
     result = call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path)
-    assert "Pets: 11 train + 2 test images of 10x12x3 in 2 classes" in result.stdout and "notes.txt" in result.stdout
+    assert "Pets: 12 train + 2 test images of 10x12x3 in 2 classes" in result.stdout and "notes.txt" in result.stdout
     for split in datasets.create_default_splits("Pets", tmp_path):
         assert split.class_names == ["cat", "dog"]
         assert np.abs(split.images().astype(int) - (40 + 80 * split.labels[:, None, None, None])).max() <= 2
@@ -400,10 +431,213 @@ def test_a_test_folder_and_a_size(tmp_path):
     assert "cow" in one_line(call(*args), 2)
 
 
+def one_image(folder, image, name="0.png"):
+    """Pack `image` (a PIL image, a numpy array or the bytes of a file), and return what became of it.
+
+    It is in the test split, and its like in train: a class by itself beside one of a white image of the same size.
+    """
+    for split in ("train", "test"):
+        for class_name in ("it", "white"):
+            os.makedirs(folder / split / class_name)
+        if isinstance(image, bytes):
+            (folder / split / "it" / name).write_bytes(image)
+        else:
+            image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+            image.save(folder / split / "it" / name)
+        with Image.open(folder / split / "it" / name) as written:
+            size = ImageOps.exif_transpose(written).size
+        Image.new("RGB", size, "white").save(folder / split / "white" / "0.png")
+    download.prepare_folder("One", folder / "train", folder / "test", data_dir=folder)
+    train, test = datasets.create_default_splits("One", folder)
+    np.testing.assert_array_equal(train.images(), test.images())
+    return test.images()[0]
+
+
+def gray(values):
+    """uint8 [h, w, 3] of gray values [h, w]."""
+    return np.repeat(np.asarray(values, np.uint8)[..., None], 3, axis=-1)
+
+
+def test_floats_from_0_to_1_are_scaled(tmp_path):
+    values = np.array([[0, 0.25, 0.5], [0.75, 0.999, 1]], np.float32)
+    np.testing.assert_array_equal(one_image(tmp_path, values, "0.tif"), gray([[0, 64, 128], [191, 255, 255]]))
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (255, "from 0.0 to 255.0"), (-0.5, "from -0.5 to 0.0"), (np.nan, "nan"), (np.inf, "inf"), (1.5, "from 0.0 to 1.5")])
+def test_other_floats_are_refused(tmp_path, wrong, said):
+    values = np.zeros((4, 5), np.float32)
+    values[2, 3] = wrong
+    with pytest.raises(UserError) as error:
+        one_image(tmp_path, values, "0.tiff")
+    for part in ("0.tiff", said, "expected 0 to 1", "One"):
+        assert part in str(error.value)
+
+
+def drawing(mode):
+    """A black stroke, 3 of 4 columns wide at 255, 128 and 255 of 255, on transparent black, in a mode with alpha."""
+    alpha = Image.fromarray(np.array([[0, 255, 128, 255]] * 4, np.uint8))
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putalpha(alpha)
+    if mode == "P":
+        image = Image.fromarray(np.array([[0, 1, 2, 1]] * 4, np.uint8), "L").convert("P")
+        image.putpalette([0] * 9)
+        image.info["transparency"] = bytes([0, 255, 128])
+        return image
+    if mode == "GIF":
+        image = Image.fromarray(np.array([[0, 1, 2, 1]] * 4, np.uint8), "L").convert("P")
+        image.putpalette([0, 0, 0, 0, 0, 0, 127, 127, 127])
+        image.info["transparency"] = 0
+        return image
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode, name", [
+    ("RGBA", "0.png"), ("LA", "0.png"), ("P", "0.png"), ("RGBA", "0.webp"), ("PA", "0.tif"), ("GIF", "0.gif")])
+def test_transparent_images_lie_on_white(tmp_path, mode, name):
+    image = drawing(mode)
+    image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    found = one_image(tmp_path, (tmp_path / name).read_bytes(), name)
+    np.testing.assert_array_equal(found, gray([[255, 0, 127, 0]] * 4))
+
+
+def test_a_transparent_color_lies_on_white(tmp_path):
+    image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
+    image.save(tmp_path / "0.png", transparency=(1, 2, 3))
+    found = one_image(tmp_path, (tmp_path / "0.png").read_bytes())
+    np.testing.assert_array_equal(found, [[[255, 255, 255], [4, 5, 6]]])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("name, dtype", [("png", np.uint16), ("tif", np.uint16), ("tif", np.int32)])
+def test_deep_images_are_scaled_by_the_highest_value_of_all(tmp_path, capsys, bits, name, dtype):
+    """All by the same divisor, that of 8, 10, 12, 14 or 16 bits, or dim images would become as bright as others."""
+    high = 2**bits - 1
+    for split, values in (("train", [0, high // 2]), ("test", [high // 4, high - 3])):
+        for class_name, value in zip("ab", values):
+            os.makedirs(tmp_path / split / class_name)
+            Image.fromarray(np.full((3, 4), value, dtype)).save(tmp_path / split / class_name / f"0.{name}")
+    download.prepare_folder("Deep", tmp_path / "train", tmp_path / "test", data_dir=tmp_path)
+    assert f"the highest value is {high - 3}: all are read as {bits}-bit images, 0 to {high}" in capsys.readouterr().out
+    train, test = datasets.create_default_splits("Deep", tmp_path)
+    found = [split.images()[:, 0, 0, 0].tolist() for split in (train, test)]
+    assert found == [[round(255 * value / high) for value in (0, high // 2)],
+                     [round(255 * value / high) for value in (high // 4, high - 3)]]
+
+
+def test_files_that_say_how_deep_they_are(tmp_path, capsys):
+    """12 bits a sample of a TIFF file, the highest value of a PGM file: these do not decide on the others."""
+    values = np.array([[0, 1000], [2000, 3000]])
+    found = one_image(tmp_path / "tiff", archives.tiff_12(values), "0.tif")
+    np.testing.assert_array_equal(found, gray(np.round(values * 255 / 4095)))
+    found = one_image(tmp_path / "pgm", b"P5 2 2 4095\n" + values.astype(">u2").tobytes(), "0.pgm")
+    np.testing.assert_array_equal(found, gray(np.round(values * 255 / 4095)))
+    assert "highest" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [-1, 65536])
+def test_integers_of_more_than_16_bits_are_refused(tmp_path, wrong):
+    with pytest.raises(UserError, match=f"0.tif has .* {wrong}.*: expected 0 to 65535"):
+        one_image(tmp_path, np.array([[0, wrong]], np.int32), "0.tif")
+
+
+def test_deep_color_is_read_if_it_is_bright_enough(tmp_path):
+    """Pillow reads the upper 8 of 16 bits a color: nothing of fewer bits is left then."""
+    values = np.array([[[0, 256, 65535], [512, 32768, 255]]])
+    np.testing.assert_array_equal(one_image(tmp_path / "bright", archives.png_16(values)), values >> 8)
+    with pytest.raises(UserError, match="0.png is a color image of 16 bits .* 12 bits"):
+        one_image(tmp_path / "dim", archives.png_16(values >> 4))
+
+
+def test_images_are_upright(tmp_path):
+    image, exif = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40), Image.Exif()
+    exif[0x0112] = 6                                                    # the camera was turned: show it clockwise by 90
+    image.save(tmp_path / "0.png", exif=exif)
+    found = one_image(tmp_path, (tmp_path / "0.png").read_bytes())
+    np.testing.assert_array_equal(found, gray(np.arange(6).reshape(2, 3)[::-1].T * 40))
+
+
+def many_images(folder, numbers, suffix="png"):
+    """Write numbers[i] images of the gray value i, 4 by 5 pixels, into a class folder each."""
+    for label, number in enumerate(numbers):
+        os.makedirs(folder / f"class{label}")
+        for i in range(number):
+            Image.new("L", (5, 4), label).save(folder / f"class{label}" / f"{i:03d}.{suffix}")
+
+
+def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
+    numbers = (50, 2, 3, 10, 1, 7, 8)
+    many_images(tmp_path / "images", numbers)
+    download.prepare_folder("Many", tmp_path / "images", data_dir=tmp_path)
+    assert "1 of 7 classes have a single image, which is in train: class4" in capsys.readouterr().out
+    train, test = datasets.create_default_splits("Many", tmp_path)
+    assert np.bincount(test.labels, minlength=7).tolist() == [10, 1, 1, 2, 0, 1, 2]
+    assert (np.bincount(train.labels) + np.bincount(test.labels, minlength=7)).tolist() == list(numbers)
+    assert {id.split("/", 1)[1] for id in train.ids} & {id.split("/", 1)[1] for id in test.ids} == set()
+    assert test.labels.tolist() == sorted(test.labels) and train.ids == sorted(train.ids)
+    assert [id for id in test.ids if "class3" in id] == ["test/class3/000.png", "test/class3/004.png"]   # in all runs
+
+
+@pytest.mark.parametrize("numbers, said", [
+    ((1, 1, 1), "no class of"), ((3, 0, 4), "class1"), ((5,), "1 class folder"), ((0, 0), "class0")])
+def test_folders_that_are_no_dataset(tmp_path, numbers, said):
+    many_images(tmp_path / "images", numbers)
+    with pytest.raises(UserError) as error:
+        download.prepare_folder("Few", tmp_path / "images", data_dir=tmp_path)
+    assert said in str(error.value) and str(tmp_path / "images") in str(error.value)
+    assert not datasets.is_prepared("Few", tmp_path)
+
+
+def test_another_way_of_packing_is_refused(tmp_path, capsys, monkeypatch):
+    many_images(tmp_path / "images", (5, 5))
+    many_images(tmp_path / "others", (5, 5))
+
+    def again(*args):
+        download.prepare_folder("Pets", *args, data_dir=tmp_path)
+        return capsys.readouterr().out
+    assert "packed in" in again(tmp_path / "images", None, [8, 6])
+    assert "packed already" in again(tmp_path / "images", None, [8, 6])
+    monkeypatch.chdir(tmp_path)
+    assert "packed already" in again("others/../images/", None, (8, 6))         # the same folder
+    for args, said in (((tmp_path / "images", None, [16, 6]), "--image_size 8 6, not 16 6"),
+                       ((tmp_path / "images", None, None), "--image_size 8 6, not none"),
+                       ((tmp_path / "others", None, [8, 6]), f"--image_dir {tmp_path}/images, not {tmp_path}/others"),
+                       ((tmp_path / "images", "others", [8, 6]), f"--test_image_dir none, not {tmp_path}/others")):
+        with pytest.raises(UserError) as error:
+            again(*args)
+        assert said in str(error.value) and f"delete {tmp_path}/Pets/data.hdf5" in str(error.value)
+    with h5py.File(tmp_path / "Pets" / "data.hdf5", "r+") as file:              # as it was written before
+        del file.attrs["recipe"]
+    assert "packed already" in again(tmp_path / "others", None, [16, 6])
+    assert datasets.create_default_splits("Pets", tmp_path)[0].image_shape == (8, 6, 3)
+    os.remove(tmp_path / "Pets" / "data.hdf5")
+    assert "16x6x3" in again(tmp_path / "others", None, [16, 6])
+
+
+@pytest.mark.parametrize("place", ["images/class1/caf\udce9.png", "images/caf\udce9/0.png", "images/class1/\udce9.txt",
+                                   "images/class1/a\nb.png"])
+def test_a_name_that_cannot_be_an_id(tmp_path, place):
+    many_images(tmp_path / "images", (5, 5))
+    os.makedirs(os.path.dirname(tmp_path / place), exist_ok=True)
+    Image.new("L", (5, 4)).save(tmp_path / "0.png")
+    os.rename(tmp_path / "0.png", tmp_path / place)
+    result = call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path)
+    line = one_line(result, 2)
+    assert repr(os.fsencode(place.split("/")[1 if "caf" in place.split("/")[1] else 2])) in line and "rename" in line
+
+
 def test_an_image_that_does_not_decode_is_named(tmp_path):
     image_folders(tmp_path / "images")
     (tmp_path / "images" / "dog" / "4.bmp").write_bytes(b"BM no image")
     assert "4.bmp" in one_line(call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path), 2)
+
+
+def test_no_more_than_that_line_is_said_of_a_broken_image(tmp_path):
+    image_folders(tmp_path / "images")
+    data = bytearray(archives.tiff_12(np.zeros((10, 12), int)))
+    data[90] = 12                                                       # samples per pixel, of which Pillow would log
+    (tmp_path / "images" / "dog" / "0.tif").write_bytes(data)
+    assert "0.tif" in one_line(call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path), 2)
 
 
 def test_gzip_of_a_wrong_length_is_named(tmp_path):
