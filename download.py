@@ -57,19 +57,23 @@ def hash_file(path, kind):
 
 
 def verify(path, expected, checksum):
-    """Raise UserError if a file that the user placed is not the expected one; without `checksum` only warn."""
+    """Raise UserError if a file that the user placed is not the expected one; without `checksum` only warn.
+
+    Returns the hash.
+    """
     size, kind, right = expected
     found = hash_file(path, kind)
     if found == right:
-        return
+        return found
     what = f"{path} has {os.path.getsize(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
     if checksum:
         raise UserError(f"{what}: put the right file in its place, or accept this one with --no_checksum")
     print(f"warning: {what}", flush=True)
+    return found
 
 
 def fetch(urls, path, expected, checksum, timeout=None):
-    """Fetch the first of `urls` that gives the expected file to `path`, resuming path.part.
+    """Fetch the first of `urls` that gives the expected file to `path`, resuming path.part; returns its hash.
 
     Raises WorldError with all that was tried, and where to put the file by hand.
     """
@@ -77,10 +81,10 @@ def fetch(urls, path, expected, checksum, timeout=None):
     failures = []
     for i, url in enumerate(urls):
         try:
-            fetch_from(url, path + PART, expected, checksum, timeout or TIMEOUT, is_last=i == len(urls) - 1)
+            found = fetch_from(url, path + PART, expected, checksum, timeout or TIMEOUT, is_last=i == len(urls) - 1)
             hdf5.sync(path + PART)
             os.replace(path + PART, path)
-            return
+            return found
         except Refused as error:
             failures.append(f"{url}: {error}")
             print(f"warning: {failures[-1]}", flush=True)
@@ -92,7 +96,8 @@ def fetch(urls, path, expected, checksum, timeout=None):
 
 
 def fetch_from(url, part, expected, checksum, timeout, is_last):
-    """Fetch url to the file `part`, going on where that ends, until it is the expected file. Raises Refused."""
+    """Fetch url to the file `part`, going on where that ends, until it is the expected file, whose hash it
+    returns. Raises Refused."""
     import requests
     from urllib3.exceptions import HTTPError
     size, kind, right = expected
@@ -108,11 +113,11 @@ def fetch_from(url, part, expected, checksum, timeout, is_last):
         if whole:
             found = hash_file(part, kind)
             if found == right:
-                return
+                return found
             what = f"got {have_bytes(part)} bytes with {kind} {found}, expected {size} bytes with {right}"
             if not checksum and whole:
                 print(f"warning: {url}: {what}", flush=True)
-                return
+                return found
             os.remove(part)
             if not resumed:
                 raise Refused(what)
@@ -174,7 +179,8 @@ def receive(url, part, size, timeout, is_last):
 
 
 def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
-    """Return the folder where all archives of a dataset lie, verified, after fetching those that are missing."""
+    """Return the folder where all archives of a dataset lie, verified, after fetching those that are missing; and words
+    for what they are: the original, or with other hashes, which --no_checksum takes."""
     if archive_dir is not None:
         places = [os.path.join(archive_dir, name.lower()), archive_dir]
         folder = next((p for p in places if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
@@ -191,13 +197,16 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
             f"accept its non-commercial research terms, so get them there, put them in {folder} or in a "
             f"folder DIR with --archive_dir DIR, and run download.py --dataset {name} again"
         )
+    others = []
     for file, expected in module.FILES.items():
         path = os.path.join(folder, file)
         if file in missing:
-            fetch([base.rstrip("/") + "/" + file for base in mirrors], path, expected, checksum, timeout)
+            found = fetch([base.rstrip("/") + "/" + file for base in mirrors], path, expected, checksum, timeout)
         else:
-            verify(path, expected, checksum)
-    return folder
+            found = verify(path, expected, checksum)
+        others += [f"{file} {expected[1]} {found[:12]}"] * (found != expected[2])
+    made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
+    return folder, made_from
 
 
 def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False,
@@ -219,8 +228,8 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
             return
         hdf5.remove_unfinished(folder)
         module = importlib.import_module(f"datasets.{name.lower()}")
-        archives = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
-        pack(name, folder, lambda: module.read(archives))
+        archives, made_from = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
+        pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
         # What --archive_dir names stays, and so does what no mirror gives again.
         done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
         for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
@@ -232,7 +241,7 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
     """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
     from datasets.folder import read
     folder = datasets.folder_of(name, data_dir)
-    recipe = {"--image_dir": os.path.realpath(image_dir),
+    recipe = {"made_from": f"images in {image_dir}", "--image_dir": os.path.realpath(image_dir),
               "--test_image_dir": os.path.realpath(test_image_dir) if test_image_dir is not None else None,
               "--image_size": list(image_size) if image_size is not None else None}
     if name in datasets.NAMES:
@@ -255,7 +264,7 @@ def check_recipe(name, folder, recipe):
 
     packed = hdf5.read_recipe(folder)
     for flag, value in recipe.items():
-        if flag in packed and packed[flag] != value:
+        if flag.startswith("--") and flag in packed and packed[flag] != value:
             raise UserError(f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
                             f"{folder}/{hdf5.DATA} to pack it anew, or choose another name")
 

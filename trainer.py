@@ -293,7 +293,8 @@ def describe(flags, derived, train, test):
             "data_dir": str(Path(flags.data_dir).resolve())},
         "derived": derived,
         "data": {"train": len(train), "test": len(test), "image_shape": list(network_image_shape(train)),
-                 "num_classes": train.num_classes, "class_names": list(train.class_names)},
+                 "num_classes": train.num_classes, "class_names": list(train.class_names),
+                 "made_from": train.made_from},
         "versions": {"python": platform.python_version()} | {
             name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")},
         "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},

@@ -6,7 +6,8 @@
     split       uint8 [N], 0 train and 1 test: train first, in the archive's order
     id          the ids, bytes [N]; id.txt holds them too, one a line
     class_names strings [classes]
-    attribute `recipe`: of a folder of images, the flags of download.py as JSON
+    attribute `recipe`: what it was packed from, as JSON: {"made_from": words}, and of a folder of images the flags of
+                download.py
     attribute `packed`: the mark, written last
 
 The file is built beside its target under another name, synced and renamed: a file without the mark, or under another
@@ -43,7 +44,7 @@ class Source(NamedTuple):
     image_shape: tuple | None                                           # (h, w, c), None for JPEG files
     num_images: int | None                                              # None where only the end tells (JPEG files)
     parts: Iterator
-    recipe: dict | None = None                                          # how a folder of images was packed
+    recipe: dict | None = None                                          # what it was packed from, and how
 
 
 def write(folder, source, bar=None):
@@ -254,9 +255,10 @@ def open_packed(folder, name, max_examples=None):
     except Exception as error:
         what = one_line(error, 300).removeprefix(f"{path}: ")
         raise UserError(f"{path} is broken ({what}): delete it and run download.py again") from error
-    bounds = (0, np.count_nonzero(splits == 0), len(splits))
-    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names,
-                         image=image, rows=np.arange(a, b), offset=offset) for a, b in zip(bounds, bounds[1:]))
+    bounds, made_from = (0, np.count_nonzero(splits == 0), len(splits)), read_recipe(folder).get("made_from")
+    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names, image=image,
+                         rows=np.arange(a, b), offset=offset, made_from=made_from)
+                 for a, b in zip(bounds, bounds[1:]))
 
 
 def empty(shape, dtype):
@@ -276,14 +278,15 @@ class Dataset:
     all their classes.
 
     image: where the images are, uint8 or float32 [rows, h, w, c] as an array or an h5py dataset, or the `jpeg` bytes
-    with their int64 `offset` [rows + 1]; rows: int [N], the row of each id.
+    with their int64 `offset` [rows + 1]; rows: int [N], the row of each id. made_from: words, None where unknown.
     """
 
-    def __init__(self, ids, name, max_examples=None, is_train=True, *, labels, class_names, image, rows, offset=None):
+    def __init__(self, ids, name, max_examples=None, is_train=True, *, labels, class_names, image, rows, offset=None,
+                 made_from=None):
         kept = np.arange(len(ids))
         if max_examples is not None and max_examples < len(ids):
             kept = np.arange(max_examples) * len(ids) // max_examples
-        self.ids, self.name, self.is_train = [ids[i] for i in kept], name, is_train
+        self.ids, self.name, self.is_train, self.made_from = [ids[i] for i in kept], name, is_train, made_from
         self.labels, self.class_names = np.ascontiguousarray(labels[kept], np.int32), list(class_names)
         self.num_classes, self.encoded = len(self.class_names), offset is not None
         self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
@@ -299,7 +302,7 @@ class Dataset:
         """Return the Dataset of the images at `positions` (int [n]), in that order."""
         return Dataset([self.ids[i] for i in positions], self.name, is_train=is_train, labels=self.labels[positions],
                        class_names=self.class_names, image=self._image, rows=self._rows[positions],
-                       offset=self._offset)
+                       offset=self._offset, made_from=self.made_from)
 
     def __len__(self):
         return len(self.ids)

@@ -59,9 +59,12 @@ def parse_flags():
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained, and how long it takes")
     parser.add_argument("--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; "
                                                                       "train nothing")
+    parser.add_argument("--called", metavar="NAME", help="what table and pictures call the dataset, where the data are "
+                                                         "not quite what its name says")
     flags, rest = parser.parse_known_args()
     if flags.from_logs:
-        given = [name for name in parser.names_given() if name != "from_logs"] + rest
+        given = [name for name in parser.names_given() if name not in ("from_logs", "called")]
+        given += rest
         if given:
             raise UserError(f"--from_logs trains nothing, so {given[0]} has no effect: leave it out")
         return flags, rest
@@ -329,7 +332,7 @@ def main():
         runs = results.read_runs(flags.from_logs)
         if not runs:
             raise UserError(f"no run folder in {', '.join(flags.from_logs)}: name a folder that trainer.py wrote into")
-        results.report(runs, flags.from_logs[0])
+        results.report(runs, flags.from_logs[0], flags.called)
         return
     cells, train, test = make_grid(flags, rest)
     check_train_dir(flags.train_dir, cells, results.read_runs([flags.train_dir]))
@@ -342,7 +345,7 @@ def main():
     finally:
         runs = results.read_runs([flags.train_dir])
         if runs:
-            results.report(runs, flags.train_dir)
+            results.report(runs, flags.train_dir, flags.called)
     if failures:
         raise WorldError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
 

@@ -137,8 +137,11 @@ def spread(values, most=None):
     return text if most in (None, len(values)) else f"{text} ({len(values)} seed{'s' * (len(values) > 1)})"
 
 
-def tables(runs):
-    """[(title, rows, batch sizes, cells)], one for each dataset and model: cells[row, measure, batch size] are Runs."""
+def tables(runs, called=None):
+    """[(title, rows, batch sizes, cells)], one for each dataset and model: cells[row, measure, batch size] are Runs.
+
+    called: what titles call the dataset, if its own name would say too much of what the data are.
+    """
     found = []
     for dataset, model in sorted({(run.settings["dataset"], run.settings["model"]) for run in runs}):
         these = [run for run in runs if (run.settings["dataset"], run.settings["model"]) == (dataset, model)]
@@ -151,7 +154,7 @@ def tables(runs):
         rows = sorted({key[:2] for key in cells},
                       key=lambda row: (order.index(row[0][0]), row[0][1], list(MEASURES).index(row[1])))
         batch_sizes = sorted({run.batch_size for run in these})
-        found.append((f"{dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
+        found.append((f"{called or dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
     return found
 
 
@@ -166,7 +169,7 @@ def shared(runs, names):
         words.append(f"{settings['optimizer']} at {settings['base_learning_rate']:g}")
     if settings.get("validation"):
         words.append(f"tested on {settings['validation']} training images held out")
-    made_from = settings.get("made_from")
+    made_from = settings.get("made_from") if "made_from" not in names else None
     return "".join(f", {word}" for word in words) + (f"; data: {made_from}" if made_from else "")
 
 
@@ -288,9 +291,9 @@ def draw_curves(found, path):
     figure.savefig(path, dpi=100)
 
 
-def report(runs, folder):
+def report(runs, folder, called=None):
     """Print the tables and sentences of `runs`; leave them in folder/table.md, results.json and the two pictures."""
-    found, folder = tables(runs), Path(folder)
+    found, folder = tables(runs, called), Path(folder)
     parts = [part for table in found for part in (markdown(table), "\n".join(sentences(table))) if part]
     text = "\n\n".join(parts) + "\n"
     print(text)
