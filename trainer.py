@@ -290,7 +290,7 @@ def describe(flags, derived, train, test):
     """config.json: all that it takes to evaluate or to continue a run."""
     return {
         "flags": {name: value for name, value in vars(flags).items() if name != "resume"} | {
-            "data_dir": str(Path(flags.data_dir).resolve())},
+            "data_dir": None if flags.data_dir == datasets.DATA_DIR else str(Path(flags.data_dir).resolve())},
         "derived": derived,
         "data": {"train": len(train), "test": len(test), "image_shape": list(network_image_shape(train)),
                  "num_classes": train.num_classes, "class_names": list(train.class_names),
@@ -534,14 +534,15 @@ def open_run(flags):
         return None, config, train, test
     run_dir = Path(flags.resume)
     config = evaler.read_config(run_dir)
-    if flags.data_dir != datasets.DATA_DIR:
-        config["flags"]["data_dir"] = flags.data_dir
-    train, test = datasets.create_default_splits(config["flags"]["dataset"], config["flags"]["data_dir"],
+    data_dir = flags.data_dir
+    if data_dir == datasets.DATA_DIR:                   # None: the run's data were in the default place, too
+        data_dir = config["flags"]["data_dir"] or data_dir
+    train, test = datasets.create_default_splits(config["flags"]["dataset"], data_dir,
                                                  validation=config["flags"].get("validation"))
     for split, data in (("train", train), ("test", test)):
         if len(data) != config["data"][split]:
             raise UserError(f"{run_dir} was trained with {config['data'][split]} {split} images, but "
-                            f"{config['flags']['data_dir']} has {len(data)} now: the data changed")
+                            f"{data_dir} has {len(data)} now: the data changed")
     return run_dir, config, train, test
 
 
