@@ -56,7 +56,9 @@ def create_input_ops(dataset, batch_size, is_training, augment=None, seed=0, fir
             return to_float(images), labels
 
         batches = places.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return batches.prefetch(tf.data.AUTOTUNE)
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False   # they copy all images to rewrite the graph
+    return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
 def key(purpose, seed, number):
@@ -83,13 +85,20 @@ def reader(dataset):
     """A function from positions [B] to (images, labels) in TensorFlow: from memory, or from the file if too large."""
     labels = tf.constant(dataset.labels)
     if dataset.nbytes <= IN_MEMORY:
-        array = tf.constant(dataset.images())
+        array = shared(dataset.images())
         return lambda positions: (tf.gather(array, positions), tf.gather(labels, positions))
 
     def from_file(positions):
         images = tf.numpy_function(dataset.read, [positions], dataset.dtype)
         return tf.ensure_shape(images, (None, *dataset.image_shape)), tf.gather(labels, positions)
     return from_file
+
+
+def shared(array):
+    """A NumPy array as a tensor in the same memory: tf.constant copies it, and a graph that captures it once more."""
+    if array.ctypes.data % 64 or not (array.flags.c_contiguous and array.flags.writeable):  # see datasets.hdf5.empty
+        return tf.constant(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def to_float(images):
