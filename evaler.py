@@ -114,7 +114,12 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
 
 
 def check_path(path):
-    """Raise UserError for a run folder whose checkpoints TensorFlow could not find: it takes paths for patterns."""
+    """Raise UserError for a run folder whose checkpoints TensorFlow could not find: it takes paths for patterns, in
+    UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{os.fsencode(path)!r} is not UTF-8: choose a name of letters and digits") from None
     found = sorted(set("*?[]\\") & set(str(path)))
     if found:
         raise UserError(f"{path} has {' '.join(found)} in it: TensorFlow reads the path of a checkpoint as a pattern, "

@@ -562,6 +562,7 @@ def test_onednn_is_on_unless_the_user_says_no(given):
     (("--max_training_step", "0"), "0"), (("--weight_decay", "-0.1"), "-0.1"),
     (("--resume", "somewhere"), "--dataset Digits"), (("--validation", "0"), "0"), (("--augment", "flip"), "flip"),
     (("--prefix", "lr[1]"), r"lr\[1\]"), (("--train_dir", "runs*"), r"runs\*"),
+    (("--prefix", "\udcff"), "is not UTF-8"),
 ])
 def test_wrong_flags_are_named(flags, said):
     with pytest.raises((trainer.UserError, SystemExit), match=None if "flip" in flags else said):
