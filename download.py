@@ -9,13 +9,12 @@ A dataset that is packed already is left alone. A fetch that was cut off goes on
 import contextlib
 import fcntl
 import hashlib
-import importlib
 import os
 import time
 
 import datasets
 from datasets import hdf5
-from datasets.errors import ArgumentParser, UserError, WorldError, one_line, run
+from command import ArgumentParser, UserError, WorldError, one_line, run, sync
 
 TIMEOUT = 60.0  # seconds without a byte before a mirror counts as stalled
 TRIES, RETRY_WAIT = 3, 1.0  # tries of a mirror that bring nothing new; seconds between
@@ -82,7 +81,7 @@ def fetch(urls, path, expected, checksum, timeout=None):
     for i, url in enumerate(urls):
         try:
             found = fetch_from(url, path + PART, expected, checksum, timeout or TIMEOUT, is_last=i == len(urls) - 1)
-            hdf5.sync(path + PART)
+            sync(path + PART)
             os.replace(path + PART, path)
             return found
         except Refused as error:
@@ -227,7 +226,7 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
             print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
             return
         hdf5.remove_unfinished(folder)
-        module = importlib.import_module(f"datasets.{name.lower()}")
+        module = datasets.module_of(name)
         archives, made_from = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
         pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
         # What --archive_dir names stays, and so does what no mirror gives again.

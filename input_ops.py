@@ -9,7 +9,7 @@ example.
 """
 import numpy as np
 
-from datasets.errors import Later
+from command import Later
 
 tf = Later("tensorflow")
 

@@ -5,13 +5,14 @@
 A known dataset NAME is kept in <data_dir>/<name in lower case>/ (download.py puts it there), a user's own in
 <data_dir>/NAME/; both come back as datasets.hdf5.Dataset.
 """
+import importlib
 import os
 import re
 
 import numpy as np
 
 from datasets import hdf5, own
-from datasets.errors import UserError
+from command import UserError
 
 NAMES = ("MNIST", "Fashion", "SVHN", "CIFAR10", "TinyImageNet", "ImageNet", "Digits")
 VALIDATION_SEED = 0
@@ -29,6 +30,12 @@ def folder_of(name, data_dir=DATA_DIR):
         raise UserError(f"dataset name {name!r}: use one of {' '.join(NAMES)}, or letters, digits, '_' and '-' for a "
                         "folder of your own in the data folder (no slashes, no dots)")
     return os.path.join(os.path.abspath(data_dir), name)
+
+
+def module_of(name):
+    """The module that holds the facts of dataset `name`: EPOCHS to train by default, whether images may be MIRRORED,
+    whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(). A user's own: datasets.own."""
+    return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
 def is_prepared(name, data_dir=DATA_DIR):

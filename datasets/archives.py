@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-from datasets.errors import UserError, WorldError, one_line
+from command import UserError, WorldError, one_line
 
 MAX_PIXELS = 100_000_000                                                # the largest image of ImageNet has 61 million
 

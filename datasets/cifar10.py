@@ -7,9 +7,10 @@ import pickletools
 import numpy as np
 
 from datasets.archives import refusing, tar_gz_files
-from datasets.errors import UserError
+from command import UserError
 from datasets.hdf5 import Source
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, True
 FILES = {
     "cifar-10-python.tar.gz": (170498071, "sha256", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
 }

@@ -3,6 +3,7 @@ import numpy as np
 
 from datasets.hdf5 import Source
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 20, False, True      # a mirrored digit is another sign
 FILES = {}
 MIRRORS = ()
 CLASS_NAMES = [str(digit) for digit in range(10)]

@@ -1,6 +1,7 @@
 """Fashion-MNIST: 60,000 + 10,000 pieces of clothing, 28x28 (Xiao, Rasul, Vollgraf, arXiv 1708.07747), as IDX files."""
 from datasets import mnist
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, True, True
 FILES = {
     "train-images-idx3-ubyte.gz": (
         26421880, "sha256", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),

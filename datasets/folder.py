@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 
 from datasets.archives import MAX_PIXELS, refusing
-from datasets.errors import UserError
+from command import UserError
 from datasets.hdf5 import Source
 from datasets.own import SPLIT_SEED
 

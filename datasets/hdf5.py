@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import h5py
 import numpy as np
 
-from datasets.errors import UserError, one_line
+from command import UserError, one_line, sync, whole_file, write_whole
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
@@ -56,27 +56,20 @@ def write(folder, source, bar=None):
     data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
     remove_unfinished(folder)
     try:
-        with h5py.File(data + UNFINISHED, "w") as file:
-            names = fill(file, source, bar)
-            if source.recipe is not None:
-                file.attrs["recipe"] = np.bytes_(json.dumps(source.recipe))
-            file.flush()
-            file.attrs["packed"] = FORMAT
-        with open(ids + UNFINISHED, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(name + "\n" for name in names)
-        for path in (ids, data):                                        # data.hdf5 last: it is what counts
-            sync(path + UNFINISHED)
-            os.replace(path + UNFINISHED, path)
+        with whole_file(data, data + UNFINISHED) as part:               # takes its name last: it is what counts
+            with h5py.File(part, "w") as file:
+                names = fill(file, source, bar)
+                if source.recipe is not None:
+                    file.attrs["recipe"] = np.bytes_(json.dumps(source.recipe))
+                file.flush()
+                file.attrs["packed"] = FORMAT
+            write_whole(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
         sync(folder)
     except Exception as error:
-        remove_unfinished(folder)
         number = re.search(r"errno = (\d+)", str(error))               # h5py says so, whatever the class of the error
         if number is None or isinstance(error, UserError):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), data) from error
-    except BaseException:
-        remove_unfinished(folder)
-        raise
 
 
 def fill(file, source, bar):
@@ -139,15 +132,6 @@ def first_repeated(ids):
     """Return the first of `ids` that was there before."""
     seen = set()
     return next(name for name in ids if name in seen or seen.add(name))
-
-
-def sync(path):
-    """Wait until `path` (a file or a folder) is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def remove_unfinished(folder):

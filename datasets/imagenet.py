@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 from datasets.archives import load_mat, open_image, refusing, tar_files, tar_gz_files
-from datasets.errors import UserError
+from command import UserError
 from datasets.hdf5 import Source
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 90, True, False
 FILES = {
     "ILSVRC2012_img_train.tar": (147897477120, "md5", "1d675b47d978889d74fa0da5fadfb00e"),
     "ILSVRC2012_img_val.tar": (6744924160, "md5", "29b22e2961454d5413ddabcf34fc5622"),

@@ -6,9 +6,10 @@ import struct
 import numpy as np
 
 from datasets.archives import refusing
-from datasets.errors import UserError
+from command import UserError
 from datasets.hdf5 import Source
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, False, True       # a mirrored digit is another sign
 FILES = {  # name: bytes, kind of hash, hash
     "train-images-idx3-ubyte.gz": (
         9912422, "sha256", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),

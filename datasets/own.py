@@ -13,9 +13,10 @@ import h5py
 import numpy as np
 
 from datasets.archives import refusing
-from datasets.errors import UserError
+from command import UserError
 from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
 MAX_CLASSES = 100_000

@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from datasets.archives import decode_rgb, open_zip, refusing, zip_files
-from datasets.errors import UserError
+from command import UserError
 from datasets.hdf5 import Source
 
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, False
 FILES = {
     "tiny-imagenet-200.zip": (248100043, "sha256", "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"),
 }

@@ -9,7 +9,6 @@ Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at 
 what was interrupted goes on, the rest is trained, --jobs processes side by side. Flags of trainer.py that are not
 listed here pass through. Leaves table.md, results.json, batch_size.png and curves.png in --train_dir.
 """
-import json
 import math
 import os
 import statistics
@@ -27,7 +26,9 @@ from tqdm import tqdm
 import datasets
 import results
 import trainer
-from datasets.errors import ArgumentParser, Terminated, UserError, WorldError, one_line, run
+from command import ArgumentParser, Terminated, UserError, WorldError, one_line, run, within
+from runs import MEASURES, comparable, describe_data, read_runs
+from summaries import duration
 
 PLAIN_NORMS = ("batch", "group", "layer", "instance", "none")
 NORMS = (*PLAIN_NORMS, *(f"{norm}+ws" for norm in PLAIN_NORMS), "batch+renorm")
@@ -49,12 +50,12 @@ def parse_flags():
                         help="batch sizes to compare")
     parser.add_argument("--groups", type=int, help="of group norm")
     parser.add_argument("--group_size", type=int, help="of group norm, channels per group")
-    parser.add_argument("--seeds", type=int, default=3, help="runs per cell, with the seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=int, help="passes over the training images; by default 8, unless "
-                                                   "--max_training_step is given")
+    parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per cell, with the seeds 0, 1, ...")
+    parser.add_argument("--epochs", type=within(int, low=1),
+                        help="passes over the training images; by default 8, unless --max_training_step is given")
     parser.add_argument("--train_dir", default="studies/comparison", help="where the run folders are")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--jobs", type=int, default=available_cores(),
+    parser.add_argument("--jobs", type=within(int, low=1), default=available_cores(),
                         help="processes side by side, each on cores of its own")
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained, and how long it takes")
     parser.add_argument("--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; "
@@ -68,9 +69,6 @@ def parse_flags():
         if given:
             raise UserError(f"--from_logs trains nothing, so {given[0]} has no effect: leave it out")
         return flags, rest
-    for name in ("seeds", "epochs", "jobs"):
-        if getattr(flags, name) is not None and getattr(flags, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(flags, name)}")
     if "--seed" in rest:
         raise UserError("--seed has no effect here: --seeds N trains with the seeds 0 to N - 1")
     if flags.epochs and "--max_training_step" in rest:
@@ -103,21 +101,21 @@ class Cell:
 
     def derive(self, train, test):
         """Fill in the settings, with trainer.py's own functions: its errors come before anything is trained."""
-        flags = trainer.parse_flags(self.flags)
-        config = trainer.describe(flags, trainer.derive(flags, train), train, test)
-        self.settings = results.comparable(json.loads(json.dumps(config)))
-        self.images = self.settings["max_training_step"] * self.settings["max_batch_size"]
+        flags, _ = trainer.parse_flags(self.flags)
+        self.config = trainer.derive(flags, train)
+        self.settings = comparable(self.config, describe_data(train, test))
+        self.images = self.config.max_training_step * self.config.max_batch_size
 
     def find(self, runs):
         """The Run of this cell among `runs`, or None."""
-        return next((run for run in runs if run.seed == self.seed and run.settings == self.settings), None)
+        return next((run for run in runs if run.config.seed == self.seed and run.settings == self.settings), None)
 
 
 def make_grid(flags, rest):
     """The cells in the order of training: seeds outermost, batch sizes 2 and 32 first; and (train, test)."""
     if flags.dataset is None:
         raise UserError(f"--dataset is missing: give one of {', '.join(datasets.NAMES)} or your own")
-    probe = trainer.parse_flags(["--dataset", flags.dataset, "--data_dir", flags.data_dir, *rest])
+    probe, _ = trainer.parse_flags(["--dataset", flags.dataset, "--data_dir", flags.data_dir, *rest])
     train, test = trainer.load_data(probe)
     steps = None
     if "--max_training_step" not in rest:
@@ -172,7 +170,7 @@ class Job:
         self.advance()
 
     def found(self):
-        return self.cell.find(results.read_runs([self.train_dir]))
+        return self.cell.find(read_runs([self.train_dir]))
 
     def advance(self):
         """Start what comes next; False if nothing does."""
@@ -182,12 +180,12 @@ class Job:
         elif found.state == "unfinished" or (found.state == "finished" and not can_evaluate(found)):
             command = ["trainer.py", "--resume", str(found.path), "--data_dir", self.data_dir]
         elif needs_evaluation(found):
-            command = ["evaler.py", "--dataset", self.cell.settings["dataset"], "--train_dir", str(found.path),
+            command = ["evaler.py", "--dataset", found.config.dataset, "--train_dir", str(found.path),
                        "--data_dir", self.data_dir]
-            if found.settings["norm_type"] == "batch":
+            if found.config.norm_type == "batch":
                 command += ["--batch_statistics", "moving", "reestimate", "batch"]
-            if found.settings["validation"]:
-                command += ["--validation", str(found.settings["validation"])]
+            if found.config.validation:
+                command += ["--validation", str(found.config.validation)]
         else:
             return False
         with open(self.log, "a") as log:
@@ -223,7 +221,7 @@ def can_evaluate(found):
 
 def needs_evaluation(found):
     """Whether a finished run lacks what evaler.py measures."""
-    of_batch_norm = found.settings["norm_type"] == "batch"
+    of_batch_norm = found.config.norm_type == "batch"
     return found.state == "finished" and not ("by_batch" in found.evaluation if of_batch_norm else found.evaluation)
 
 
@@ -236,7 +234,7 @@ def images_done(cell, runs):
     found = cell.find(runs)
     if found is None or not found.rows:
         return 0
-    return cell.images if found.state != "unfinished" else found.rows[-1]["step"] * cell.settings["max_batch_size"]
+    return cell.images if found.state != "unfinished" else found.rows[-1]["step"] * cell.config.max_batch_size
 
 
 def seconds_per_image(runs):
@@ -245,7 +243,7 @@ def seconds_per_image(runs):
     for found in runs:
         speeds = [row["images_per_second"] for row in found.rows if "images_per_second" in row]
         if speeds:
-            by_size.setdefault(found.batch_size, []).append(1 / statistics.median(speeds))
+            by_size.setdefault(found.config.batch_size, []).append(1 / statistics.median(speeds))
     measured = {size: statistics.median(seconds) for size, seconds in by_size.items()}
     if len(measured) < 2:
         constant = next(iter(measured.values()), None)
@@ -265,7 +263,7 @@ def train_all(cells, flags):
     """Run all cells that are not done, --jobs at a time; returns the failures. Interrupted, stops them after saving."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
     free = [set(cores[i::flags.jobs]) or set(cores) for i in range(flags.jobs)]
-    runs = results.read_runs([flags.train_dir])
+    runs = read_runs([flags.train_dir])
     waiting, jobs, failures = [cell for cell in cells if not is_done(cell, runs)], [], []
     bar = tqdm(total=sum(cell.images for cell in cells), unit="img", unit_scale=True, disable=None)
     say = bar.write if not bar.disable else lambda line: print(line, flush=True)
@@ -277,16 +275,16 @@ def train_all(cells, flags):
             for job in [job for job in jobs if not job.running()]:
                 jobs.remove(job)
                 free.append(job.cores)
-                runs = results.read_runs([flags.train_dir])
+                runs = read_runs([flags.train_dir])
                 left = time_left(cells, runs, flags.jobs)
                 say(job.failure or f"{job.cell.name}: {outcome(job.cell.find(runs))}; "
-                                   f"{trainer.duration(left or 0)} left")
+                                   f"{duration(left or 0)} left")
                 failures += [job.failure] if job.failure else []
             if not bar.disable:
-                runs = results.read_runs([flags.train_dir])
+                runs = read_runs([flags.train_dir])
                 left = time_left(cells, runs, flags.jobs)
                 bar.n = sum(images_done(cell, runs) for cell in cells)
-                bar.set_postfix_str("time left " + (trainer.duration(left) if left is not None else "not known yet"))
+                bar.set_postfix_str("time left " + (duration(left) if left is not None else "not known yet"))
     except (KeyboardInterrupt, Terminated):
         for job in jobs:
             job.process.terminate()
@@ -302,12 +300,12 @@ def train_all(cells, flags):
 def outcome(found):
     if found.state != "finished":
         return found.state
-    return "; ".join(f"{100 * value:.2f} %{results.MEASURES[name]}" for name, value in found.accuracies.items())
+    return "; ".join(f"{100 * value:.2f} %{MEASURES[name]}" for name, value in found.accuracies.items())
 
 
 def print_plan(cells, flags):
     """What would be trained, and the hours, from runs that are there or from two short ones."""
-    runs = results.read_runs([flags.train_dir])
+    runs = read_runs([flags.train_dir])
     for cell in cells:
         print(f"{'done   ' if is_done(cell, runs) else 'to do  '}{cell.name}: {cell.images:,} images")
     source = "images per second of the runs that are there"
@@ -319,7 +317,7 @@ def print_plan(cells, flags):
                          "--test_sample_step", "1000000"]
                 subprocess.run([sys.executable, str(ROOT / "trainer.py"), *trial], check=True,
                                stdout=subprocess.DEVNULL)
-            left = time_left(cells, runs + results.read_runs([folder]), flags.jobs)
+            left = time_left(cells, runs + read_runs([folder]), flags.jobs)
     else:
         left = time_left(cells, runs, flags.jobs)
     print(f"{len(cells)} runs, {sum(not is_done(cell, runs) for cell in cells)} to do; about {left / 3600:.1f} hours "
@@ -329,13 +327,13 @@ def print_plan(cells, flags):
 def main():
     flags, rest = parse_flags()
     if flags.from_logs:
-        runs = results.read_runs(flags.from_logs)
+        runs = read_runs(flags.from_logs)
         if not runs:
             raise UserError(f"no run folder in {', '.join(flags.from_logs)}: name a folder that trainer.py wrote into")
         results.report(runs, flags.from_logs[0], flags.called)
         return
     cells, train, test = make_grid(flags, rest)
-    check_train_dir(flags.train_dir, cells, results.read_runs([flags.train_dir]))
+    check_train_dir(flags.train_dir, cells, read_runs([flags.train_dir]))
     check_memory(flags.jobs, train, test)
     if flags.dry_run:
         print_plan(cells, flags)
@@ -343,7 +341,7 @@ def main():
     try:
         failures = train_all(cells, flags)
     finally:
-        runs = results.read_runs([flags.train_dir])
+        runs = read_runs([flags.train_dir])
         if runs:
             results.report(runs, flags.train_dir, flags.called)
     if failures:

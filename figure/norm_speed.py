@@ -25,10 +25,10 @@ sys.path.insert(0, str(HERE.parent))
 import numpy as np
 from matplotlib.figure import Figure
 
-import evaler
 import model as models
+import runs
 import trainer
-from datasets.errors import ArgumentParser, Later, WorldError, run
+from command import ArgumentParser, Later, WorldError, run, set_threads, write_whole
 from results import COLOURS
 
 tf, keras, ops = Later("tensorflow"), Later("keras"), Later("ops")
@@ -152,15 +152,13 @@ def measure_error(shape, mean):
 
 def make_step(model, size, batch_size, norm_type, updates, dtype="float32", jit_compile=False):
     """A function that does `updates` updates of trainer.py on one batch, in one call."""
-    config = {"flags": {"norm_type": norm_type, "group_size": None, "weight_standardization": False, "dtype": dtype,
-                        "jit_compile": jit_compile},
-              "derived": {"model": model, "groups": models.default_groups(model), "batch_norm_momentum": 0.9,
-                          "batch_size": batch_size, "updates_per_step": updates, "weight_decay": 0.0}}
     keras.utils.set_random_seed(0)
-    network = evaler.build_model(config, (size, size, 3), 10)
+    keras.mixed_precision.set_dtype_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[dtype])
+    network = models.create_model(model, (size, size, 3), 10, norm_type)
     optimizer = trainer.Optimizer("adam", [variable.value for variable in network.trainable_variables])
     optimizer.learning_rate.assign(1e-5)
-    train_step = trainer.make_train_step(network, optimizer, tf.Variable(tf.zeros([3], tf.float64)), config)
+    totals = tf.Variable(tf.zeros([3], tf.float64))
+    train_step = trainer.make_train_step(network, optimizer, totals, batch_size, updates, jit_compile=jit_compile)
     images = tf.random.uniform([updates * batch_size, size, size, 3])
     labels = tf.random.uniform([updates * batch_size], maxval=10, dtype=tf.int32)
     return lambda: train_step(images, labels)[1].numpy()
@@ -168,7 +166,7 @@ def make_step(model, size, batch_size, norm_type, updates, dtype="float32", jit_
 
 def measure_step(model, size, batch_size, rounds, variants):
     """Seconds a call for each variant 'NORM', 'NORM bfloat16', 'NORM XLA' or 'NORM PyTorch' of the step."""
-    trainer.set_threads(batch_size, (size, size, 3))
+    set_threads(batch_size, (size, size, 3))
     updates = max(1, 16 // batch_size)
     functions = {}
     for variant in variants:
@@ -184,7 +182,7 @@ def measure_step(model, size, batch_size, rounds, variants):
 
 def measure_memory(model, size, batch_size, norm_type):
     """Peak bytes that three steps take beyond what the process had before."""
-    trainer.set_threads(batch_size, (size, size, 3))
+    set_threads(batch_size, (size, size, 3))
     tf.random.uniform([1]).numpy()
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -227,7 +225,7 @@ def make_torch_step(size, batch_size, norm_type, updates):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(network(images), labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), trainer.CLIP_NORM)
+        nn.utils.clip_grad_norm_(network.parameters(), runs.CLIP_NORM)
         optimizer.step()
         return loss.item()
     return lambda: [update() for _ in range(updates)]
@@ -368,7 +366,7 @@ def main():
         print(json.dumps(measure[case.pop("kind")](**case)))
         return
     results = measure_all(flags.quick)
-    evaler.write_whole(Path(flags.output + ".json"), json.dumps(results) + "\n")
+    write_whole(Path(flags.output + ".json"), json.dumps(results) + "\n")
     draw(results, flags.output + ".png")
     print(f"wrote {flags.output}.json and {flags.output}.png")
 

@@ -1,108 +1,22 @@
-"""Read run folders, and show them: the table of accuracies against batch size, what it supports in words, the pictures.
+"""Show runs: the table of accuracies against batch size, what it supports in words, the pictures. See compare.py.
 
 Runs are alike when all their settings are alike but for the seed. A cell of the table is alike runs, over their seeds;
-the rows of a table differ in the norm, and in what they name. compare.py is the script.
+the rows of a table differ in the norm, and in what they name.
 """
 import json
 import statistics
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from datasets.errors import UserError
+from runs import MEASURES
 
 COLOURS = {"batch": "#d1495b", "group": "#2f7fc1", "layer": "#66a182", "instance": "#8d6a9f", "none": "#777777",
            "batch+renorm": "#e09f3e", "batch+ws": "#8c2f39", "group+ws": "#1b4079", "layer+ws": "#3b6b4f",
            "instance+ws": "#553f61", "none+ws": "#222222"}
-# Settings that do not change what is learned, or follow from others that are compared.
-IGNORED = {"seed", "prefix", "data_dir", "train_dir", "resume", "log_step", "write_summary_step", "test_sample_step",
-           "ckpt_save_step", "class_names", "learning_rate", "no_adjust_learning_rate", "no_augment"}
 FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}      # from the batch size
 PLAIN = {"base_learning_rate": "rate", "max_training_step": "steps", "learning_rate_scaling": "scaling",
          "groups": "groups", "group_size": "channels per group", "validation": "held out"}
-MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batch": ", statistics of the test batch"}
-
-
-class Run(NamedTuple):
-    """A run folder. settings: all that makes runs alike; accuracies: of evaluation.json, by the names in MEASURES."""
-    path: Path
-    settings: dict
-    arm: str
-    batch_size: int
-    seed: int
-    rows: list
-    accuracies: dict
-    evaluation: dict        # the part of them that evaler.py measured
-    state: str              # finished, diverged or unfinished
-
-
-def arm_of(settings):
-    """The norm as compare.py's --norm_type spells it."""
-    return settings["norm_type"] + "+ws" * settings["weight_standardization"]
-
-
-def comparable(config):
-    """The settings of a config.json that make runs alike."""
-    settings = {**config["flags"], **config["derived"], **config["data"]}
-    if settings["norm_type"] != "group":
-        settings |= {"groups": None, "group_size": None}
-    elif settings["group_size"] is not None:
-        settings["groups"] = None
-    return {name: value for name, value in settings.items() if name not in IGNORED}
-
-
-def read_run(path):
-    """The Run in a folder; UserError if one of its files is damaged."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        settings, seed = comparable(config), config["flags"]["seed"]
-        arm, batch_size, steps = arm_of(settings), settings["batch_size"], settings["max_training_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'} is damaged ({type(error).__name__}: {error}): it should be the JSON "
-                        f"object that trainer.py wrote") from error
-    rows = read_rows(path / "metrics.jsonl")
-    state = "unfinished"
-    if rows and rows[-1]["step"] >= steps:
-        state = "finished"
-    if rows and rows[-1].get("diverged"):
-        state = "diverged"
-    accuracies = evaluation = read_evaluation(path / "evaluation.json", settings)
-    if state == "finished" and "test_loss/accuracy" in rows[-1]:    # trainer.py's last test is what evaler.py repeats
-        accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | accuracies
-    return Run(path, settings, arm, batch_size, seed, rows, accuracies, evaluation, state)
-
-
-def read_rows(path):
-    """The rows of metrics.jsonl; a last line that a kill cut short does not count."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    try:
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        [row["step"] for row in rows]
-        return rows
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): it should hold a JSON object with its step per line") from error
-
-
-def read_evaluation(path, settings):
-    """{measure: accuracy} of the last step on the split that the run was tested on; empty if there is none."""
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text())
-        split = "validation" if settings.get("validation") else "test"
-        if record["step"] != settings["max_training_step"] or record["split"] != split:
-            return {}
-        return {"accuracy": record["accuracy"]} | {
-            name: record[name]["accuracy"] for name in MEASURES if isinstance(record.get(name), dict)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): run evaler.py again") from error
-
-
-def read_runs(folders):
-    """The Runs among `folders` and below them, sorted by path."""
-    paths = {path.parent for folder in folders for path in Path(folder).glob("**/config.json")}
-    return [read_run(path) for path in sorted(paths)]
 
 
 # ----------------------------------------------------------------------------------------------------- the table
@@ -115,8 +29,8 @@ def frozen(settings):
 def differing(runs):
     """Names of the settings, other than norm and batch size, in which runs of one norm, dataset and model differ."""
     names = set()
-    for key in {(run.arm, run.settings["dataset"], run.settings["model"]) for run in runs}:
-        alike = [run.settings for run in runs if (run.arm, run.settings["dataset"], run.settings["model"]) == key]
+    for key in {(run.arm, run.config.dataset, run.config.model) for run in runs}:
+        alike = [run.settings for run in runs if (run.arm, run.config.dataset, run.config.model) == key]
         for name in alike[0].keys() | set().union(*alike):
             if name not in FOLLOWING | {"batch_size"} and len({frozen(s.get(name)) for s in alike}) > 1:
                 names.add(name)
@@ -143,17 +57,17 @@ def tables(runs, called=None):
     called: what titles call the dataset, if its own name would say too much of what the data are.
     """
     found = []
-    for dataset, model in sorted({(run.settings["dataset"], run.settings["model"]) for run in runs}):
-        these = [run for run in runs if (run.settings["dataset"], run.settings["model"]) == (dataset, model)]
+    for dataset, model in sorted({(run.config.dataset, run.config.model) for run in runs}):
+        these = [run for run in runs if (run.config.dataset, run.config.model) == (dataset, model)]
         names = differing(these)
         cells = {}
         for run in these:
             for measure in run.accuracies if run.state == "finished" and run.accuracies else ["accuracy"]:
-                cells.setdefault((row_of(run, names), measure, run.batch_size), []).append(run)
+                cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
         order = list(COLOURS)
         rows = sorted({key[:2] for key in cells},
                       key=lambda row: (order.index(row[0][0]), row[0][1], list(MEASURES).index(row[1])))
-        batch_sizes = sorted({run.batch_size for run in these})
+        batch_sizes = sorted({run.config.batch_size for run in these})
         found.append((f"{called or dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
     return found
 
@@ -186,7 +100,7 @@ def cell_text(runs, measure, most):
 def markdown(table):
     """One table of tables() as Markdown."""
     title, rows, batch_sizes, cells = table
-    most = max((len({run.seed for run in runs if run.accuracies}) for runs in cells.values()), default=1)
+    most = max((len({run.config.seed for run in runs if run.accuracies}) for runs in cells.values()), default=1)
     kind = "smallest ← median → largest of " + f"{most} seeds" if most > 1 else "one seed"
     lines = [f"{title}. Accuracy in %, {kind}:", "",
              "| norm | " + " | ".join(f"batch size {size}" for size in batch_sizes) + " |",
@@ -229,7 +143,7 @@ def as_json(table):
     title, _, _, cells = table
     return {"title": title, "cells": [
         {"norm": row[0], "settings": row[1], "measure": measure, "batch_size": size, "runs": [
-            {"run": run.path.name, "seed": run.seed, "state": run.state, "accuracy": run.accuracies.get(measure)}
+            {"run": run.path.name, "seed": run.config.seed, "state": run.state, "accuracy": run.accuracies.get(measure)}
             for run in runs]} for (row, measure, size), runs in sorted(cells.items(), key=str)]}
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import datasets
-from datasets.errors import ArgumentParser, UserError, WorldError, run
+from command import ArgumentParser, UserError, WorldError, run
 from input_ops import create_input_ops
 
 BATCH_SIZES = (1, 2, 8, 32, 64)

@@ -3,7 +3,7 @@ import pytest
 
 import datasets
 import download
-from datasets.errors import import_tensorflow
+from command import import_tensorflow
 
 import_tensorflow()
 

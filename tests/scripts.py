@@ -8,7 +8,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from datasets.errors import import_tensorflow
+from command import import_tensorflow
 
 import_tensorflow()
 

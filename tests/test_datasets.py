@@ -23,7 +23,7 @@ import archives
 import datasets
 import download
 from datasets import cifar10, digits, imagenet, mnist, svhn, tinyimagenet
-from datasets.errors import UserError, one_line
+from command import UserError, one_line
 
 CIFAR, ZIP = "cifar-10-python.tar.gz", "tiny-imagenet-200.zip"
 

@@ -19,7 +19,7 @@ import archives
 import datasets
 import download
 from datasets import cifar10, digits, hdf5, mnist
-from datasets.errors import UserError, WorldError, run
+from command import UserError, WorldError, run
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILE = "cifar-10-python.tar.gz"

@@ -1,0 +1,391 @@
+"""A run: its configuration, and its folder with config.json, metrics.jsonl, evaluation.json and checkpoints.
+
+    config, data = runs.read_config("train_dir/RUN")
+    for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accuracies)
+"""
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import model as models
+from command import Later, UserError, flag, write_whole
+from input_ops import AUGMENTATIONS, network_image_shape
+
+tf = Later("tensorflow")
+
+LEARNING_RATES = {"adam": 1e-3, "momentum": 0.1}            # at max_batch_size images per update
+SCALING = {"adam": "square root", "momentum": "linear"}     # with the batch size: arXiv 2205.10287 and 1706.02677
+CHECKPOINTS_KEPT = 3
+CHECKPOINT_SECONDS = 600        # a checkpoint at least so often, however long a step takes
+CLIP_NORM = 20.0        # gradients are clipped to this global norm, as in the original repo
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(models.Network):
+    """What a run is: the flags of trainer.py, and below what follows from them and the data (trainer.derive)."""
+    dataset: str | None = flag(None, "MNIST, Fashion, SVHN, CIFAR10, TinyImageNet, ImageNet, Digits or your own")
+    prefix: str = flag("default", "first part of the run folder's name")
+    batch_size: int | None = flag(None, "images per update, all of which batch norm sees together; by default "
+                                        "--max_batch_size", low=1)
+    max_batch_size: int = flag(64, "images per step, a multiple of --batch_size", low=1)
+    max_training_step: int | None = flag(None, "steps to train; by default a number of epochs that suits the dataset",
+                                         low=1)
+    optimizer: str | None = flag(None, f"by default momentum (0.9), for convnet adam; gradients are clipped to the "
+                                       f"global norm {CLIP_NORM:g}", choices=tuple(LEARNING_RATES))
+    learning_rate: float | None = flag(
+        None, "rate at max_batch_size images per update; by default "
+        + " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()), above=0)
+    no_adjust_learning_rate: bool = flag(
+        False, "do not scale the rate with the batch size: by batch_size / max_batch_size for momentum (arXiv "
+        "1706.02677), by its square root for adam (arXiv 2205.10287)")
+    lr_schedule: str = flag("cosine", "constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at "
+                                      "the end", choices=("constant", "step", "cosine"))
+    warmup_steps: int = flag(0, "steps of linear increase of the rate at the start", low=0)
+    weight_decay: float | None = flag(None, "L2 penalty on all weights, gamma and beta included; by default 1e-4 with "
+                                            "momentum, 0 with adam", low=0)
+    augment: str | None = flag(None, "cut images at random (for digits and signs), or mirror them too, which --augment "
+                                     "alone means and is the default for photographs",
+                               choices=AUGMENTATIONS, nargs="?", const="flip+crop")
+    no_augment: bool = flag(False, "show the images as they are")
+    dtype: str = flag("float32", "bfloat16: Keras' mixed precision; statistics, gamma, beta and logits stay float32",
+                      choices=("float32", "bfloat16"))
+    jit_compile: bool = flag(False, "compile the training step with XLA")
+    seed: int = flag(0, "of initialisation, order, augmentation and dropout", low=0)
+    validation: int | None = flag(None, "hold out N training images, of each class its share and always the same ones, "
+                                        "and test on them instead of the test split: for choosing settings",
+                                  low=1, metavar="N")
+    checkpoint: str | None = flag(None, "start from the weights of this checkpoint or run folder")
+    log_step: int = flag(10, "steps between lines of log; each is a row of metrics.jsonl too", low=1)
+    write_summary_step: int = flag(10, "steps between TensorBoard scalars; each is a row of metrics.jsonl too", low=1)
+    test_sample_step: int | None = flag(None, "steps between tests on the whole test split; by default an epoch", low=1)
+    ckpt_save_step: int = flag(1000, "steps between checkpoints; there is one every 10 minutes at least", low=1)
+    data_dir: str | None = flag(datasets.DATA_DIR, "where the datasets are", on_resume=True)
+    train_dir: str = flag("train_dir", "where to make the run folder")
+
+    base_learning_rate: float | None = None         # --learning_rate, or the optimizer's default
+    learning_rate_scaling: str | None = None        # none, linear or square root
+    peak_learning_rate: float | None = None         # of the schedule: scaled with the batch size
+    batch_norm_momentum: float | None = None        # of the moving statistics, per update
+    updates_per_step: int | None = None
+
+
+FLAGS = [field.name for field in dataclasses.fields(Config) if field.metadata]
+DERIVED = ["model", "groups", "batch_size", "updates_per_step", "optimizer", "base_learning_rate",
+           "learning_rate_scaling", "peak_learning_rate", "weight_decay", "batch_norm_momentum", "augment",
+           "max_training_step", "test_sample_step"]
+PLACES = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step"}
+# What does not change what is learned, or follows from what does.
+IGNORED = PLACES | {"seed", "test_sample_step", "ckpt_save_step", "class_names", "learning_rate",
+                    "no_adjust_learning_rate", "no_augment"}
+MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batch": ", statistics of the test batch"}
+
+
+# ------------------------------------------------------------------------------------------------- the configuration
+
+
+def describe_data(train, test) -> dict:
+    """What config.json says of the data."""
+    return {"train": len(train), "test": len(test), "image_shape": list(network_image_shape(train)),
+            "num_classes": train.num_classes, "class_names": list(train.class_names), "made_from": train.made_from}
+
+
+def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
+    """Write config.json: the flags as given, what follows from them, the data, the versions, machine and commit."""
+    given = {name: getattr(flags, name) for name in FLAGS}
+    given["data_dir"] = None if flags.data_dir == datasets.DATA_DIR else str(Path(flags.data_dir).resolve())
+    write_whole(run_dir / "config.json", json.dumps({
+        "flags": given, "derived": {name: getattr(config, name) for name in DERIVED}, "data": data,
+        "versions": {"python": platform.python_version()} | {
+            name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")},
+        "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
+        "source": source(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1) + "\n")
+
+
+def read_config(run_dir) -> tuple[Config, dict]:
+    """(configuration, data) of config.json; UserError if it is not there or not one of trainer.py's."""
+    path = Path(run_dir) / "config.json"
+    check_path(run_dir)
+    try:
+        stored = json.loads(path.read_text())
+        settings, data = {**stored["flags"], **stored["derived"]}, stored["data"]
+        for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
+            settings[name]
+        data["train"], data["test"]
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} is no run folder: it has no config.json, which trainer.py writes") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): it should be the JSON object that "
+                        f"trainer.py wrote") from None
+    if isinstance(settings["augment"], bool):           # of a run before --augment had choices
+        settings["augment"] = "flip+crop" if settings["augment"] else None
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in settings.items() if name in known}), data
+
+
+def flags_given(run_dir) -> dict:
+    """The flags of a run that are not their defaults, without those that name places."""
+    given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]
+    return {field.name: given[field.name] for field in dataclasses.fields(Config)
+            if field.name in given and given[field.name] not in (field.default, None) and field.name not in PLACES}
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):       # not Linux
+        return platform.processor()
+
+
+@functools.cache
+def source() -> dict | None:
+    """The git commit of this code, and whether the tree differs from it; None where there is no git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *words], text=True, check=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.strip()
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def check_path(path) -> None:
+    """Raise UserError for a run folder whose checkpoints TensorFlow could not find: it takes paths for patterns, in
+    UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{os.fsencode(path)!r} is not UTF-8: choose a name of letters and digits") from None
+    found = sorted(set("*?[]\\") & set(str(path)))
+    if found:
+        raise UserError(f"{path} has {' '.join(found)} in it: TensorFlow reads the path of a checkpoint as a pattern, "
+                        f"and would not find it again; choose a name without * ? [ ] and \\")
+
+
+def make_run_dir(config: Config) -> Path:
+    """A new folder train_dir/<prefix>-<dataset>_lr_..._bs_..._norm_type_...-<time>, this run's alone."""
+    name = (f"{config.prefix}-{config.dataset}_lr_{config.base_learning_rate:g}_bs_{config.batch_size}"
+            f"_norm_type_{config.norm_type}-{time.strftime('%Y%m%d-%H%M%S')}")
+    for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
+        path = Path(config.train_dir) / (name + suffix)
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:         # started in the same second
+            if not path.is_dir():
+                raise
+    raise UserError(f"{config.train_dir} has 999 run folders called {name}: name another --train_dir")
+
+
+def find_run(train_dir, dataset: str) -> Path:
+    """The run folder of this dataset whose checkpoint is the newest; train_dir may itself be one run folder."""
+    train_dir = Path(train_dir)
+    if (train_dir / "config.json").exists():
+        candidates = [train_dir]
+    else:
+        candidates = [path.parent for path in train_dir.glob("*/config.json")]
+    of_dataset = {path: read_config(path)[0].dataset for path in candidates}
+    runs = [path for path in candidates if of_dataset[path] == dataset]
+    if not runs:
+        names = sorted(set(of_dataset.values()))
+        raise UserError(f"no run of {dataset} in {train_dir}" + (f", only of {', '.join(names)}" if names else "")
+                        + f": train one with 'python trainer.py --dataset {dataset}', or name another --train_dir")
+    finished = [path for path in runs if tf.train.latest_checkpoint(path)]
+    if not finished:
+        raise UserError(f"the runs of {dataset} in {train_dir} have no checkpoint yet")
+    return max(finished, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
+
+
+def run_dir_of(checkpoint) -> Path:
+    """The run folder that a checkpoint lies in; a folder stands for its newest checkpoint."""
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
+def weights_of(model) -> dict:
+    """The variables that a checkpoint holds of a model, by name: weights, moving statistics, state of dropout."""
+    return {variable.path: variable.value for variable in model.variables}
+
+
+class Checkpoints:
+    """The checkpoints of a run folder: restores the newest as it is made, says when one is due, and writes it."""
+
+    def __init__(self, run_dir, config, **tracked):
+        checkpoint = tf.train.Checkpoint(**tracked)
+        self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
+        if self.newest():
+            checkpoint.restore(self.newest()).assert_consumed()
+        self.every, self.last = config.ckpt_save_step, config.max_training_step
+        self.saved, self.clock = int(tracked["step"]), time.monotonic()
+
+    def newest(self):
+        return self.manager.latest_checkpoint
+
+    def due(self, step):
+        return step % self.every == 0 or step == self.last or time.monotonic() - self.clock > CHECKPOINT_SECONDS
+
+    def save(self, step):
+        self.manager.save(checkpoint_number=step)
+        self.saved, self.clock = step, time.monotonic()
+
+
+def load_weights(model, checkpoint) -> tuple[str, int]:
+    """Read a model's variables from a checkpoint (a path, or a run folder: its newest); returns the path and step."""
+    path = str(checkpoint)
+    if os.path.isdir(path):
+        path = tf.train.latest_checkpoint(path) or path
+    try:
+        reader = tf.train.load_checkpoint(path)
+        shapes = reader.get_variable_to_shape_map()
+    except (ValueError, tf.errors.OpError):
+        raise UserError(f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, "
+                        f"such as RUN_FOLDER/model-1000, or the run folder") from None
+    stored = {name: shape for name, shape in shapes.items() if name.startswith("model/")}
+    variables = weights_of(model)
+    key = "model/{}/.ATTRIBUTES/VARIABLE_VALUE".format
+    names = {key(name.replace("/", ".S")): name for name in variables}
+    for name in sorted(names.keys() ^ stored.keys()):
+        side = "the checkpoint lacks" if name in names else "the model lacks"
+        raise UserError(f"checkpoint {path} is of another model or norm: {side} {names.get(name, name)}")
+    for name, shape in stored.items():
+        wanted = variables[names[name]].shape
+        if list(wanted) != list(shape):
+            raise UserError(f"checkpoint {path} is of another model or number of classes: {names[name]} has the shape "
+                            f"{tuple(shape)} there and {tuple(wanted)} here")
+    for name, variable in names.items():
+        variables[variable].assign(reader.get_tensor(name))
+    return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def check_same_network(config: Config, checkpoint) -> None:
+    """Raise UserError if the run that a checkpoint lies in had another network; norms can share all their shapes."""
+    folder = run_dir_of(checkpoint)
+    if not (folder / "config.json").exists():
+        return
+    other, _ = read_config(folder)
+    for name in ("model", "norm_type", "group_size", "groups", "weight_standardization"):
+        here, there = getattr(config, name), getattr(other, name)
+        if here != there and (name not in ("groups", "group_size") or config.norm_type == "group"):
+            raise UserError(f"checkpoint {checkpoint} is of a run with --{name} {there}, not {here}: give the same")
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Make a folder what it was when `step` was saved: the steps after it are done again."""
+    for leftover in run_dir.glob("model-*temp*"):       # of a checkpoint whose writing was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    path = run_dir / "metrics.jsonl"
+    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_whole(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
+    drop_events_after(run_dir, step or -1)
+
+
+def drop_events_after(run_dir, step):
+    """Drop the TensorBoard events after `step`, and what a kill left half-written, from a run folder's event files."""
+    files = sorted(path for path in run_dir.glob("events.out.tfevents.*") if not path.name.endswith(".evaluation"))
+    kept = {}                           # a record that an interrupted trim left in two files counts once
+    for path in files:
+        try:
+            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                event = tf.compat.v1.Event.FromString(record)
+                if event.step <= step and not event.file_version:
+                    kept[record] = None
+        except tf.errors.DataLossError:
+            pass                        # the end of the file was never written
+    if files:
+        part = run_dir / "events.part"
+        with tf.io.TFRecordWriter(str(part)) as writer:
+            writer.write(tf.compat.v1.Event(file_version="brain.Event:2").SerializeToString())
+            for record in kept:
+                writer.write(record)
+        part.replace(files[0])
+        for path in files[1:]:
+            path.unlink()
+
+
+# ------------------------------------------------------------------------------------------------ reading it again
+
+
+class Run(NamedTuple):
+    """A run folder as figures read it."""
+    path: Path
+    config: Config
+    settings: dict          # all that makes runs alike, but for the seed
+    rows: list              # of metrics.jsonl
+    accuracies: dict        # by the names in MEASURES
+    evaluation: dict        # the part of them that evaler.py measured
+    state: str              # finished, diverged or unfinished
+
+    @property
+    def arm(self) -> str:
+        """The norm as compare.py's --norm_type spells it."""
+        return self.config.norm_type + "+ws" * self.config.weight_standardization
+
+
+def comparable(config: Config, data: dict) -> dict:
+    """The settings that make runs alike: all but the seed, places, and what has no effect."""
+    settings = dataclasses.asdict(config) | data
+    if config.norm_type != "group":
+        settings |= {"groups": None, "group_size": None}
+    elif config.group_size is not None:
+        settings["groups"] = None
+    return {name: value for name, value in settings.items() if name not in IGNORED}
+
+
+def read_run(path: Path) -> Run:
+    """The Run in a folder; UserError if one of its files is damaged."""
+    config, data = read_config(path)
+    rows = read_rows(path / "metrics.jsonl")
+    state = "unfinished"
+    if rows and rows[-1]["step"] >= config.max_training_step:
+        state = "finished"
+    if rows and rows[-1].get("diverged"):
+        state = "diverged"
+    accuracies = evaluation = read_evaluation(path / "evaluation.json", config)
+    if state == "finished" and "test_loss/accuracy" in rows[-1]:    # trainer.py's last test is what evaler.py repeats
+        accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | accuracies
+    return Run(path, config, comparable(config, data), rows, accuracies, evaluation, state)
+
+
+def read_rows(path: Path) -> list:
+    """The rows of metrics.jsonl; a last line that a kill cut short does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        [row["step"] for row in rows]
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): it should hold a JSON object with its step per line") from error
+
+
+def read_evaluation(path: Path, config: Config) -> dict:
+    """{measure: accuracy} of the last step on the split that the run was tested on; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        split = "validation" if config.validation else "test"
+        if record["step"] != config.max_training_step or record["split"] != split:
+            return {}
+        return {"accuracy": record["accuracy"]} | {
+            name: record[name]["accuracy"] for name in MEASURES if isinstance(record.get(name), dict)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): run evaler.py again") from error
+
+
+def read_runs(folders) -> list[Run]:
+    """The Runs among `folders` and below them, sorted by path."""
+    paths = {path.parent for folder in folders for path in Path(folder).glob("**/config.json")}
+    return [read_run(path) for path in sorted(paths)]
