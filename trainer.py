@@ -35,7 +35,7 @@ from input_ops import AUGMENTATIONS, create_input_ops, network_image_shape
 tf, keras, hparams = Later("tensorflow"), Later("keras"), Later("tensorboard.plugins.hparams.api")
 
 CLIP_NORM = 20.0        # gradients are clipped to this global norm, as in the ancestor
-LEARNING_RATES = {"adam": 1e-3, "momentum": 0.1}        # at max_batch_size images an update
+LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}        # at max_batch_size images an update: figure/studies/recipe
 SCALING = {"adam": "square root", "momentum": "linear"}     # with the batch size: arXiv 2205.10287 and 1706.02677
 FETCHED_ON_FIRST_USE = ("MNIST", "Fashion", "SVHN", "CIFAR10", "Digits")
 EPOCHS = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "TinyImageNet": 30, "ImageNet": 90, "Digits": 20}
@@ -148,6 +148,8 @@ def derive(flags, train):
     optimizer = flags.optimizer or ("adam" if name == "convnet" else "momentum")
     batch_size = flags.batch_size or flags.max_batch_size
     learning_rate = flags.learning_rate or LEARNING_RATES[optimizer]
+    if flags.dataset == "ImageNet" and optimizer == "momentum" and flags.learning_rate is None:
+        learning_rate = 0.1 * flags.max_batch_size / 256        # arXiv 1706.02677, as arXiv 1803.08494
     scaling = "none" if flags.no_adjust_learning_rate else SCALING[optimizer]
     share = batch_size / flags.max_batch_size
     scale = {"none": 1.0, "linear": share, "square root": math.sqrt(share)}[scaling]

@@ -242,7 +242,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
     (("--seeds", "0"), "--seeds must be at least 1, not 0"), (("--jobs", "1000000"), "--jobs 1000000 needs"),
     (("--batch_sise", "4"), "--batch_sise"), (("--seed", "1"), "--seeds"), (("--groups", "7"), "7 groups"),
     (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"), (("--max_training_step", "7"), "6"),
-    (("--learning_rate", "0.5"), "base_learning_rate 0.1"), (("--from_logs", "/nowhere"), "has no effect")])
+    (("--learning_rate", "0.5"), "base_learning_rate 0.2"), (("--from_logs", "/nowhere"), "has no effect")])
 def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared):
     train_dir, _, made_with = compared
     before = sorted(train_dir.glob("*/*"))

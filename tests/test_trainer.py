@@ -232,7 +232,7 @@ def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
     derived = trainer.derive(trainer.parse_flags(["--dataset", dataset]), digits[0])
     assert (derived["augment"], derived["optimizer"], derived["weight_decay"]) == (augment, optimizer, 1e-4)
-    assert derived["base_learning_rate"] == 0.1
+    assert derived["base_learning_rate"] == (0.1 * 64 / 256 if dataset == "ImageNet" else 0.2)
     epochs = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "ImageNet": 90, "OWN": 30}[dataset]
     assert derived["max_training_step"] == epochs * math.ceil(1437 / 64)
 
