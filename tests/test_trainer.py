@@ -18,6 +18,7 @@ import tensorflow as tf
 
 import datasets
 import evaler
+import input_ops
 import trainer
 
 SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
@@ -303,11 +304,10 @@ def test_a_stopped_test_is_made_up_for(data_dir, tmp_path, monkeypatch):
     kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "alone"))
 
 
-def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_path, monkeypatch):
-    flags = (*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
+def run_here(monkeypatch, *flags):
+    """trainer.main() in this process, whose TensorFlow runs already and whose signals stay as they are."""
     monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
     monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         trainer.main()
@@ -315,7 +315,95 @@ def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_pat
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    run_here(monkeypatch, *SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
     assert len(list(scripts.only_run(tmp_path).glob("model-*.index"))) == 3
+
+
+# --------------------------------------------------------------------------------------- a run, watched from within
+
+
+@pytest.fixture(scope="module")
+def watched(data_dir, tmp_path_factory):
+    """A run of 5 steps with augmentation and a seed: (run folder, the weights it started from, each step's images,
+    labels and loss)."""
+    train_dir, weights, steps, make_train_step = tmp_path_factory.mktemp("watched"), [], [], trainer.make_train_step
+
+    def make_watched(model, *others):
+        weights.extend(variable.numpy() for variable in model.variables)
+        train_step = make_train_step(model, *others)
+
+        def step(images, labels):
+            finite, loss = train_step(images, labels)
+            steps.append((images.numpy(), labels.numpy(), float(loss)))
+            return finite, loss
+        return step
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer, "make_train_step", make_watched)
+        run_here(monkeypatch, *SMALL, "--norm_type", "group", "--augment", "--seed", 5, "--max_training_step", 5,
+                 "--log_step", 2, "--data_dir", data_dir, "--train_dir", train_dir)
+    return scripts.only_run(train_dir), weights, steps
+
+
+def test_a_row_is_the_mean_over_the_steps_since_the_last(watched):
+    run_dir, _, steps = watched
+    losses = [loss for *_, loss in steps]
+    rows = scripts.metrics(run_dir)
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row, since in zip(rows, (losses[:2], losses[2:4], losses[4:])):
+        assert row["loss/loss"] == pytest.approx(np.mean(since), rel=1e-6)
+
+
+def test_a_run_trains_on_augmented_images_of_its_seed(watched, digits):
+    _, _, steps = watched
+    batches = list(input_ops.create_input_ops(digits[0], 32, True, "flip+crop", seed=5, last_step=5))
+    plain, _ = next(iter(input_ops.create_input_ops(digits[0], 32, True, None, seed=5)))
+    assert (batches[0][0].numpy() != plain.numpy()).any()
+    assert len(steps) == len(batches)
+    for (images, labels, _), (expected, expected_labels) in zip(steps, batches):
+        np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(labels, expected_labels)
+
+
+def test_a_run_starts_from_the_weights_of_its_seed(watched, data_dir):
+    weights = {seed: [variable.numpy() for variable in
+                      machinery(data_dir, "--norm_type", "group", "--seed", seed)[1].variables] for seed in (0, 5)}
+    for found, expected in zip(watched[1], weights[5], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert (weights[0][0] != weights[5][0]).any()
+
+
+@pytest.mark.parametrize("flags, compiled", [((), None), (("--jit_compile",), True)])
+def test_jit_compile_is_asked_of_tensorflow(flags, compiled, data_dir, monkeypatch):
+    asked, function = [], tf.function
+
+    def watched_function(*arguments, **options):
+        asked.append(options.get("jit_compile"))
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(tf, "function", watched_function)
+    machinery(data_dir, *flags)
+    assert asked[-1:] == [compiled]
+
+
+def test_threads_are_set_for_the_images_of_an_update_before_the_network_is_built(data_dir, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def set_threads(*arguments):
+        raise Asked(arguments)
+
+    flags = (*SMALL, "--batch_size", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
+    monkeypatch.setattr(trainer, "set_threads", set_threads)
+    monkeypatch.setattr(evaler, "build_model", None)
+    with pytest.raises(Asked) as asked:
+        trainer.main()
+    assert asked.value.args == ((2, (8, 8, 1)),)
 
 
 # ------------------------------------------------------------------------------------------------ ways to start
