@@ -233,7 +233,9 @@ def test_encoded_images_are_crops_of_8_to_100_percent_of_the_area():
     found = []
     for number in range(200):
         image = input_ops.random_resized_crop(tf.constant(jpeg), tf.constant([7, number]), flip=False).numpy()
-        width, height = (np.ptp(image[..., channel].mean(axis=channel)) + 1 for channel in (0, 1))
+        red, green = image[..., 0].mean(axis=0), image[..., 1].mean(axis=1)
+        assert red[0] < red[-1] and green[0] < green[-1]                       # not mirrored
+        width, height = np.ptp(red) + 1, np.ptp(green) + 1
         found.append((width * height / 256 ** 2, width / height))
     area, aspect = np.array(found).T
     assert 0.07 < area.min() < 0.15 and 0.8 < area.max() <= 1.01           # the edges are read to about a pixel

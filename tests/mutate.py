@@ -1,0 +1,322 @@
+"""Slips that a test must notice: puts them into a copy of the code one at a time, and runs the test that is to fail.
+
+    python tests/mutate.py                      # all; a quarter of an hour or so
+    python tests/mutate.py --only evaler.py     # those whose file or line contains the word
+    python tests/mutate.py --list               # what there is; runs nothing
+
+One line each: killed (the test failed), SURVIVED (it passed), or ERROR: the line is not found exactly once, or the test
+ended otherwise than by failing, as where a fixture breaks or a name is missing, which proves nothing about the test.
+Exit code 1 if anything survived or was an error.
+
+That the tests pass on the code as it is, is not looked at here, for that takes pytest's own time: run them first. Who
+changes a line that stands below changes it here too; who adds a promise may add the slip that would break it.
+"""
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+SECONDS = 300           # a test that takes longer hangs
+BROKEN = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "UnboundLocalError")
+
+# file: (what stands there, on one line and once in the file; what is put in its place; the test)
+MUTATIONS = {
+    "trainer.py": [
+        ('FLIPPED = ("CIFAR10",', 'FLIPPED = ("MNIST", "CIFAR10",', "test_trainer.py::test_defaults_of_a_dataset"),
+        ('"CIFAR10": 30,', '"CIFAR10": 3,', "test_trainer.py::test_defaults_of_a_dataset"),
+        ('{"adam": 1e-3, "momentum": 0.1}', '{"adam": 1e-3, "momentum": 10.0}',
+         "test_trainer.py::test_defaults_of_a_dataset"),
+        ('{"adam": 0.0, "momentum": 1e-4}', '{"adam": 0.0, "momentum": 0.0}',
+         "test_trainer.py::test_defaults_of_a_dataset"),
+        ('("adam" if name == "convnet" else', '("adam" if name == "convnet" or flags.dataset == "ImageNet" else',
+         "test_trainer.py::test_defaults_of_a_dataset"),
+        ("epoch = math.ceil(len(train) / flags.max_batch_size)", "epoch = len(train) // flags.max_batch_size",
+         "test_trainer.py::test_defaults_of_a_dataset"),
+        ('@tf.function(jit_compile=config["flags"]["jit_compile"] or None)', "@tf.function",
+         "test_trainer.py::test_jit_compile_is_asked_of_tensorflow"),
+        ("if step == 0:", "if step < 0:", "test_trainer.py::test_hparams_has_every_setting_that_is_not_its_default"),
+        ('set_threads(derived["batch_size"], network_image_shape(train))', "pass",
+         "test_trainer.py::test_threads_are_set_for_the_images_of_an_update_before_the_network_is_built"),
+        ('set_threads(derived["batch_size"],', 'set_threads(settings["max_batch_size"],',
+         "test_trainer.py::test_threads_are_set_for_the_images_of_an_update_before_the_network_is_built"),
+        ('True, derived["augment"], settings["seed"],', 'True, None, settings["seed"],',
+         "test_trainer.py::test_a_run_trains_on_augmented_images_of_its_seed"),
+        ('True, derived["augment"], settings["seed"],', 'True, derived["augment"], 0,',
+         "test_trainer.py::test_a_run_trains_on_augmented_images_of_its_seed"),
+        ('keras.utils.set_random_seed(settings["seed"])', "keras.utils.set_random_seed(0)",
+         "test_trainer.py::test_a_run_starts_from_the_weights_of_its_seed"),
+        ("totals.assign(tf.zeros_like(totals))", "pass",
+         "test_trainer.py::test_a_row_is_the_mean_over_the_steps_since_the_last"),
+        ("CLIP_NORM = 20.0 ", "CLIP_NORM = 5.0 ",
+         "test_trainer.py::test_two_updates_against_the_papers_formulas[10000.0-momentum]"),
+        ("tf.cond(norm > CLIP_NORM,", "tf.cond(norm < CLIP_NORM,",
+         "test_trainer.py::test_two_updates_against_the_papers_formulas"),
+        ("[g * (CLIP_NORM / norm) for g in gradients]", "[g / norm for g in gradients]",
+         "test_trainer.py::test_two_updates_against_the_papers_formulas[10000.0-momentum]"),
+        ("objective += weight_decay *", "objective -= weight_decay *",
+         "test_trainer.py::test_two_updates_against_the_papers_formulas[1.0-momentum]"),
+        ("grad=gradient, momentum=0.9)", "grad=gradient, momentum=0.99)",
+         "test_trainer.py::test_two_updates_against_the_papers_formulas[1.0-momentum]"),
+        ("power2.assign(power2 * 0.999)", "power2.assign(power2 * 0.9)",
+         "test_trainer.py::test_two_updates_against_the_papers_formulas[1.0-adam]"),
+        ("for i in tf.range(updates):", "for i in tf.range(1, updates):",
+         "test_trainer.py::test_a_step_is_max_batch_size_images_in_equal_updates"),
+        ("peak * (step + 1) / warmup", "peak * step / warmup", "test_trainer.py::test_schedules"),
+        ("peak * 0.5 * (1 + math.cos(", "peak * 0.5 * (1 - math.cos(", "test_trainer.py::test_schedules"),
+        ("(step - warmup) / max(1, steps - warmup)", "(step - warmup) / steps", "test_trainer.py::test_schedules"),
+        ('"linear": share, "square root": math.sqrt(share)', '"linear": math.sqrt(share), "square root": share',
+         "test_trainer.py::test_the_rate_scales_as_its_optimizer_needs"),
+        ('"batch_norm_momentum": 0.9 ** share,', '"batch_norm_momentum": 0.9,',
+         "test_trainer.py::test_the_horizon_of_moving_statistics_is_the_same_at_every_batch_size"),
+        ("train, test = load_data(flags)", "train, test = load_data(flags)[:1] * 2",
+         "test_trainer.py::test_testing_is_in_inference_mode_and_learns_nothing"),
+        ('settings["ckpt_save_step"] == 0 or step == steps or', 'settings["ckpt_save_step"] == 0 or',
+         "test_trainer.py::test_the_last_step_is_saved"),
+    ],
+    "evaler.py": [
+        ("variances.mean(axis=0) + means.var(axis=0)", "variances.mean(axis=0)",
+         "test_evaler.py::test_reestimation_joins_the_variances_within_and_between_batches_and_drops_nothing_out"),
+        ("model(images, training=False)                           #", "model(images, training=True)  #",
+         "test_evaler.py::test_reestimation_joins_the_variances_within_and_between_batches_and_drops_nothing_out"),
+        ("norm.use_batch_statistics = 0.0, True", "norm.use_batch_statistics = 0.9, True",
+         "test_evaler.py::test_reestimation_joins_the_variances_within_and_between_batches_and_drops_nothing_out"),
+        ('np.argsort(-result["losses"][wrong]', 'np.argsort(result["losses"][wrong]',
+         "test_evaler.py::test_the_worst_mistakes_come_first"),
+        ("confusion.sum(axis=1, keepdims=True)", "confusion.sum(axis=0, keepdims=True)",
+         "test_evaler.py::test_the_confusion_picture_shows_shares_of_each_label"),
+        ('"bfloat16": "mixed_bfloat16"', '"bfloat16": "float32"',
+         "test_evaler.py::test_the_network_computes_in_the_dtype_of_the_run"),
+        ("np.round((images - low) / (high - low) * 255)", "np.round(images * 255)",
+         "test_evaler.py::test_floats_of_any_range_become_pictures"),
+        ("low, high = min(0.0, float(images.min())), max(1.0,", "low, high = float(images.min()), max(0.0,",
+         "test_evaler.py::test_floats_of_any_range_become_pictures"),
+        ("np.add.at(confusion, (labels, predictions), 1)", "np.add.at(confusion, (predictions, labels), 1)",
+         "test_evaler.py::test_evaluate_by_hand"),
+        ("int(row[k]) / int(row.sum())", "int(row[k]) / len(labels)", "test_evaler.py::test_evaluate_by_hand"),
+        ("in_top_k(labels, logits, 5)", "in_top_k(labels, logits, 4)",
+         "test_evaler.py::test_top5_accuracy_where_there_are_many_classes"),
+        ("logits = model(images, training=False)", "logits = model(images, training=True)",
+         "test_trainer.py::test_testing_is_in_inference_mode_and_learns_nothing"),
+        (".transpose(0, 2, 1, 3, 4)", ".transpose(0, 1, 2, 3, 4)", "test_evaler.py::test_image_grids"),
+        ('split = test if flags.split == "test" else train', 'split = train if flags.split == "test" else test',
+         "test_evaler.py::test_it_agrees_with_the_trainers_last_test"),
+    ],
+    "input_ops.py": [
+        ("(image, flip_seed) if flip else image", "(image, flip_seed) if not flip else image",
+         "test_input_ops.py::test_encoded_images_are_crops_of_8_to_100_percent_of_the_area"),
+        ('key(AUGMENTATION, seed, place), flip=augment == "flip+crop")', "key(AUGMENTATION, seed, place), flip=False)",
+         "test_input_ops.py::test_encoded_images_are_mirrored_half_of_the_time"),
+        ("return tf.image.stateless_random_flip_left_right(image, flip_seed) if flip else image", "return image",
+         "test_input_ops.py::test_encoded_images_are_mirrored_half_of_the_time"),
+        ("area_range=(0.08, 1.0)", "area_range=(0.9, 1.0)",
+         "test_input_ops.py::test_encoded_images_are_crops_of_8_to_100_percent_of_the_area"),
+        ("aspect_ratio_range=(3 / 4, 4 / 3)", "aspect_ratio_range=(1, 4 / 3)",
+         "test_input_ops.py::test_encoded_images_are_crops_of_8_to_100_percent_of_the_area"),
+        ("IMAGENET_RESIZE = 256 ", "IMAGENET_RESIZE = 224 ",
+         "test_input_ops.py::test_encoded_images_are_cut_from_the_centre"),
+        ('key(AUGMENTATION, seed, step), flip=augment == "flip+crop")', "key(AUGMENTATION, seed, step), flip=True)",
+         "test_input_ops.py::test_augmentation_is_drawn_anew_by_seed_and_step"),
+        ("key(AUGMENTATION, seed, step)", "key(AUGMENTATION, 0, step)",
+         "test_input_ops.py::test_augmentation_is_drawn_anew_by_seed_and_step"),
+        ("key(AUGMENTATION, seed, step)", "key(AUGMENTATION, seed, 0)",
+         "test_input_ops.py::test_augmentation_is_drawn_anew_by_seed_and_step"),
+        ("key(ORDER, seed, epoch)", "key(ORDER, 0, epoch)",
+         "test_input_ops.py::test_every_epoch_is_another_permutation"),
+        ("key(ORDER, seed, epoch)", "key(ORDER, seed, 0)",
+         "test_input_ops.py::test_every_epoch_is_another_permutation"),
+        ("start = first_step * batch_size ", "start = first_step ",
+         "test_input_ops.py::test_a_run_that_starts_later_sees_the_same_batches"),
+        ("range(len(dataset)).batch(batch_size)", "range(len(dataset)).batch(batch_size, drop_remainder=True)",
+         "test_input_ops.py::test_the_test_split_comes_whole_in_order_and_as_it_is"),
+        ("augment = augment if is_training else None", "augment = augment",
+         "test_input_ops.py::test_the_test_split_comes_whole_in_order_and_as_it_is"),
+        ("tf.cast(images, tf.float32) / 255", "tf.cast(images, tf.float32) / 256",
+         "test_input_ops.py::test_the_test_split_comes_whole_in_order_and_as_it_is"),
+        ("draw * (2 * padding + 1)", "draw * (2 * padding)",
+         "test_input_ops.py::test_flip_and_crop_against_all_the_pictures_it_may_make"),
+        ("draws[2] < 0.5", "draws[2] < 0.05",
+         "test_input_ops.py::test_flip_and_crop_against_all_the_pictures_it_may_make"),
+    ],
+    "ops.py": [
+        ("return math.gcd(positions, 1 <<", "return math.gcd(1, 1 <<",
+         "test_ops.py::test_positions_lie_side_by_side_where_rows_are_short_or_columns_long"),
+        ("EPSILON = 1e-5 ", "EPSILON = 1e-3 ", "test_ops.py::test_group_norm_epsilon_counts"),
+        ("group_norm(x, gamma, beta, 1, epsilon, data_format)", "group_norm(x, gamma, beta, 1, EPSILON, data_format)",
+         "test_ops.py::test_layer_and_instance_norm_pass_epsilon_on"),
+        ("dx -= centred * wide(slope)", "dx += centred * wide(slope)", "test_ops.py::test_group_norm_is_the_formula"),
+        ("dx = dy * wide_scale - wide(offset)", "dx = dy * wide_scale", "test_ops.py::test_group_norm_is_the_formula"),
+        ("mean = tf.reduce_mean(values, axis=3, keepdims=True)", "mean = tf.reduce_mean(values, axis=2, keepdims=True)",
+         "test_ops.py::test_group_norm_is_the_formula"),
+        ("exponential_avg_factor=1.0 - momentum", "exponential_avg_factor=momentum",
+         "test_ops.py::test_moving_statistics_learn_the_mean_and_the_unbiased_variance"),
+        ("unbiased = variance * count / tf.maximum(count - 1, 1)", "unbiased = variance",
+         "test_ops.py::test_moving_statistics_learn_the_mean_and_the_unbiased_variance"),
+        ("training = (bool(training) and self.trainable) or", "training = bool(training) or",
+         "test_ops.py::test_frozen_batch_norm_uses_and_keeps_its_statistics"),
+        ("axes = list(range(kernel.shape.rank - 1))", "axes = list(range(kernel.shape.rank))",
+         "test_ops.py::test_standardized_weights_have_mean_0_and_variance_1_by_fan_in"),
+        ("tf.math.rsqrt(fan_in * (variance + epsilon / fan_in))", "tf.math.rsqrt(variance + epsilon)",
+         "test_ops.py::test_standardized_weights_have_mean_0_and_variance_1_by_fan_in"),
+    ],
+    "model.py": [
+        ("LOGITS_STDDEV = 0.01 ", "LOGITS_STDDEV = 1.0 ",
+         "test_model.py::test_every_network_starts_near_the_loss_of_a_guess[resnet8-group]"),
+        ("max(height, width) <= 64", "max(height, width) < 64",
+         "test_model.py::test_default_model_is_chosen_by_the_image"),
+        ("return 8 if model in SMALL_RESNETS else 32", "return 32 if model in SMALL_RESNETS else 8",
+         "test_model.py::test_default_groups"),
+        ("groups = channels // group_size", "groups = group_size", "test_model.py::test_groups_of_every_norm"),
+        ("ops.StandardizedConv2D if weight_standardization", "ops.StandardizedConv2D if not weight_standardization",
+         "test_model.py::test_weight_standardization_and_momentum_reach_every_layer"),
+        ('use_bias=norm_type == "none"', "use_bias=True",
+         "test_model.py::test_parameters_are_those_published[resnet20-shape5-10-272474]"),
+        ('f"{name}_2", gamma="zeros", **options)', 'f"{name}_2", gamma="ones", **options)',
+         "test_model.py::test_the_last_gamma_of_each_block_starts_at_0"),
+        ("keras.layers.Dropout(0.5,", "keras.layers.Dropout(0.05,", "test_model.py::test_dropout_of_the_convnet"),
+        ('"leaky_relu": 0.2}', '"leaky_relu": 0.02}', "test_ops.py::test_conv2d_is_convolution_norm_activation"),
+    ],
+    "figure/results.py": [
+        ('IGNORED = {"seed", ', 'IGNORED = {"seed", "lr_schedule", ',
+         "test_compare.py::test_each_setting_that_changes_the_result_makes_a_row_of_its_own"),
+        ('IGNORED = {"seed", ', "IGNORED = {", "test_compare.py::test_seeds_share_a_cell_and_other_settings_do_not"),
+        ('text = f"{100 * statistics.median(values):.1f}"', 'text = f"{100 * statistics.mean(values):.1f}"',
+         "test_compare.py::test_seeds_share_a_cell_and_other_settings_do_not"),
+        ('rows[-1]["step"] >= steps', 'rows[-1]["step"] > steps', "test_compare.py::test_batch_norm_has_three_rows"),
+        ('if record["step"] != settings["max_training_step"] or record', "if record",
+         "test_compare.py::test_an_evaluation_of_another_step_or_split_does_not_count"),
+        ("(statistics.median(other) - statistics.median(base))", "(statistics.median(base) - statistics.median(other))",
+         "test_compare.py::test_sentences_say_what_the_numbers_support"),
+        ("min(other) > max(base) or min(base) > max(other)", "min(other) > max(base)",
+         "test_compare.py::test_ranges_that_do_not_overlap_are_seen_from_below_too"),
+        ("axes.plot(sizes, middle,", "axes.plot(sizes, high,",
+         "test_compare.py::test_the_picture_has_the_median_and_the_range"),
+    ],
+    "figure/compare.py": [
+        ("for seed in range(flags.seeds)", "for seed in range(1, flags.seeds + 1)",
+         "test_compare.py::test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm"),
+        ("math.ceil(len(train) / probe.max_batch_size)", "(len(train) // probe.max_batch_size)",
+         "test_compare.py::test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm"),
+        ('["--weight_standardization"] if arm != norm else []', "[]",
+         "test_compare.py::test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm"),
+        ("(1 / size - x2) / (x1 - x2)", "(1 / size - x1) / (x1 - x2)",
+         "test_compare.py::test_the_time_left_is_what_the_logs_say"),
+        ("seconds(cell.batch_size) for cell in cells) / jobs", "seconds(cell.batch_size) for cell in cells)",
+         "test_compare.py::test_the_time_left_is_what_the_logs_say"),
+        ("(cell.images - images_done(cell, runs))", "cell.images",
+         "test_compare.py::test_the_time_left_is_what_the_logs_say"),
+        ('"by_batch" in found.evaluation if of_batch_norm else', '"accuracy" in found.evaluation if of_batch_norm else',
+         "test_compare.py::test_batch_norm_is_evaluated_until_it_has_its_three_rows"),
+    ],
+    "datasets/__init__.py": [
+        ("order = order[np.argsort(train.labels[order]", "order = order[np.argsort(0 * train.labels[order]",
+         "test_trainer.py::test_held_out_images_are_neither_trained_on_nor_the_test_split"),
+        ("train.subset(np.flatnonzero(~held), True)", "train.subset(np.arange(len(train)), True)",
+         "test_trainer.py::test_held_out_images_are_neither_trained_on_nor_the_test_split"),
+    ],
+    "datasets/hdf5.py": [
+        ("kept = np.arange(max_examples) * len(ids) // max_examples", "kept = np.arange(max_examples)",
+         "test_datasets.py::test_max_examples_are_spread_over_the_split"),
+        ("[jpegs[i] for i in inverse]", "jpegs",
+         "test_input_ops.py::test_encoded_images_are_mirrored_half_of_the_time"),
+    ],
+    "datasets/cifar10.py": [
+        (".transpose(0, 2, 3, 1), labels", ".transpose(0, 3, 2, 1), labels",
+         "test_datasets.py::test_cifar_pixels_are_channel_row_column_in_the_archive"),
+    ],
+    "datasets/svhn.py": [
+        ("y.astype(np.int64) % 10", "y.astype(np.int64) - 1",
+         "test_datasets.py::test_images_and_labels_are_those_of_the_archive"),
+    ],
+    "datasets/imagenet.py": [
+        ("wnids = sorted(words_of)", "wnids = list(words_of)",
+         "test_datasets.py::test_imagenet_index_is_the_rank_of_the_wnid"),
+        ("truth[number - 1]", "truth[number - 2]", "test_datasets.py::test_imagenet_index_is_the_rank_of_the_wnid"),
+    ],
+    "datasets/tinyimagenet.py": [
+        ('text(archive, path, "wnids.txt").split()', 'sorted(text(archive, path, "wnids.txt").split())',
+         "test_datasets.py::test_tinyimagenet_maps_val_labels_by_file_name"),
+    ],
+    "datasets/digits.py": [
+        ("* 255 / 16)", "* 240 / 16)", "test_datasets.py::test_digits_are_those_of_scikit_learn"),
+    ],
+    "datasets/own.py": [
+        ("order[num - num // 5:]", "order[:num // 5]", "test_datasets.py::test_own_data"),
+    ],
+}
+
+
+def apply(text, old, new):
+    """The text with `old` replaced; ValueError unless it stands there once, SyntaxError if the result is no Python."""
+    if text.count(old) != 1:
+        raise ValueError(f"stands there {text.count(old)} times, not once")
+    mutated = text.replace(old, new)
+    compile(mutated, "mutated", "exec")
+    return mutated
+
+
+def outcome(folder, test):
+    """(killed, SURVIVED or ERROR, why) of a test in a copy of the repo."""
+    command = [sys.executable, "-m", "pytest", "-x", "--tb=line", f"--basetemp={folder.parent / 'pytest'}",
+               f"tests/{test}"]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}         # a mutation within a second looks unchanged
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return "ERROR", f"the test takes longer than {SECONDS} s"
+    last = done.stdout.strip().splitlines()[-1]
+    if done.returncode == 0:
+        return "SURVIVED", last
+    if done.returncode != 1 or " failed" not in f" {last}":
+        return "ERROR", f"pytest's exit code {done.returncode}: {last}"
+    found = re.search(r"^\S+:\d+: (\w+)", done.stdout, re.MULTILINE)
+    why = found[1] if found else "no reason given"
+    return ("ERROR" if why in BROKEN else "killed"), why
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="only those whose file or line contains WORD")
+    parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
+    arguments = parser.parse_args()
+    chosen = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations
+              if arguments.only in file or arguments.only in mutation[0]]
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, check=True, capture_output=True, text=True).stdout
+    counts, began = {"killed": 0, "SURVIVED": 0, "ERROR": 0}, time.monotonic()
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "repo"
+        for name in filter(None, tracked.split("\0")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPO / name, copy / name)
+        for file, old, new, test in chosen:
+            line = f"{file}: {old.strip()}  →  {new.strip()}"
+            if arguments.list:
+                print(f"{line}\n    {test}")
+                continue
+            original, start = (REPO / file).read_text(), time.monotonic()
+            try:
+                (copy / file).write_text(apply(original, old, new))
+                result, why = outcome(copy, test)
+            except (ValueError, SyntaxError) as error:
+                result, why = "ERROR", str(error)
+            (copy / file).write_text(original)
+            counts[result] += 1
+            print(f"{result:<8}  {line}  ({why}, {time.monotonic() - start:.0f} s)", flush=True)
+            if result != "killed":
+                failed.append(f"{result}  {line}\n    {test}")
+    if arguments.list:
+        return
+    print(f"{counts['killed']} killed, {counts['SURVIVED']} survived, {counts['ERROR']} errors in "
+          f"{time.monotonic() - began:.0f} s", *failed, sep="\n")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
