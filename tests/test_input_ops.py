@@ -212,6 +212,13 @@ def test_encoded_images_are_cropped_by_seed_and_step(imagenet):
         np.testing.assert_array_equal(labels, late_labels)
 
 
+def test_encoded_images_keep_their_labels_in_any_order(imagenet):
+    """Read in the order of the file and handed out in the order asked for, with repeats."""
+    train, _ = imagenet
+    whole, positions = train.read(np.arange(len(train))), [6, 1, 4, 4, 0, 6]
+    assert len(set(whole)) == len(train) and train.read(positions) == [whole[i] for i in positions]
+
+
 def test_encoded_images_are_mirrored_half_of_the_time(imagenet):
     """The same crops with and without: each is either the same or its mirror image."""
     def made(augment):

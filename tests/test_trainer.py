@@ -183,6 +183,22 @@ def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
     assert totals.numpy()[2] == 32
 
 
+def test_weight_decay_pulls_every_weight_to_zero(data_dir):
+    """The gradient of the penalty is 0.25 w, gamma's and beta's included: that far apart a step at rate 1 ends."""
+    images, labels = random_batch(16)
+    after = []
+    for decay in (0, 0.25):
+        _, model, updater, _, step = machinery(data_dir, "--norm_type", "group", "--optimizer", "momentum",
+                                               "--weight_decay", decay, "--max_batch_size", 16)
+        before = [variable.numpy() for variable in model.trainable_variables]
+        updater.learning_rate.assign(1.0)
+        step(images, labels)
+        after.append([variable.numpy() for variable in model.trainable_variables])
+    assert math.sqrt(sum((weight ** 2).sum() for weight in before)) * 0.25 < 10         # far from being clipped
+    for variable, weight, without, with_decay in zip(model.trainable_variables, before, *after):
+        np.testing.assert_allclose(without - with_decay, 0.25 * weight, rtol=1e-5, atol=1e-5, err_msg=variable.path)
+
+
 def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
     """Fault 4: four updates of 8 images are what one call does, and equal four steps of 8 images."""
     images, labels = random_batch(32)
