@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import scripts
@@ -94,6 +95,14 @@ def test_datasets_and_models_have_tables_of_their_own(tmp_path):
     write_run(tmp_path, "C", 0.5, dataset="A", model="resnet20")
     titles = [title for title, *_ in results.tables(results.read_runs([tmp_path]))]
     assert [title.split(", ")[:2] for title in titles] == [["A", "resnet20"], ["A", "resnet8"], ["B", "resnet8"]]
+
+
+def test_the_title_says_what_the_runs_share(tmp_path):
+    """100 steps of 64 images are 8 passes over 800."""
+    write_run(tmp_path, "one", 0.5)
+    write_run(tmp_path, "other", 0.6, norm="group")
+    ((title, *_),) = results.tables(results.read_runs([tmp_path]))
+    assert title == "SET, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1"
 
 
 def test_runs_without_a_result_are_named(tmp_path):
@@ -227,6 +236,21 @@ def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
     left = 64 * 100 * (a + b / 4) + 64 * 60 / 1000
     assert compare.time_left([two, four, thirty_two], runs, 2) == pytest.approx(left / 2, rel=1e-12)
     assert compare.time_left([two, four, thirty_two], [], 2) is None
+
+
+def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatch):
+    """Other norms, groups and batch sizes do, whatever follows from them; what else differs is named."""
+    flags = ("--norm_type", "batch", "group", "--seeds", 1, "--epochs", 1)
+    cells = grid(monkeypatch, data_dir, *flags, "--batch_size", 2)
+    beside = [cell for change in (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
+              for cell in grid(monkeypatch, data_dir, *flags, *change)]
+    compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
+    for change, said in ((("--groups", 4), "groups 4, where this grid has 8"),
+                         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.1"),
+                         (("--epochs", 2), "max_training_step 46, where this grid has 23")):
+        other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))
+        with pytest.raises(results.UserError, match=f"runs holds a run with {said} .*it"):
+            compare.check_train_dir("runs", cells, [other])
 
 
 @pytest.mark.parametrize("norm, evaluation, needed", [

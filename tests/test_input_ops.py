@@ -11,6 +11,7 @@ import archives
 import datasets
 import download
 import input_ops
+from datasets.hdf5 import Dataset
 
 
 def own_data(folder, images, labels, classes):
@@ -231,6 +232,19 @@ def test_encoded_images_are_mirrored_half_of_the_time(imagenet):
         assert same or np.array_equal(flipped, plain[:, ::-1])
         mirrored += not same
     assert 12 <= mirrored <= 52             # 5 standard deviations of 64 draws
+
+
+def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path):
+    """One JPEG file 8 times: no two of 24 places share a crop, nor do two seeds."""
+    jpeg = archives.picture_file(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file["jpeg"] = np.frombuffer(jpeg * 8, np.uint8)
+        train = Dataset([str(i) for i in range(8)], "SAME", labels=np.arange(8) % 2, class_names=["a", "b"],
+                        image=file["jpeg"], rows=np.arange(8), offset=np.arange(9) * len(jpeg))
+        crops = [image.tobytes() for seed in (0, 1)
+                 for images, _ in input_ops.create_input_ops(train, 4, True, "crop", seed, last_step=6)
+                 for image in images.numpy()]
+    assert len(crops) == len(set(crops)) == 48
 
 
 def test_encoded_images_are_crops_of_8_to_100_percent_of_the_area():

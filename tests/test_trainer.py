@@ -183,6 +183,22 @@ def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
     assert totals.numpy()[2] == 32
 
 
+def test_totals_are_the_sums_of_losses_right_predictions_and_images(data_dir):
+    """Of two steps at rate 0, against the logits in float64."""
+    _, model, _, totals, step = machinery(data_dir, "--norm_type", "group", "--max_batch_size", 16)
+    model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * 100)         # predictions of all kinds
+    expected = np.zeros(3)
+    for seed in (1, 2):
+        images, labels = random_batch(16, seed)
+        logits, rows = model(images, training=True).numpy().astype(np.float64), np.arange(16)
+        labels_of = np.where(rows % 3 == 0, logits.argmax(axis=1), labels)                  # some of them right
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[rows, labels_of]
+        expected += losses.sum(), (logits.argmax(axis=1) == labels_of).sum(), 16
+        step(images, tf.constant(labels_of, tf.int32))
+    assert 12 <= expected[1] < 16
+    np.testing.assert_allclose(totals.numpy(), expected, rtol=1e-5)
+
+
 def test_weight_decay_pulls_every_weight_to_zero(data_dir):
     """The gradient of the penalty is 0.25 w, gamma's and beta's included: that far apart a step at rate 1 ends."""
     images, labels = random_batch(16)
@@ -271,6 +287,23 @@ def test_no_adjust_learning_rate_has_an_effect(data_dir):
 def test_the_horizon_of_moving_statistics_is_the_same_at_every_batch_size(data_dir):
     momenta = [configuration(data_dir, "--batch_size", size)[0]["derived"]["batch_norm_momentum"] for size in (32, 2)]
     assert momenta[0] == pytest.approx(0.9) and momenta[1] ** 16 == pytest.approx(0.9)
+
+
+def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, tmp_path, monkeypatch):
+    """A clock of our own: steps of 32 images take 2 s, tracing and a test take longer."""
+    config, _, test = configuration(data_dir, "--max_training_step", 100, "--log_step", 3, "--write_summary_step", 50)
+    now = [1000.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    log = trainer.Log(tmp_path, config, 0, test)
+    for step, seconds in enumerate((70, 2, 2, 2, 2, 4), 1):
+        now[0] += seconds
+        log.stepped(step)
+        if step % 3 == 0:
+            with log.untimed():
+                now[0] += 500
+            log.write({"step": step, "loss/loss": 0.0, "loss/accuracy": 0.0, "learning_rate": 0.1}, None)
+    log.close()
+    assert [row["images_per_second"] for row in scripts.metrics(tmp_path, without=())] == [32 * 2 / 4, 32 * 3 / 8]
 
 
 # -------------------------------------------------------------------------------------------- testing while training
