@@ -28,6 +28,8 @@ BROKEN = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "Unb
 # file: (what stands there, on one line and once in the file; what is put in its place; the test)
 MUTATIONS = {
     "trainer.py": [
+        ("(name, flags.data_dir, validation=flags.validation)", "(name, flags.data_dir)",
+         "test_trainer.py::test_held_out_images_are_neither_trained_on_nor_the_test_split"),
         ("correct = tf.equal(tf.argmax(logits, axis=1,", "correct = tf.not_equal(tf.argmax(logits, axis=1,",
          "test_trainer.py::test_totals_are_the_sums_of_losses_right_predictions_and_images"),
         ("tf.reduce_sum(tf.cast(losses, tf.float64))", "tf.cast(loss, tf.float64)",
@@ -187,6 +189,7 @@ MUTATIONS = {
          "test_ops.py::test_standardized_weights_have_mean_0_and_variance_1_by_fan_in"),
     ],
     "model.py": [
+        ("[:6 if bottleneck else 4]", "[:4]", "test_model.py::test_channels_of_a_network_are_those_of_its_norms"),
         ("momentum=momentum, epsilon=ops.EPSILON,", "momentum=momentum,",
          "test_model.py::test_batch_renorm_is_keras_own_with_the_papers_bounds"),
         ('kernel_initializer="he_normal", name=f"{name}_conv"', 'name=f"{name}_conv"',
@@ -227,6 +230,8 @@ MUTATIONS = {
          "test_compare.py::test_the_picture_has_the_median_and_the_range"),
     ],
     "figure/compare.py": [
+        ("if run.seed == self.seed and run.settings", "if run.settings",
+         "test_compare.py::test_a_run_is_that_of_one_cell_alone"),
         ('{"norm_type", "weight_standardization", "batch_size"}', '{"norm_type", "weight_standardization"}',
          "test_compare.py::test_runs_of_other_settings_do_not_belong_beside_a_grid"),
         ('({"groups", "group_size"} if alike is None', '({"groups", "group_size"} if alike is not None',
@@ -297,29 +302,29 @@ MUTATIONS = {
 }
 
 
-def apply(text, old, new):
-    """The text with `old` replaced; ValueError unless it stands there once, SyntaxError if the result is no Python."""
+def mutated(file, old, new):
+    """The text of a file with `old` replaced; ValueError unless it stands there once."""
+    text = (REPO / file).read_text()
     if text.count(old) != 1:
         raise ValueError(f"stands there {text.count(old)} times, not once")
-    mutated = text.replace(old, new)
-    compile(mutated, "mutated", "exec")
-    return mutated
+    compile(text.replace(old, new), file, "exec")
+    return text.replace(old, new)
 
 
 def outcome(folder, test):
     """(killed, SURVIVED or ERROR, why) of a test in a copy of the repo."""
     command = [sys.executable, "-m", "pytest", "-x", "--tb=line", f"--basetemp={folder.parent / 'pytest'}",
                f"tests/{test}"]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}         # a mutation within a second looks unchanged
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}     # else the last second's may pass for it
     try:
         done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                               text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return "ERROR", f"the test takes longer than {SECONDS} s"
-    last = done.stdout.strip().splitlines()[-1]
+    last = (done.stdout.strip() or "nothing printed").splitlines()[-1]
     if done.returncode == 0:
         return "SURVIVED", last
-    if done.returncode != 1 or " failed" not in f" {last}":
+    if done.returncode != 1 or " failed" not in last:
         return "ERROR", f"pytest's exit code {done.returncode}: {last}"
     found = re.search(r"^\S+:\d+: ([\w.]+)", done.stdout, re.MULTILINE)
     why = found[1].split(".")[-1] if found else "no reason given"
@@ -329,39 +334,40 @@ def outcome(folder, test):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORD", help="only those whose file or line contains WORD")
-    parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
+    parser.add_argument("--list", action="store_true", help="print them, and whether the lines are there; run nothing")
     arguments = parser.parse_args()
     chosen = [(file, *mutation) for file, mutations in MUTATIONS.items() for mutation in mutations
               if arguments.only in file or arguments.only in mutation[0]]
+    if not chosen:
+        parser.error(f"no file or line contains {arguments.only!r}: --list prints them all")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, check=True, capture_output=True, text=True).stdout
-    counts, began = {"killed": 0, "SURVIVED": 0, "ERROR": 0}, time.monotonic()
-    failed = []
+    results, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repo"
         for name in filter(None, tracked.split("\0")):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPO / name, copy / name)
         for file, old, new, test in chosen:
-            line = f"{file}: {old.strip()}  →  {new.strip()}"
-            if arguments.list:
-                print(f"{line}\n    {test}")
-                continue
-            original, start = (REPO / file).read_text(), time.monotonic()
+            line, start = f"{file}: {old.strip()}  →  {new.strip()}", time.monotonic()
             try:
-                (copy / file).write_text(apply(original, old, new))
-                result, why = outcome(copy, test)
-            except (ValueError, SyntaxError) as error:
-                result, why = "ERROR", str(error)
-            (copy / file).write_text(original)
-            counts[result] += 1
+                text = mutated(file, old, new)
+                if arguments.list:
+                    result, why = "listed", test
+                else:
+                    (copy / file).write_text(text)
+                    result, why = outcome(copy, test)
+                    shutil.copy2(REPO / file, copy / file)
+            except (OSError, ValueError, SyntaxError) as error:
+                result, why = "ERROR", error
+            results.append((result, line, test))
             print(f"{result:<8}  {line}  ({why}, {time.monotonic() - start:.0f} s)", flush=True)
-            if result != "killed":
-                failed.append(f"{result}  {line}\n    {test}")
-    if arguments.list:
-        return
-    print(f"{counts['killed']} killed, {counts['SURVIVED']} survived, {counts['ERROR']} errors in "
-          f"{time.monotonic() - began:.0f} s", *failed, sep="\n")
-    sys.exit(bool(failed))
+    count = [result for result, *_ in results].count
+    print(f"{count('listed')} listed, {count('killed')} killed, {count('SURVIVED')} survived, {count('ERROR')} errors "
+          f"in {time.monotonic() - began:.0f} s")
+    for result, line, test in results:
+        if result in ("SURVIVED", "ERROR"):
+            print(f"{result:<8}  {line}  ({test})")
+    sys.exit(bool(count("SURVIVED") + count("ERROR")))
 
 
 if __name__ == "__main__":

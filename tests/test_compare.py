@@ -238,6 +238,12 @@ def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
     assert compare.time_left([two, four, thirty_two], [], 2) is None
 
 
+def test_a_run_is_that_of_one_cell_alone(data_dir, monkeypatch):
+    cells = grid(monkeypatch, data_dir, "--norm_type", "group", "group+ws", "--batch_size", 2, 4, "--seeds", 2)
+    for cell in cells:
+        assert [other.find([run_of(cell, 1, [])]) is not None for other in cells] == [other is cell for other in cells]
+
+
 def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatch):
     """Other norms, groups and batch sizes do, whatever follows from them; what else differs is named."""
     flags = ("--norm_type", "batch", "group", "--seeds", 1, "--epochs", 1)
