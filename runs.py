@@ -22,10 +22,10 @@ from input_ops import AUGMENTATIONS, network_image_shape
 
 tf = Later("tensorflow")
 
-LEARNING_RATES = {"adam": 1e-3, "momentum": 0.1}            # at max_batch_size images per update
+LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}            # at max_batch_size images per update: figure/studies/recipe
 SCALING = {"adam": "square root", "momentum": "linear"}     # with the batch size: arXiv 2205.10287 and 1706.02677
 CHECKPOINTS_KEPT = 3
-CHECKPOINT_SECONDS = 600        # a checkpoint at least so often, however long a step takes
+CHECKPOINT_SECONDS = 600    # a checkpoint at least so often, however long a step takes
 CLIP_NORM = 20.0        # gradients are clipped to this global norm, as in the original repo
 
 

@@ -80,6 +80,8 @@ def derive(flags, train):
     batch_size = flags.batch_size or flags.max_batch_size
     share = batch_size / flags.max_batch_size
     learning_rate = flags.learning_rate or runs.LEARNING_RATES[optimizer]
+    if flags.dataset == "ImageNet" and optimizer == "momentum" and flags.learning_rate is None:
+        learning_rate = 0.1 * flags.max_batch_size / 256        # arXiv 1706.02677, as arXiv 1803.08494
     scaling = "none" if flags.no_adjust_learning_rate else runs.SCALING[optimizer]
     scale = {"none": 1.0, "linear": share, "square root": math.sqrt(share)}[scaling]
     epoch = math.ceil(len(train) / flags.max_batch_size)

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import scripts
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(scripts.REPO / "figure"))
 
+import compare
 import results
 
 GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
@@ -94,6 +97,14 @@ def test_datasets_and_models_have_tables_of_their_own(tmp_path):
     assert [title.split(", ")[:2] for title in titles] == [["A", "resnet20"], ["A", "resnet8"], ["B", "resnet8"]]
 
 
+def test_the_title_says_what_the_runs_share(tmp_path):
+    """100 steps of 64 images are 8 passes over 800."""
+    write_run(tmp_path, "one", 0.5)
+    write_run(tmp_path, "other", 0.6, norm="group")
+    ((title, *_),) = results.tables(results.read_runs([tmp_path]))
+    assert title == "SET, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1"
+
+
 def test_runs_without_a_result_are_named(tmp_path):
     write_run(tmp_path, "done", 0.5)
     write_run(tmp_path, "half", 0.4, steps=50, seed=1)
@@ -130,6 +141,29 @@ def test_sentences_say_what_the_numbers_support(tmp_path):
         "At batch size 32 group is 1.0 points below batch (2 seeds, the ranges overlap)."]
 
 
+def test_ranges_that_do_not_overlap_are_seen_from_below_too(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, f"b{seed}", 0.70 + 0.02 * seed, seed=seed)
+        write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
+    (table,) = results.tables(results.read_runs([tmp_path]))
+    assert results.sentences(table) == ["At batch size 2 group is 10.0 points below batch (2 seeds, the ranges do not "
+                                        "overlap)."]
+
+
+def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
+    for seed, accuracy in enumerate((0.5, 0.59, 0.51)):
+        write_run(tmp_path, f"two{seed}", accuracy, seed=seed)
+    write_run(tmp_path, "eight", 0.7, batch_size=8)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    results.draw_batch_sizes(results.tables(results.read_runs([tmp_path])), "unused")
+    (axes,) = figures[0].axes
+    (line,), (area,) = axes.lines, axes.collections
+    assert [tuple(point) for point in line.get_xydata()] == [(2, pytest.approx(51)), (8, pytest.approx(70))]
+    corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
+    assert corners == {(2, 50), (2, 59), (8, 70)}
+
+
 def test_results_and_pictures_come_from_logs_alone(tmp_path):
     for size in (1, 2, 4, 8, 16):                               # five batch sizes were more than the old picture had
         write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation={"reestimated": 0.4, "by_batch": 0.6})
@@ -157,6 +191,82 @@ def test_a_last_line_cut_short_does_not_count(tmp_path):
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 101, "los')
     assert table_of(tmp_path)["batch"] == ["50.0"]
+
+
+# ------------------------------------------------------------------------------------------- the grid and its time
+
+
+def grid(monkeypatch, data_dir, *flags):
+    """The cells that compare.py makes of flags."""
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--dataset", "Digits", "--data_dir", data_dir, *map(str, flags)])
+    return compare.make_grid(*compare.parse_flags())[0]
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ((), 8 * 23), (("--epochs", 3), 3 * 23), (("--epochs", 1, "--max_batch_size", 32), 45),     # 1437 images
+    (("--max_training_step", 7), 7)])
+def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, data_dir, monkeypatch):
+    cells = grid(monkeypatch, data_dir, *flags, "--norm_type", "group+ws", "batch", "--batch_size", 4, 32, 2,
+                 "--seeds", 2)
+    assert [(cell.seed, cell.batch_size, cell.arm) for cell in cells] == [
+        (seed, size, arm) for seed in (0, 1) for size in (2, 32, 4) for arm in ("group+ws", "batch")]
+    for cell in cells:
+        settings = cell.settings
+        assert (settings["batch_size"], results.arm_of(settings)) == (cell.batch_size, cell.arm)
+        assert settings["max_training_step"] == steps and cell.images == steps * settings["max_batch_size"]
+        assert cell.flags[cell.flags.index("--seed") + 1] == str(cell.seed)
+
+
+def run_of(cell, step, speeds, state="finished"):
+    """A Run of a cell, as far as `step`, with a row for each of its speeds."""
+    rows = [{"step": step, "images_per_second": speed} for speed in speeds]
+    return results.Run(None, cell.settings, cell.arm, cell.batch_size, cell.seed, rows, {}, {}, state)
+
+
+def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
+    """Medians where it was measured, a + b / batch size between, and only what is left to train counts."""
+    two, thirty_two, four = grid(monkeypatch, data_dir, "--norm_type", "group", "--batch_size", 2, 32, 4, "--seeds", 1,
+                                 "--max_training_step", 100)
+    runs = [run_of(two, 100, [100.0, 50.0, 400.0]), run_of(thirty_two, 40, [1000.0], "unfinished")]
+    seconds = compare.seconds_per_image(runs)
+    b = (1 / 100 - 1 / 1000) / (1 / 2 - 1 / 32)
+    a = 1 / 1000 - b / 32
+    for size, expected in ((2, 1 / 100), (32, 1 / 1000), (4, a + b / 4), (8, a + b / 8)):
+        assert seconds(size) == pytest.approx(expected, rel=1e-12)
+    left = 64 * 100 * (a + b / 4) + 64 * 60 / 1000
+    assert compare.time_left([two, four, thirty_two], runs, 2) == pytest.approx(left / 2, rel=1e-12)
+    assert compare.time_left([two, four, thirty_two], [], 2) is None
+
+
+def test_a_run_is_that_of_one_cell_alone(data_dir, monkeypatch):
+    cells = grid(monkeypatch, data_dir, "--norm_type", "group", "group+ws", "--batch_size", 2, 4, "--seeds", 2)
+    for cell in cells:
+        assert [other.find([run_of(cell, 1, [])]) is not None for other in cells] == [other is cell for other in cells]
+
+
+def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatch):
+    """Other norms, groups and batch sizes do, whatever follows from them; what else differs is named."""
+    flags = ("--norm_type", "batch", "group", "--seeds", 1, "--epochs", 1)
+    cells = grid(monkeypatch, data_dir, *flags, "--batch_size", 2)
+    beside = [cell for change in (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
+              for cell in grid(monkeypatch, data_dir, *flags, *change)]
+    compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
+    for change, said in ((("--groups", 4), "groups 4, where this grid has 8"),
+                         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.1"),
+                         (("--epochs", 2), "max_training_step 46, where this grid has 23")):
+        other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))
+        with pytest.raises(results.UserError, match=f"runs holds a run with {said} .*it"):
+            compare.check_train_dir("runs", cells, [other])
+
+
+@pytest.mark.parametrize("norm, evaluation, needed", [
+    ("group", {}, True), ("group", {"accuracy": 0.5}, False), ("batch", {"accuracy": 0.5}, True),
+    ("batch", {"accuracy": 0.5, "by_batch": 0.6}, False)])
+def test_batch_norm_is_evaluated_until_it_has_its_three_rows(norm, evaluation, needed):
+    settings = {"norm_type": norm}
+    of_state = [results.Run(None, settings, norm, 2, 0, [], {}, evaluation, state) for state in
+                ("finished", "unfinished", "diverged")]
+    assert [compare.needs_evaluation(found) for found in of_state] == [needed, False, False]
 
 
 # ----------------------------------------------------------------------------------------- through the real scripts
@@ -242,7 +352,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
     (("--seeds", "0"), "--seeds must be at least 1, not 0"), (("--jobs", "1000000"), "--jobs 1000000 needs"),
     (("--batch_sise", "4"), "--batch_sise"), (("--seed", "1"), "--seeds"), (("--groups", "7"), "7 groups"),
     (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"), (("--max_training_step", "7"), "6"),
-    (("--learning_rate", "0.5"), "base_learning_rate 0.1"), (("--from_logs", "/nowhere"), "has no effect")])
+    (("--learning_rate", "0.5"), "base_learning_rate 0.2"), (("--from_logs", "/nowhere"), "has no effect")])
 def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared):
     train_dir, _, made_with = compared
     before = sorted(train_dir.glob("*/*"))

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scripts
 import tensorflow as tf
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import datasets
 import evaler
@@ -100,6 +102,36 @@ def test_statistics_of_the_first_norm_are_those_of_its_input(data_dir, digits):
     assert norm.momentum == 0.9 and not norm.use_batch_statistics
 
 
+def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_nothing_out(digits, monkeypatch):
+    """Batches of 2, whose means differ: the formulas in float64, of the images themselves, for dropout is off."""
+    monkeypatch.setattr(evaler, "EVALUATION_BATCH", 2)
+    monkeypatch.setattr(evaler, "REESTIMATION_IMAGES", 100)
+    norm = ops.BatchNorm(momentum=0.7)
+    model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Dropout(0.5), norm])
+    evaler.reestimate_batch_statistics(model, digits[0], seed=3)
+    batches = create_input_ops(digits[0], 2, True, seed=3, last_step=50)
+    images = np.stack([images.numpy() for images, _ in batches]).astype(np.float64)         # [50, 2, 8, 8, 1]
+    means, within = images.mean(axis=(1, 2, 3)), images.var(axis=(1, 2, 3), ddof=1)
+    between = ((means - images.mean()) ** 2).mean(axis=0)
+    assert between > 0.003 * within.mean()       # 300 times the tolerance below
+    np.testing.assert_allclose(norm.moving_mean.numpy(), [images.mean()], rtol=1e-5)
+    np.testing.assert_allclose(norm.moving_variance.numpy(), within.mean(axis=0) + between, rtol=1e-5)
+    assert norm.momentum == 0.7 and not norm.use_batch_statistics
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_network_computes_in_the_dtype_of_the_run(dtype):
+    config = {"flags": {"dtype": dtype, "norm_type": "batch", "group_size": None, "weight_standardization": False},
+              "derived": {"model": "resnet8", "groups": 8, "batch_norm_momentum": 0.9}}
+    try:
+        model = evaler.build_model(config, (8, 8, 1), 10)
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+    computing = [layer for layer in model.layers if isinstance(layer, (ops.Conv2D, ops.BatchNorm, keras.layers.Dense))]
+    assert {layer.compute_dtype for layer in computing} == {dtype}
+    assert {layer.variable_dtype for layer in computing} == {"float32"}
+
+
 def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir, digits):
     """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves."""
     run_dir, _ = batch_run
@@ -168,6 +200,43 @@ def test_image_grids(images, shape):
     grid = evaler.image_grid(images.astype(np.uint8))
     assert grid.shape == shape
     assert grid[0, 0, -1, 0] == int(np.ceil(np.sqrt(min(64, len(images))))) - 1      # the last picture of the first row
+
+
+def test_floats_of_any_range_become_pictures():
+    """0 is black and 1 is white unless the values go beyond: a dark image stays dark."""
+    for images, expected in (([0.0, 0.2, 1.0], [0, 51, 255]), ([0.0, 0.4], [0, 102]), ([-1.0, 0.0, 4.0], [0, 51, 255]),
+                             ([0.0, 51.0, 255.0], [0, 51, 255])):
+        shown = evaler.to_uint8(np.array(images, np.float32))
+        assert shown.dtype == np.uint8 and shown.tolist() == expected
+    assert evaler.to_uint8(np.array([3, 200], np.uint8)).tolist() == [3, 200]
+
+
+def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
+    """Rows are labels: 8 of 10 and 3 of 4 are right, the third label has no images."""
+    shown, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(
+        axes, values, **options))
+    picture = evaler.confusion_image(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
+    np.testing.assert_allclose(shown, [[[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]]], rtol=1e-12)
+    assert picture.shape == (1, 650, 700, 3) and picture.dtype == np.uint8
+
+
+def test_the_worst_mistakes_come_first(digits, monkeypatch):
+    """Of four mistakes the three of the largest loss; a right prediction of larger loss is none."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    split = digits[1].subset(np.arange(30), False)
+    predictions, losses = split.labels.copy(), np.full(30, 0.1)
+    for position, loss in ((4, 2.5), (11, 0.7), (17, 9.25), (26, 4.0)):
+        predictions[position], losses[position] = (split.labels[position] + 1) % 10, loss
+    losses[8] = 50.0
+    evaler.draw_mistakes("unused", split, {"predictions": predictions, "losses": losses}, most=3)
+    (figure,) = figures
+    assert figure.get_suptitle() == "Digits: the 3 worst of 4 mistakes in 30 images"
+    for axes, position, loss in zip(figure.axes, (17, 26, 4), ("9.2", "4.0", "2.5"), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), split.images()[position, ..., 0])
+        label = split.labels[position]
+        assert axes.get_title() == f"{label}, not\n{(label + 1) % 10} ({loss})"
 
 
 def test_mistakes_of_all_kinds_are_named(batch_run, data_dir, tmp_path):

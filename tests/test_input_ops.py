@@ -11,6 +11,7 @@ import archives
 import datasets
 import download
 import input_ops
+from datasets.hdf5 import Dataset
 
 
 def own_data(folder, images, labels, classes):
@@ -99,7 +100,7 @@ def test_batches_over_the_end_of_an_epoch_are_full(numbered):
     assert np.bincount(np.concatenate(batches)).tolist() == [10] * 27
 
 
-@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("augment", [None, *input_ops.AUGMENTATIONS])
 def test_a_run_that_starts_later_sees_the_same_batches(numbered, augment):
     train, _ = numbered
     whole = list(input_ops.create_input_ops(train, 8, True, augment, seed=5, last_step=9))
@@ -112,7 +113,7 @@ def test_a_run_that_starts_later_sees_the_same_batches(numbered, augment):
 
 def test_the_test_split_comes_whole_in_order_and_as_it_is(numbered):
     _, test = numbered
-    batches = list(input_ops.create_input_ops(test, 2, False, augment=True))
+    batches = list(input_ops.create_input_ops(test, 2, False, "flip+crop"))
     assert [len(labels) for _, labels in batches] == [2, 2, 1]
     images = np.concatenate([images for images, _ in batches])
     np.testing.assert_array_equal(images, test.images().astype(np.float32) / np.float32(255))
@@ -157,6 +158,27 @@ def test_flip_and_crop_draws_by_its_seed_alone():
     assert (first != other).any()
 
 
+def test_augmentation_is_drawn_anew_by_seed_and_step(tmp_path):
+    """A dataset of one image many times: a crop of a pixel at most (of 8), with 'flip+crop' mirrored too, else none."""
+    image = np.random.default_rng(0).integers(1, 256, (8, 8, 1), dtype=np.uint8)
+    own_data(tmp_path / "SAME", [image] * 37, np.arange(37) % 2, 2)
+    train, _ = datasets.create_default_splits("SAME", str(tmp_path))
+    padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
+    crops = {padded[row:row + 8, column:column + 8].tobytes() for row in range(3) for column in range(3)}
+    mirrored = {np.frombuffer(crop, np.uint8).reshape(8, 8)[:, ::-1].tobytes() for crop in crops}
+
+    def pictures(augment, seed=0, step=0):
+        images, _ = next(iter(input_ops.create_input_ops(train, 64, True, augment, seed, first_step=step)))
+        return [picture.tobytes() for picture in np.round(images.numpy() * 255).astype(np.uint8)]
+
+    assert set(pictures(None)) == {image.tobytes()}
+    assert set(pictures("crop")) == crops
+    assert set(pictures("flip+crop")) <= crops | mirrored
+    assert set(pictures("flip+crop")) & crops and set(pictures("flip+crop")) & mirrored
+    assert pictures("crop") == pictures("crop") != pictures("crop", seed=1)
+    assert pictures("crop") != pictures("crop", step=1)
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagenet")
@@ -182,10 +204,61 @@ def test_encoded_images_are_cut_from_the_centre(imagenet):
 
 def test_encoded_images_are_cropped_by_seed_and_step(imagenet):
     train, _ = imagenet
-    whole = list(input_ops.create_input_ops(train, 3, True, augment=True, seed=1, last_step=4))
-    late = list(input_ops.create_input_ops(train, 3, True, augment=True, seed=1, first_step=2, last_step=4))
+    whole = list(input_ops.create_input_ops(train, 3, True, "flip+crop", seed=1, last_step=4))
+    late = list(input_ops.create_input_ops(train, 3, True, "flip+crop", seed=1, first_step=2, last_step=4))
     for (images, labels), (late_images, late_labels) in zip(whole[2:], late):
         assert images.shape == (3, 224, 224, 3)
         assert 0 <= images.numpy().min() and images.numpy().max() <= 1
         np.testing.assert_array_equal(images, late_images)
         np.testing.assert_array_equal(labels, late_labels)
+
+
+def test_encoded_images_keep_their_labels_in_any_order(imagenet):
+    """Read in the order of the file and handed out in the order asked for, with repeats."""
+    train, _ = imagenet
+    whole, positions = train.read(np.arange(len(train))), [6, 1, 4, 4, 0, 6]
+    assert len(set(whole)) == len(train) and train.read(positions) == [whole[i] for i in positions]
+
+
+def test_encoded_images_are_mirrored_half_of_the_time(imagenet):
+    """The same crops with and without: each is either the same or its mirror image."""
+    def made(augment):
+        batches = input_ops.create_input_ops(imagenet[0], 8, True, augment, seed=1, last_step=8)
+        return np.concatenate([images for images, _ in batches])
+
+    mirrored = 0
+    for plain, flipped in zip(made("crop"), made("flip+crop"), strict=True):
+        same = np.array_equal(flipped, plain)
+        assert same or np.array_equal(flipped, plain[:, ::-1])
+        mirrored += not same
+    assert 12 <= mirrored <= 52             # 5 standard deviations of 64 draws
+
+
+def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path):
+    """One JPEG file 8 times: no two of 24 places share a crop, nor do two seeds."""
+    jpeg = archives.picture_file(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file["jpeg"] = np.frombuffer(jpeg * 8, np.uint8)
+        train = Dataset([str(i) for i in range(8)], "SAME", labels=np.arange(8) % 2, class_names=["a", "b"],
+                        image=file["jpeg"], rows=np.arange(8), offset=np.arange(9) * len(jpeg))
+        crops = [image.tobytes() for seed in (0, 1)
+                 for images, _ in input_ops.create_input_ops(train, 4, True, "crop", seed, last_step=6)
+                 for image in images.numpy()]
+    assert len(crops) == len(set(crops)) == 48
+
+
+def test_encoded_images_are_crops_of_8_to_100_percent_of_the_area():
+    """A picture whose red is the column and whose green is the row: they say where the crop's edges were."""
+    column, row = np.meshgrid(np.arange(256, dtype=np.uint8), np.arange(256, dtype=np.uint8))
+    jpeg = archives.picture_file(np.stack([column, row, np.zeros_like(row)], axis=-1))
+    found = []
+    for number in range(200):
+        image = input_ops.random_resized_crop(tf.constant(jpeg), tf.constant([7, number]), flip=False).numpy()
+        red, green = image[..., 0].mean(axis=0), image[..., 1].mean(axis=1)
+        assert red[0] < red[-1] and green[0] < green[-1]                       # not mirrored
+        width, height = np.ptp(red) + 1, np.ptp(green) + 1
+        found.append((width * height / 256 ** 2, width / height))
+    area, aspect = np.array(found).T
+    assert 0.07 < area.min() < 0.15 and 0.8 < area.max() <= 1.01           # the edges are read to about a pixel
+    assert 0.3 < np.mean(area < 0.5) < 0.7
+    assert 0.72 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.39

@@ -274,6 +274,13 @@ def test_he_initialisation():
     assert checked >= 20
 
 
+@pytest.mark.parametrize("name", ["convnet", "resnet8", "resnet18", "resnet50"])
+def test_channels_of_a_network_are_those_of_its_norms(name):
+    """What --groups is checked against before TensorFlow starts."""
+    norms = of_type(built(name, (32, 32, 3), 10, "group"), ops.GroupNorm)
+    assert sorted(models.channels_of(name)) == sorted({layer.channels for layer in norms})
+
+
 @pytest.mark.parametrize("name, options, groups", [
     ("resnet8", {}, lambda channels: 8), ("resnet18", {}, lambda channels: 32), ("convnet", {}, lambda channels: 32),
     ("resnet8", {"groups": 4}, lambda channels: 4), ("resnet18", {"groups": 16}, lambda channels: 16),

@@ -246,6 +246,13 @@ def test_large_mean_keeps_its_digits(shape, groups):
     assert ours <= 1.5 * theirs, f"{ours:.3g} against {theirs:.3g} of Keras"
 
 
+@pytest.mark.parametrize("positions, channels, fold", [
+    (1024, 16, 8), (256, 32, 4), (64, 64, 2), (49, 64, 1), (28 * 28, 16, 8), (6, 16, 2), (64, 128, 1),   # 128 a row
+    (4096, 256, 4), (112 * 112, 64, 16), (65536, 3, 64), (16384, 1, 128), (1, 16, 1), (64, 512, 1)])    # 1024 a column
+def test_positions_lie_side_by_side_where_rows_are_short_or_columns_long(positions, channels, fold):
+    assert ops._fold(positions, channels) == fold
+
+
 def test_large_images_do_not_depend_on_the_batch():
     """600x400x24 alone and in a batch of 3: the same output and gradient (tensorflow/addons#2745: they were not)."""
     rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 import datasets
 import evaler
+import input_ops
 import trainer
 
 SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
@@ -182,6 +183,38 @@ def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
     assert totals.numpy()[2] == 32
 
 
+def test_totals_are_the_sums_of_losses_right_predictions_and_images(data_dir):
+    """Of two steps at rate 0, against the logits in float64."""
+    _, model, _, totals, step = machinery(data_dir, "--norm_type", "group", "--max_batch_size", 16)
+    model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * 100)         # predictions of all kinds
+    expected = np.zeros(3)
+    for seed in (1, 2):
+        images, labels = random_batch(16, seed)
+        logits, rows = model(images, training=True).numpy().astype(np.float64), np.arange(16)
+        labels_of = np.where(rows % 3 == 0, logits.argmax(axis=1), labels)                  # some of them right
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[rows, labels_of]
+        expected += losses.sum(), (logits.argmax(axis=1) == labels_of).sum(), 16
+        step(images, tf.constant(labels_of, tf.int32))
+    assert 12 <= expected[1] < 16
+    np.testing.assert_allclose(totals.numpy(), expected, rtol=1e-5)
+
+
+def test_weight_decay_pulls_every_weight_to_zero(data_dir):
+    """The gradient of the penalty is 0.25 w, gamma's and beta's included: that far apart a step at rate 1 ends."""
+    images, labels = random_batch(16)
+    after = []
+    for decay in (0, 0.25):
+        _, model, updater, _, step = machinery(data_dir, "--norm_type", "group", "--optimizer", "momentum",
+                                               "--weight_decay", decay, "--max_batch_size", 16)
+        before = [variable.numpy() for variable in model.trainable_variables]
+        updater.learning_rate.assign(1.0)
+        step(images, labels)
+        after.append([variable.numpy() for variable in model.trainable_variables])
+    assert math.sqrt(sum((weight ** 2).sum() for weight in before)) * 0.25 < 10         # far from being clipped
+    for variable, weight, without, with_decay in zip(model.trainable_variables, before, *after):
+        np.testing.assert_allclose(without - with_decay, 0.25 * weight, rtol=1e-5, atol=1e-5, err_msg=variable.path)
+
+
 def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
     """Fault 4: four updates of 8 images are what one call does, and equal four steps of 8 images."""
     images, labels = random_batch(32)
@@ -232,7 +265,7 @@ def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
     derived = trainer.derive(trainer.parse_flags(["--dataset", dataset]), digits[0])
     assert (derived["augment"], derived["optimizer"], derived["weight_decay"]) == (augment, optimizer, 1e-4)
-    assert derived["base_learning_rate"] == 0.1
+    assert derived["base_learning_rate"] == (0.1 * 64 / 256 if dataset == "ImageNet" else 0.2)
     epochs = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "ImageNet": 90, "OWN": 30}[dataset]
     assert derived["max_training_step"] == epochs * math.ceil(1437 / 64)
 
@@ -254,6 +287,23 @@ def test_no_adjust_learning_rate_has_an_effect(data_dir):
 def test_the_horizon_of_moving_statistics_is_the_same_at_every_batch_size(data_dir):
     momenta = [configuration(data_dir, "--batch_size", size)[0]["derived"]["batch_norm_momentum"] for size in (32, 2)]
     assert momenta[0] == pytest.approx(0.9) and momenta[1] ** 16 == pytest.approx(0.9)
+
+
+def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, tmp_path, monkeypatch):
+    """A clock of our own: steps of 32 images take 2 s, tracing and a test take longer."""
+    config, _, test = configuration(data_dir, "--max_training_step", 100, "--log_step", 3, "--write_summary_step", 50)
+    now = [1000.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    log = trainer.Log(tmp_path, config, 0, test)
+    for step, seconds in enumerate((70, 2, 2, 2, 2, 4), 1):
+        now[0] += seconds
+        log.stepped(step)
+        if step % 3 == 0:
+            with log.untimed():
+                now[0] += 500
+            log.write({"step": step, "loss/loss": 0.0, "loss/accuracy": 0.0, "learning_rate": 0.1}, None)
+    log.close()
+    assert [row["images_per_second"] for row in scripts.metrics(tmp_path, without=())] == [32 * 2 / 4, 32 * 3 / 8]
 
 
 # -------------------------------------------------------------------------------------------- testing while training
@@ -286,20 +336,22 @@ class StoppedInTest(trainer.Interruption):
         raise trainer.Stopped
 
 
+def run_here(monkeypatch, *flags):
+    """trainer.main() in this process, whose TensorFlow runs already and whose signals stay as they are."""
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
+    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        trainer.main()
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture
 def main_of(monkeypatch):
-    """trainer.main() in this process, of the flags given; TensorFlow's threads and the signals stay as they are."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def main(*flags):
-        monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
-        trainer.main()
-
-    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
-    yield main
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return lambda *flags: run_here(monkeypatch, *flags)
 
 
 def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch):
@@ -322,6 +374,89 @@ def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(main_of, data_dir
     monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     main_of(*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
     assert len(list(scripts.only_run(tmp_path).glob("model-*.index"))) == 3
+
+
+# --------------------------------------------------------------------------------------- a run, watched from within
+
+
+@pytest.fixture(scope="module")
+def watched(data_dir, tmp_path_factory):
+    """A run of 5 steps with augmentation and a seed: (run folder, the weights it started from, each step's images,
+    labels and loss)."""
+    train_dir, weights, steps, make_train_step = tmp_path_factory.mktemp("watched"), [], [], trainer.make_train_step
+
+    def make_watched(model, *others):
+        weights.extend(variable.numpy() for variable in model.variables)
+        train_step = make_train_step(model, *others)
+
+        def step(images, labels):
+            finite, loss = train_step(images, labels)
+            steps.append((images.numpy(), labels.numpy(), float(loss)))
+            return finite, loss
+        return step
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(trainer, "make_train_step", make_watched)
+        run_here(monkeypatch, *SMALL, "--norm_type", "group", "--augment", "--seed", 5, "--max_training_step", 5,
+                 "--log_step", 2, "--data_dir", data_dir, "--train_dir", train_dir)
+    return scripts.only_run(train_dir), weights, steps
+
+
+def test_a_row_is_the_mean_over_the_steps_since_the_last(watched):
+    run_dir, _, steps = watched
+    losses = [loss for *_, loss in steps]
+    rows = scripts.metrics(run_dir)
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    for row, since in zip(rows, (losses[:2], losses[2:4], losses[4:])):
+        assert row["loss/loss"] == pytest.approx(np.mean(since), rel=1e-6)
+
+
+def test_a_run_trains_on_augmented_images_of_its_seed(watched, digits):
+    _, _, steps = watched
+    batches = list(input_ops.create_input_ops(digits[0], 32, True, "flip+crop", seed=5, last_step=5))
+    plain, _ = next(iter(input_ops.create_input_ops(digits[0], 32, True, None, seed=5)))
+    assert (batches[0][0].numpy() != plain.numpy()).any()
+    assert len(steps) == len(batches)
+    for (images, labels, _), (expected, expected_labels) in zip(steps, batches):
+        np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(labels, expected_labels)
+
+
+def test_a_run_starts_from_the_weights_of_its_seed(watched, data_dir):
+    weights = {seed: [variable.numpy() for variable in
+                      machinery(data_dir, "--norm_type", "group", "--seed", seed)[1].variables] for seed in (0, 5)}
+    for found, expected in zip(watched[1], weights[5], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert (weights[0][0] != weights[5][0]).any()
+
+
+@pytest.mark.parametrize("flags, compiled", [((), None), (("--jit_compile",), True)])
+def test_jit_compile_is_asked_of_tensorflow(flags, compiled, data_dir, monkeypatch):
+    asked, function = [], tf.function
+
+    def watched_function(*arguments, **options):
+        asked.append(options.get("jit_compile"))
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(tf, "function", watched_function)
+    machinery(data_dir, *flags)
+    assert asked[-1:] == [compiled]
+
+
+def test_threads_are_set_for_the_images_of_an_update_before_the_network_is_built(data_dir, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def set_threads(*arguments):
+        raise Asked(arguments)
+
+    flags = (*SMALL, "--batch_size", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
+    monkeypatch.setattr(trainer, "set_threads", set_threads)
+    monkeypatch.setattr(evaler, "build_model", None)
+    with pytest.raises(Asked) as asked:
+        trainer.main()
+    assert asked.value.args == ((2, (8, 8, 1)),)
 
 
 # ------------------------------------------------------------------------------------------------ ways to start
