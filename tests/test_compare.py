@@ -17,6 +17,7 @@ sys.path.insert(0, str(scripts.REPO / "figure"))
 
 import compare
 import results
+import runs
 
 GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
 
@@ -54,7 +55,7 @@ def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None
 
 def table_of(folder):
     """{row name: [cells]} of the only table of the runs in a folder."""
-    (table,) = results.tables(results.read_runs([folder]))
+    (table,) = results.tables(runs.read_runs([folder]))
     lines = [line.strip("| ").split(" | ") for line in results.markdown(table).splitlines() if line.startswith("|")]
     return {line[0]: line[1:] for line in lines}
 
@@ -93,7 +94,7 @@ def test_datasets_and_models_have_tables_of_their_own(tmp_path):
     for name in ("A", "B"):
         write_run(tmp_path, name, 0.5, dataset=name)
     write_run(tmp_path, "C", 0.5, dataset="A", model="resnet20")
-    titles = [title for title, *_ in results.tables(results.read_runs([tmp_path]))]
+    titles = [title for title, *_ in results.tables(runs.read_runs([tmp_path]))]
     assert [title.split(", ")[:2] for title in titles] == [["A", "resnet20"], ["A", "resnet8"], ["B", "resnet8"]]
 
 
@@ -101,7 +102,7 @@ def test_the_title_says_what_the_runs_share(tmp_path):
     """100 steps of 64 images are 8 passes over 800."""
     write_run(tmp_path, "one", 0.5)
     write_run(tmp_path, "other", 0.6, norm="group")
-    ((title, *_),) = results.tables(results.read_runs([tmp_path]))
+    ((title, *_),) = results.tables(runs.read_runs([tmp_path]))
     assert title == "SET, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1"
 
 
@@ -135,7 +136,7 @@ def test_sentences_say_what_the_numbers_support(tmp_path):
         write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
         write_run(tmp_path, f"B{seed}", 0.70 + 0.02 * seed, seed=seed, batch_size=32)
         write_run(tmp_path, f"G{seed}", 0.69 + 0.02 * seed, seed=seed, batch_size=32, norm="group")
-    (table,) = results.tables(results.read_runs([tmp_path]))
+    (table,) = results.tables(runs.read_runs([tmp_path]))
     assert results.sentences(table) == [
         "At batch size 2 group is 10.0 points above batch (2 seeds, the ranges do not overlap).",
         "At batch size 32 group is 1.0 points below batch (2 seeds, the ranges overlap)."]
@@ -145,7 +146,7 @@ def test_ranges_that_do_not_overlap_are_seen_from_below_too(tmp_path):
     for seed in range(2):
         write_run(tmp_path, f"b{seed}", 0.70 + 0.02 * seed, seed=seed)
         write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
-    (table,) = results.tables(results.read_runs([tmp_path]))
+    (table,) = results.tables(runs.read_runs([tmp_path]))
     assert results.sentences(table) == ["At batch size 2 group is 10.0 points below batch (2 seeds, the ranges do not "
                                         "overlap)."]
 
@@ -156,7 +157,7 @@ def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
     write_run(tmp_path, "eight", 0.7, batch_size=8)
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    results.draw_batch_sizes(results.tables(results.read_runs([tmp_path])), "unused")
+    results.draw_batch_sizes(results.tables(runs.read_runs([tmp_path])), "unused")
     (axes,) = figures[0].axes
     (line,), (area,) = axes.lines, axes.collections
     assert [tuple(point) for point in line.get_xydata()] == [(2, pytest.approx(51)), (8, pytest.approx(70))]
@@ -211,30 +212,31 @@ def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, dat
     assert [(cell.seed, cell.batch_size, cell.arm) for cell in cells] == [
         (seed, size, arm) for seed in (0, 1) for size in (2, 32, 4) for arm in ("group+ws", "batch")]
     for cell in cells:
-        settings = cell.settings
-        assert (settings["batch_size"], results.arm_of(settings)) == (cell.batch_size, cell.arm)
-        assert settings["max_training_step"] == steps and cell.images == steps * settings["max_batch_size"]
+        config = cell.config
+        assert config.norm_type + "+ws" * config.weight_standardization == cell.arm
+        assert config.batch_size == cell.batch_size
+        assert config.max_training_step == steps and cell.images == steps * config.max_batch_size
         assert cell.flags[cell.flags.index("--seed") + 1] == str(cell.seed)
 
 
 def run_of(cell, step, speeds, state="finished"):
     """A Run of a cell, as far as `step`, with a row for each of its speeds."""
     rows = [{"step": step, "images_per_second": speed} for speed in speeds]
-    return results.Run(None, cell.settings, cell.arm, cell.batch_size, cell.seed, rows, {}, {}, state)
+    return runs.Run(None, cell.config, cell.settings, rows, {}, {}, state)
 
 
 def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
     """Medians where it was measured, a + b / batch size between, and only what is left to train counts."""
     two, thirty_two, four = grid(monkeypatch, data_dir, "--norm_type", "group", "--batch_size", 2, 32, 4, "--seeds", 1,
                                  "--max_training_step", 100)
-    runs = [run_of(two, 100, [100.0, 50.0, 400.0]), run_of(thirty_two, 40, [1000.0], "unfinished")]
-    seconds = compare.seconds_per_image(runs)
+    found = [run_of(two, 100, [100.0, 50.0, 400.0]), run_of(thirty_two, 40, [1000.0], "unfinished")]
+    seconds = compare.seconds_per_image(found)
     b = (1 / 100 - 1 / 1000) / (1 / 2 - 1 / 32)
     a = 1 / 1000 - b / 32
     for size, expected in ((2, 1 / 100), (32, 1 / 1000), (4, a + b / 4), (8, a + b / 8)):
         assert seconds(size) == pytest.approx(expected, rel=1e-12)
     left = 64 * 100 * (a + b / 4) + 64 * 60 / 1000
-    assert compare.time_left([two, four, thirty_two], runs, 2) == pytest.approx(left / 2, rel=1e-12)
+    assert compare.time_left([two, four, thirty_two], found, 2) == pytest.approx(left / 2, rel=1e-12)
     assert compare.time_left([two, four, thirty_two], [], 2) is None
 
 
@@ -252,10 +254,10 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
               for cell in grid(monkeypatch, data_dir, *flags, *change)]
     compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
     for change, said in ((("--groups", 4), "groups 4, where this grid has 8"),
-                         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.1"),
+                         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
                          (("--epochs", 2), "max_training_step 46, where this grid has 23")):
         other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))
-        with pytest.raises(results.UserError, match=f"runs holds a run with {said} .*it"):
+        with pytest.raises(runs.UserError, match=f"runs holds a run with {said} .*it"):
             compare.check_train_dir("runs", cells, [other])
 
 
@@ -263,8 +265,7 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
     ("group", {}, True), ("group", {"accuracy": 0.5}, False), ("batch", {"accuracy": 0.5}, True),
     ("batch", {"accuracy": 0.5, "by_batch": 0.6}, False)])
 def test_batch_norm_is_evaluated_until_it_has_its_three_rows(norm, evaluation, needed):
-    settings = {"norm_type": norm}
-    of_state = [results.Run(None, settings, norm, 2, 0, [], {}, evaluation, state) for state in
+    of_state = [runs.Run(None, runs.Config(norm_type=norm), {}, [], {}, evaluation, state) for state in
                 ("finished", "unfinished", "diverged")]
     assert [compare.needs_evaluation(found) for found in of_state] == [needed, False, False]
 
@@ -283,11 +284,11 @@ def compared(data_dir, tmp_path_factory):
 
 def test_every_cell_is_trained_and_evaluated(compared):
     train_dir, printed, _ = compared
-    runs = results.read_runs([train_dir])
-    assert [(run.arm, run.batch_size, run.state) for run in runs] == [("batch", 8, "finished"),
+    found = runs.read_runs([train_dir])
+    assert [(run.arm, run.config.batch_size, run.state) for run in found] == [("batch", 8, "finished"),
                                                                       ("group+ws", 8, "finished")]
-    assert set(runs[0].evaluation) == set(results.MEASURES) and set(runs[1].evaluation) == {"accuracy"}
-    for run in runs:
+    assert set(found[0].evaluation) == set(runs.MEASURES) and set(found[1].evaluation) == {"accuracy"}
+    for run in found:
         assert run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
         assert f"{100 * run.evaluation['accuracy']:.1f}" in printed
     assert "At batch size 8 group+ws is" in printed and "one seed each" in printed
@@ -296,7 +297,7 @@ def test_every_cell_is_trained_and_evaluated(compared):
 def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
     """A lost evaluation is made again, nothing is trained again; --dry_run says so before and changes nothing."""
     train_dir, _, flags = compared
-    group = results.read_runs([train_dir])[1].path
+    group = runs.read_runs([train_dir])[1].path
     (group / "evaluation.json").unlink()
     before = {path: path.stat().st_mtime_ns for name in ("config.json", "metrics.jsonl", "model-*", "events*v2")
               for path in train_dir.glob(f"*/{name}")}
@@ -322,17 +323,17 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     process = subprocess.Popen(scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
     deadline = time.monotonic() + 120
-    while sum(bool(run.rows) for run in results.read_runs([tmp_path])) < 2:
+    while sum(bool(run.rows) for run in runs.read_runs([tmp_path])) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
-    stopped = {run.path: run.rows[-1]["step"] for run in results.read_runs([tmp_path])}
+    stopped = {run.path: run.rows[-1]["step"] for run in runs.read_runs([tmp_path])}
     assert len(stopped) == 2 and max(stopped.values()) < 400
     assert all(list(path.glob("model-*.index")) for path in stopped)
     scripts.run("figure/compare.py", *flags)
-    assert {run.path: run.state for run in results.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")
+    assert {run.path: run.state for run in runs.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")
     for log in (tmp_path / "logs").iterdir():
         assert "going on at step" in log.read_text()
 

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 import datasets
 import evaler
 import ops
+import runs
+import summaries
 from input_ops import create_input_ops
 
 
@@ -87,8 +89,7 @@ def test_statistics_of_the_first_norm_are_those_of_its_input(data_dir, digits):
     """Re-estimation against float64 numpy: the mean and variance of the stem's output over the images it used."""
     keras.utils.set_random_seed(0)
     train, _ = digits
-    config = {"flags": {"dtype": "float32", "norm_type": "batch", "group_size": None, "weight_standardization": False},
-              "derived": {"model": "resnet8", "groups": 8, "batch_norm_momentum": 0.9}}
+    config = runs.Config(model="resnet8", norm_type="batch", batch_norm_momentum=0.9)
     model = evaler.build_model(config, train.image_shape, 10)
     evaler.reestimate_batch_statistics(model, train, seed=3)
     norm = next(layer for layer in model.layers if isinstance(layer, ops.BatchNorm))
@@ -121,8 +122,7 @@ def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_n
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_network_computes_in_the_dtype_of_the_run(dtype):
-    config = {"flags": {"dtype": dtype, "norm_type": "batch", "group_size": None, "weight_standardization": False},
-              "derived": {"model": "resnet8", "groups": 8, "batch_norm_momentum": 0.9}}
+    config = runs.Config(dtype=dtype, model="resnet8", norm_type="batch", batch_norm_momentum=0.9)
     try:
         model = evaler.build_model(config, (8, 8, 1), 10)
     finally:
@@ -139,13 +139,13 @@ def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir,
                 "--batch_statistics", "batch")
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert result["by_batch"]["batch_size"] == 4 and result["by_batch"]["images"] == 360
-    config = evaler.read_config(run_dir)
+    config, _ = runs.read_config(run_dir)
     model = evaler.build_model(config, (8, 8, 1), 10)
-    evaler.load_weights(model, run_dir)
+    runs.load_weights(model, run_dir)
     test, correct = digits[1], 0
-    order = np.random.RandomState(config["flags"]["seed"]).permutation(360)
+    order = np.random.RandomState(config.seed).permutation(360)
     before = [weight.numpy() for weight in model.weights]
-    again = evaler.evaluate_by_batch(model, test, 4, config["flags"]["seed"])
+    again = evaler.evaluate_by_batch(model, test, 4, config.seed)
     for old, weight in zip(before, model.weights):
         np.testing.assert_array_equal(weight.numpy(), old)
     for start in range(0, 360, 4):
@@ -197,7 +197,7 @@ def test_evaluate_by_hand():
                                            ((1, 6, 6, 2), (1, 6, 6, 1))])
 def test_image_grids(images, shape):
     images = np.zeros(images) + np.arange(images[0]).reshape(-1, 1, 1, 1)
-    grid = evaler.image_grid(images.astype(np.uint8))
+    grid = summaries.image_grid(images.astype(np.uint8))
     assert grid.shape == shape
     assert grid[0, 0, -1, 0] == int(np.ceil(np.sqrt(min(64, len(images))))) - 1      # the last picture of the first row
 
@@ -206,9 +206,9 @@ def test_floats_of_any_range_become_pictures():
     """0 is black and 1 is white unless the values go beyond: a dark image stays dark."""
     for images, expected in (([0.0, 0.2, 1.0], [0, 51, 255]), ([0.0, 0.4], [0, 102]), ([-1.0, 0.0, 4.0], [0, 51, 255]),
                              ([0.0, 51.0, 255.0], [0, 51, 255])):
-        shown = evaler.to_uint8(np.array(images, np.float32))
+        shown = summaries.to_uint8(np.array(images, np.float32))
         assert shown.dtype == np.uint8 and shown.tolist() == expected
-    assert evaler.to_uint8(np.array([3, 200], np.uint8)).tolist() == [3, 200]
+    assert summaries.to_uint8(np.array([3, 200], np.uint8)).tolist() == [3, 200]
 
 
 def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
@@ -216,7 +216,7 @@ def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
     shown, imshow = [], Axes.imshow
     monkeypatch.setattr(Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(
         axes, values, **options))
-    picture = evaler.confusion_image(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
+    picture = summaries.confusion_image(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
     np.testing.assert_allclose(shown, [[[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]]], rtol=1e-12)
     assert picture.shape == (1, 650, 700, 3) and picture.dtype == np.uint8
 
@@ -230,7 +230,7 @@ def test_the_worst_mistakes_come_first(digits, monkeypatch):
     for position, loss in ((4, 2.5), (11, 0.7), (17, 9.25), (26, 4.0)):
         predictions[position], losses[position] = (split.labels[position] + 1) % 10, loss
     losses[8] = 50.0
-    evaler.draw_mistakes("unused", split, {"predictions": predictions, "losses": losses}, most=3)
+    summaries.draw_mistakes("unused", split, {"predictions": predictions, "losses": losses}, most=3)
     (figure,) = figures
     assert figure.get_suptitle() == "Digits: the 3 worst of 4 mistakes in 30 images"
     for axes, position, loss in zip(figure.axes, (17, 26, 4), ("9.2", "4.0", "2.5"), strict=True):
@@ -267,18 +267,17 @@ def test_names_that_name_no_dataset(name, said):
 
 
 def test_a_checkpoint_of_other_classes_is_named(batch_run):
-    config = json.loads((batch_run[0] / "config.json").read_text())
+    config, _ = runs.read_config(batch_run[0])
     model = evaler.build_model(config, (8, 8, 1), 11)
     with pytest.raises(evaler.UserError, match=r"logits/\w+ has the shape .*10.* there and .*11.* here"):
-        evaler.load_weights(model, batch_run[0])
+        runs.load_weights(model, batch_run[0])
 
 
 def test_reestimation_needs_batch_norm(data_dir, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    config = {part: dict.fromkeys(names) for part, names in evaler.NEEDED.items()}
-    config["flags"] |= {"dataset": "Digits", "norm_type": "group"}
-    (run_dir / "config.json").write_text(json.dumps(config))
+    config = runs.Config(dataset="Digits", norm_type="group", model="resnet8")
+    runs.write_config(run_dir, config, config, {"train": 0, "test": 0})
     assert "batch norm" in scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--checkpoint",
                                        run_dir, "--batch_statistics", "reestimate", code=2)
     assert datasets.is_prepared("Digits", data_dir)

@@ -5,6 +5,7 @@
 The oracle walks over the sets of values that the papers normalize together, one by one, in float64, and takes the
 gradient by the chain rule of arXiv 1502.03167 (section 3), not by the closed form that ops.py uses.
 """
+import functools
 import inspect
 import math
 
@@ -538,8 +539,8 @@ def batch(x, training=True, channels=12, gamma=None, beta=None, **kwargs):
     (lambda: ops.check_groups((2, 4, 4, 12), 3, 5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
     (lambda: ops.check_groups((None, 12, None, None), 1, 7), ["12", "7", "1, 2, 3, 4, 6, 12"]),
     (lambda: ops.GroupNorm(5)(image()), ["12", "5", "1, 2, 3, 4, 6, 12"]),
-    (lambda: models.norm(keras.Input([4, 4, 12]), "group", groups=5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
-    (lambda: models.norm(keras.Input([4, 4, 12]), "group", group_size=5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
+    (lambda: models.make_norm("group", groups=5)(keras.Input([4, 4, 12])), ["12", "5", "1, 2, 3, 4, 6, 12"]),
+    (lambda: models.make_norm("group", group_size=5)(keras.Input([4, 4, 12])), ["12", "5", "1, 2, 3, 4, 6, 12"]),
     # a group of one value would always be 0 (pytorch#19250)
     (lambda: ops.group_norm(tf.ones([2, 1, 1, 12]), None, None, 12), ["single value", "12"]),
     (lambda: ops.group_norm(tf.ones([2, 12]), None, None, 12), ["single value", "12"]),
@@ -1006,7 +1007,8 @@ def chain(model):
 def test_conv2d_is_convolution_norm_activation(norm_type, activation):
     """Convolution → norm → activation (fault 6), a bias only without a norm, and the values that follow from it."""
     inputs = keras.Input([7, 6, 3])
-    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 2, "block", activation, norm_type=norm_type, groups=4))
+    norm = models.make_norm(norm_type, groups=4)
+    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 2, "block", activation, norm=norm))
     assert chain(model) == ["block_conv"] + ["block_norm"] * (norm_type != "none") + ["block_relu"] * bool(activation)
     convolution = model.get_layer("block_conv")
     assert convolution.use_bias == (norm_type == "none")
@@ -1024,11 +1026,12 @@ def test_conv2d_is_convolution_norm_activation(norm_type, activation):
 def test_conv2d_options_reach_the_norm():
     """groups, group_size, momentum and gamma are those of the norm that conv2d makes."""
     inputs = keras.Input([7, 6, 3])
-    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", norm_type="batch", momentum=0.7))
+    model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", norm=models.make_norm("batch", momentum=0.7)))
     layer = model.get_layer("a_norm")
     assert isinstance(layer, ops.BatchNorm) and layer.momentum == 0.7
     for options, groups in (({"groups": 2}, 2), ({"group_size": 2}, 4), ({"groups": 1, "group_size": 8}, 1)):
-        model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", norm_type="group", gamma="zeros", **options))
+        norm = models.make_norm("group", **options)
+        model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 1, "a", gamma="zeros", norm=norm))
         layer = model.get_layer("a_norm")
         assert isinstance(layer, ops.GroupNorm) and layer.get_config()["groups"] == groups
         np.testing.assert_array_equal(layer.gamma.numpy(), np.zeros(8))
@@ -1042,7 +1045,8 @@ def test_conv2d_options_reach_the_norm():
 def test_norm_is_the_function_of_its_type(norm_type):
     """norm makes one layer of the named type, or none."""
     inputs = keras.Input([4, 4, 8])
-    model = keras.Model(inputs, models.norm(inputs, norm_type, groups=4, name="some"))
+    norm = models.make_norm(norm_type, groups=4)
+    model = keras.Model(inputs, inputs if norm is None else norm(inputs, "some"))
     assert chain(model) == ["some"] * (norm_type != "none")
     x, gamma, beta, _ = random_case((2, 4, 4, 8), np.float32)
     expected = {"batch": lambda: ops.batch_norm(x, None, None, np.zeros(8), np.ones(8), False)[0],
@@ -1072,8 +1076,8 @@ def test_residual_block_starts_as_its_shortcut(bottleneck, strides, filters):
     channels = 16 if bottleneck else 4
     out = 4 * filters if bottleneck else filters
     inputs = keras.Input([7, 5, channels])
-    model = keras.Model(inputs, models.residual_block(inputs, filters, strides, "block", bottleneck, norm_type="group",
-                                                   groups=2))
+    conv = functools.partial(models.conv2d, norm=models.make_norm("group", groups=2))
+    model = keras.Model(inputs, models.residual_block(inputs, conv, filters, strides, "block", bottleneck))
     assert model.output.shape == (None, math.ceil(7 / strides), math.ceil(5 / strides), out)
     projections = [layer for layer in model.layers if "shortcut" in layer.name]
     assert bool(projections) == (strides > 1 or out != channels)

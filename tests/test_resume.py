@@ -9,7 +9,7 @@ import pytest
 import scripts
 import tensorflow as tf
 
-import evaler
+import runs
 import trainer
 
 
@@ -35,8 +35,7 @@ def test_rows_and_events_after_the_checkpoint_are_dropped(tmp_path):
     events.write_bytes(events.read_bytes()[:-7])
     rows = "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 6, "los')
-    trainer.trim_events(tmp_path, 3)
-    trainer.trim_metrics(tmp_path / "metrics.jsonl", 3)
+    runs.drop_after(tmp_path, 3)
     assert scripts.scalars(tmp_path) == [("loss/loss", 1), ("loss/loss", 2), ("loss/loss", 3)]
     assert [row["step"] for row in scripts.metrics(tmp_path)] == [1, 2, 3]
     assert len(list(tmp_path.iterdir())) == 2
@@ -70,9 +69,8 @@ def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, tmp_path):
 
 def test_data_that_changed_is_not_trained_on(data_dir, tmp_path):
     run_dir = tmp_path / "run"
-    flags = trainer.parse_flags(["--dataset", "Digits", "--data_dir", data_dir])
-    _, config, train, test = trainer.open_run(flags)
-    config["data"]["train"] = 1000
+    flags, _ = trainer.parse_flags(["--dataset", "Digits", "--data_dir", data_dir])
+    train, test = trainer.load_data(flags)
     run_dir.mkdir()
-    evaler.write_whole(run_dir / "config.json", trainer.json.dumps(config))
+    runs.write_config(run_dir, flags, trainer.derive(flags, train), runs.describe_data(train, test) | {"train": 1000})
     assert "1000 train images" in scripts.run("trainer.py", "--resume", run_dir, code=2)

@@ -19,6 +19,8 @@ import tensorflow as tf
 import datasets
 import evaler
 import input_ops
+import runs
+import summaries
 import trainer
 
 SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
@@ -26,19 +28,21 @@ SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
 
 def configuration(data_dir, *flags):
     """(config, train, test) as trainer.py makes them of flags."""
-    parsed = trainer.parse_flags([*SMALL, "--data_dir", data_dir, *map(str, flags)])
-    _, config, train, test = trainer.open_run(parsed)
-    return config, train, test
+    parsed, _ = trainer.parse_flags([*SMALL, "--data_dir", data_dir, *map(str, flags)])
+    train, test = trainer.load_data(parsed)
+    return trainer.derive(parsed, train), train, test
 
 
 def machinery(data_dir, *flags):
     """What a run consists of: config, model, optimizer, totals and the step's graph."""
     config, train, _ = configuration(data_dir, *flags)
-    keras.utils.set_random_seed(config["flags"]["seed"])
+    keras.utils.set_random_seed(config.seed)
     model = evaler.build_model(config, train.image_shape, train.num_classes)
-    optimizer = trainer.Optimizer(config["derived"]["optimizer"], [v.value for v in model.trainable_variables])
+    optimizer = trainer.Optimizer(config.optimizer, [v.value for v in model.trainable_variables])
     totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-    return config, model, optimizer, totals, trainer.make_train_step(model, optimizer, totals, config)
+    step = trainer.make_train_step(model, optimizer, totals, config.batch_size, config.updates_per_step,
+                                   config.weight_decay, config.jit_compile)
+    return config, model, optimizer, totals, step
 
 
 def random_batch(count, seed=0):
@@ -68,7 +72,8 @@ def test_run_folder(finished):
     assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 8
     assert config["versions"]["tensorflow"] == tf.__version__
     assert config["data"] | {"class_names": 0} == {"train": 1437, "test": 360, "image_shape": [8, 8, 1],
-                                                   "num_classes": 10, "class_names": 0}
+                                                   "num_classes": 10, "class_names": 0,
+                                                   "made_from": "the original archives"}
 
 
 def test_metrics_have_a_row_each_interval_and_the_end(finished):
@@ -236,8 +241,7 @@ def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
 
 def test_schedules():
     def rates(schedule, warmup=0, steps=100):
-        config = {"flags": {"lr_schedule": schedule, "warmup_steps": warmup},
-                  "derived": {"peak_learning_rate": 2.0, "max_training_step": steps}}
+        config = runs.Config(lr_schedule=schedule, warmup_steps=warmup, peak_learning_rate=2.0, max_training_step=steps)
         return [trainer.learning_rate_at(step, config) for step in range(steps)]
 
     assert rates("constant") == [2.0] * 100
@@ -253,9 +257,9 @@ def test_schedules():
     (("--optimizer", "adam", "--no_adjust_learning_rate"), "none", 1)])
 def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir):
     """Linear for momentum, as resnets have it by default, square root for Adam, as convnet does."""
-    derived = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5, *flags)[0]["derived"]
-    assert derived["learning_rate_scaling"] == scaling
-    assert derived["peak_learning_rate"] == pytest.approx(0.5 * share, rel=1e-12)
+    config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5, *flags)
+    assert config.learning_rate_scaling == scaling
+    assert config.peak_learning_rate == pytest.approx(0.5 * share, rel=1e-12)
 
 
 @pytest.mark.parametrize("dataset, augment, optimizer", [
@@ -263,29 +267,29 @@ def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir)
     ("SVHN", None, "momentum"), ("ImageNet", "flip+crop", "momentum"), ("OWN", None, "momentum")])
 def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
-    derived = trainer.derive(trainer.parse_flags(["--dataset", dataset]), digits[0])
-    assert (derived["augment"], derived["optimizer"], derived["weight_decay"]) == (augment, optimizer, 1e-4)
-    assert derived["base_learning_rate"] == (0.1 * 64 / 256 if dataset == "ImageNet" else 0.2)
+    config = trainer.derive(trainer.parse_flags(["--dataset", dataset])[0], digits[0])
+    assert (config.augment, config.optimizer, config.weight_decay) == (augment, optimizer, 1e-4)
+    assert config.base_learning_rate == (0.1 * 64 / 256 if dataset == "ImageNet" else 0.2)
     epochs = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "ImageNet": 90, "OWN": 30}[dataset]
-    assert derived["max_training_step"] == epochs * math.ceil(1437 / 64)
+    assert config.max_training_step == epochs * math.ceil(1437 / 64)
 
 
 @pytest.mark.parametrize("flags, augment", [
     (("--augment",), "flip+crop"), (("--augment", "crop"), "crop"), (("--augment", "flip+crop"), "flip+crop"),
     ((), None)])
 def test_augmentations(flags, augment, data_dir):
-    assert configuration(data_dir, *flags)[0]["derived"]["augment"] == augment
+    assert configuration(data_dir, *flags)[0].augment == augment
 
 
 def test_no_adjust_learning_rate_has_an_effect(data_dir):
     config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5)
-    assert config["derived"]["peak_learning_rate"] == 0.5 * 2 / 32
+    assert config.peak_learning_rate == 0.5 * 2 / 32
     config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5, "--no_adjust_learning_rate")
-    assert config["derived"]["peak_learning_rate"] == 0.5
+    assert config.peak_learning_rate == 0.5
 
 
 def test_the_horizon_of_moving_statistics_is_the_same_at_every_batch_size(data_dir):
-    momenta = [configuration(data_dir, "--batch_size", size)[0]["derived"]["batch_norm_momentum"] for size in (32, 2)]
+    momenta = [configuration(data_dir, "--batch_size", size)[0].batch_norm_momentum for size in (32, 2)]
     assert momenta[0] == pytest.approx(0.9) and momenta[1] ** 16 == pytest.approx(0.9)
 
 
@@ -293,13 +297,14 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, 
     """A clock of our own: steps of 32 images take 2 s, tracing and a test take longer."""
     config, _, test = configuration(data_dir, "--max_training_step", 100, "--log_step", 3, "--write_summary_step", 50)
     now = [1000.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
-    log = trainer.Log(tmp_path, config, 0, test)
+    monkeypatch.setattr(summaries.time, "perf_counter", lambda: now[0])
+    runs.write_config(tmp_path, config, config, {})
+    log = summaries.Log(tmp_path, config, test, first_step=0)
     for step, seconds in enumerate((70, 2, 2, 2, 2, 4), 1):
         now[0] += seconds
         log.stepped(step)
         if step % 3 == 0:
-            with log.untimed():
+            with log.paused():
                 now[0] += 500
             log.write({"step": step, "loss/loss": 0.0, "loss/accuracy": 0.0, "learning_rate": 0.1}, None)
     log.close()
@@ -371,7 +376,7 @@ def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(main_of, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
     main_of(*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
     assert len(list(scripts.only_run(tmp_path).glob("model-*.index"))) == 3
 
@@ -543,7 +548,7 @@ def test_checkpoint_of_another_network_is_refused(flags, said, finished, data_di
     config, _, _ = configuration(data_dir, *flags)
     for checkpoint in (finished[0], finished[0] / "model-9"):
         with pytest.raises(evaler.UserError, match=said):
-            evaler.check_same_network(config, str(checkpoint))
+            runs.check_same_network(config, str(checkpoint))
 
 
 @pytest.mark.parametrize("flag", [("--dtype", "bfloat16"), ("--jit_compile",)])
@@ -632,9 +637,8 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, t
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(data_dir, tmp_path):
-    config, _, _ = configuration(data_dir)
-    flags = trainer.parse_flags([*SMALL, "--data_dir", data_dir, "--train_dir", str(tmp_path)])
-    folders = {trainer.make_run_dir(flags, config["derived"]) for _ in range(3)}
+    config, _, _ = configuration(data_dir, "--train_dir", tmp_path)
+    folders = {runs.make_run_dir(config) for _ in range(3)}
     assert len(folders) == 3 and all(folder.is_dir() for folder in folders)
 
 
@@ -663,9 +667,9 @@ def test_two_trainers_and_an_evaler_at_once(data_dir, tmp_path):
 
 def test_small_updates_take_one_thread_an_operation():
     """Up to 16 images of 32 by 32; TensorFlow's choice (0) above, and where the size of the images is not known."""
-    script = ("import trainer, tensorflow as tf\n"
+    script = ("import command, tensorflow as tf\n"
               "for images, shape in ((17, (32, 32, 3)), (64, (None, None, 3)), (16, (32, 32, 3))):\n"
-              "    trainer.set_threads(images, shape)\n"
+              "    command.set_threads(images, shape)\n"
               "    print(tf.config.threading.get_intra_op_parallelism_threads())\n")
     done = subprocess.run([sys.executable, "-c", script], cwd=scripts.REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0", "1"]
