@@ -32,6 +32,7 @@ def config(norm="batch", batch_size=2, seed=0, ws=False, **other):
                       "train_dir": "somewhere", "log_step": 50, "validation": None},
             "derived": {"model": "resnet8", "groups": 8, "batch_size": batch_size, "optimizer": "momentum",
                         "base_learning_rate": 0.1, "peak_learning_rate": 0.1 * batch_size / 64, "augment": None,
+                        "batch_norm_momentum": 0.9 ** (batch_size / 64),
                         "max_training_step": 100, "updates_per_step": 64 // batch_size},
             "data": {"train": 800, "test": 100, "num_classes": 10, "class_names": ["a"]}}
     for part in made.values():
@@ -350,7 +351,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
 
 @pytest.mark.parametrize("flags, said", [
     (("--norm_type", "grupo"), "grupo"), (("--dataset", "NO_SUCH"), "NO_SUCH"), (("--batch_size", "3"), "3"),
-    (("--seeds", "0"), "--seeds must be at least 1, not 0"), (("--jobs", "1000000"), "--jobs 1000000 needs"),
+    (("--seeds", "0"), "--seeds: must be at least 1, not 0"), (("--jobs", "1000000"), "--jobs 1000000 needs"),
     (("--batch_sise", "4"), "--batch_sise"), (("--seed", "1"), "--seeds"), (("--groups", "7"), "7 groups"),
     (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"), (("--max_training_step", "7"), "6"),
     (("--learning_rate", "0.5"), "base_learning_rate 0.2"), (("--from_logs", "/nowhere"), "has no effect")])

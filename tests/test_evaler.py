@@ -254,10 +254,10 @@ def test_mistakes_of_all_kinds_are_named(batch_run, data_dir, tmp_path):
                         (("--train_dir", tmp_path / "damaged"), "is damaged"),
                         (("--checkpoint", tmp_path / "a[1]"), "reads the path of a checkpoint as a pattern"),
                         (("--checkpoint", run_dir / "model-77"), "model-77 is no readable checkpoint"),
-                        (("--checkpoint", tmp_path / "other" / "model-12"), "is of another model"),
-                        (("--train_dir", run_dir, "--batch_size", 0), "--batch_size must be at least 1, not 0")):
+                        (("--checkpoint", tmp_path / "other" / "model-12"), "is of another model")):
         with pytest.raises(evaler.UserError, match=said):
             evaler.main(digits + [str(flag) for flag in flags])
+    assert "--batch_size: must be at least 1, not 0" in scripts.run("evaler.py", *digits, "--batch_size", 0, code=2)
 
 
 @pytest.mark.parametrize("name, said", [("digits", "did you mean Digits"), ("../Digits", "no slashes")])

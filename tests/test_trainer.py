@@ -699,13 +699,15 @@ def test_onednn_is_on_unless_the_user_says_no(given):
     (("--augment", "--no_augment"), "--no_augment"), (("--seed", "-1"), "-1"), (("--log_step", "0"), "0"),
     (("--warmup_steps", "20", "--max_training_step", "10"), "20"), (("--prefix", "a/b"), "a/b"),
     (("--max_training_step", "0"), "0"), (("--weight_decay", "-0.1"), "-0.1"),
-    (("--resume", "somewhere"), "--dataset Digits"), (("--validation", "0"), "0"), (("--augment", "flip"), "flip"),
-    (("--prefix", "lr[1]"), r"lr\[1\]"), (("--train_dir", "runs*"), r"runs\*"),
+    (("--resume", "somewhere"), "--model resnet8"), (("--validation", "0"), "0"), (("--augment", "flip"), "flip"),
+    (("--prefix", "lr[1]"), "lr[1]"), (("--train_dir", "runs*"), "runs*"),
     (("--prefix", "\udcff"), "is not UTF-8"),
 ])
-def test_wrong_flags_are_named(flags, said):
-    with pytest.raises((trainer.UserError, SystemExit), match=None if "flip" in flags else said):
+def test_wrong_flags_are_named(flags, said, capsys):
+    with pytest.raises((trainer.UserError, SystemExit)) as error:
         trainer.parse_flags([*SMALL, *flags])
+    words = str(error.value) if error.type is trainer.UserError else capsys.readouterr().err
+    assert said in words and len(words.splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags", [("--norm_type", "batch"), ("--seed", "0"), ("--batch_size", "32"), ("--augment",)])
