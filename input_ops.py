@@ -10,6 +10,7 @@ example.
 import numpy as np
 
 from command import Later
+from datasets import hdf5
 
 tf = Later("tensorflow")
 
@@ -21,7 +22,8 @@ IMAGENET_SIZE = 224         # pixels, what the networks see of encoded photograp
 IMAGENET_RESIZE = 256       # pixels, the shorter side before the centre crop at test time
 
 
-def create_input_ops(dataset, batch_size, is_training, augment=None, seed=0, first_step=0, last_step=None):
+def create_input_ops(dataset: hdf5.Dataset, batch_size: int, is_training: bool, augment: str | None = None,
+                     seed: int = 0, first_step: int = 0, last_step: int | None = None):
     """Make a tf.data.Dataset of (images [B, h, w, c] float32, labels [B] int32).
 
     Args:
@@ -67,7 +69,7 @@ def key(purpose, seed, number):
     return tf.random.fold_in(tf.cast(tf.stack([seed, purpose]), tf.int64), number)
 
 
-def shuffled(examples, batch_size, seed, first_step):
+def shuffled(examples: int, batch_size: int, seed: int, first_step: int):
     """The positions [batch_size] of the examples of step first_step, first_step + 1, ...; each epoch is a permutation
     of its own, drawn from all of them alike, and a batch may begin in one and end in the next."""
     start = first_step * batch_size                             # in the endless sequence of epochs
@@ -94,7 +96,7 @@ def reader(dataset):
     return from_file
 
 
-def shared(array):
+def shared(array: np.ndarray):
     """A NumPy array as a tensor in the same memory: tf.constant copies it, and a graph that captures it once more."""
     if array.ctypes.data % 64 or not (array.flags.c_contiguous and array.flags.writeable):  # see datasets.hdf5.empty
         return tf.constant(array)
@@ -175,6 +177,6 @@ def centre_crop(jpeg):
     return tf.image.resize_with_crop_or_pad(image, IMAGENET_SIZE, IMAGENET_SIZE)
 
 
-def network_image_shape(dataset):
+def network_image_shape(dataset: hdf5.Dataset) -> tuple:
     """(height, width, channels) of the images that create_input_ops makes of this dataset."""
     return (IMAGENET_SIZE, IMAGENET_SIZE, 3) if dataset.encoded else tuple(dataset.image_shape)

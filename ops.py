@@ -19,7 +19,8 @@ FEW_OUTPUTS = 32    # up to there a convolution by a matrix product was measured
 # ---------------------------------------------------------------------------------------------- pure functions
 
 
-def group_norm(x, gamma, beta, groups=32, epsilon=EPSILON, data_format="channels_last"):
+def group_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, groups: int = 32,
+               epsilon: float = EPSILON, data_format: str = "channels_last") -> tf.Tensor:
     """Normalize each example over groups of channels (arXiv 1803.08494, equations 1, 2, 6 and 7).
 
         mean[n, g]      = mean of x over the m values of group g of example n: its C / G channels, all positions
@@ -69,12 +70,14 @@ def group_norm(x, gamma, beta, groups=32, epsilon=EPSILON, data_format="channels
     return tf.cast(tf.reshape(y, shape), x.dtype)
 
 
-def layer_norm(x, gamma, beta, epsilon=EPSILON, data_format="channels_last"):
+def layer_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, epsilon: float = EPSILON,
+               data_format: str = "channels_last") -> tf.Tensor:
     """group_norm with a single group: the Layer Normalization that arXiv 1803.08494 (equation 4) compares with."""
     return group_norm(x, gamma, beta, 1, epsilon, data_format)
 
 
-def instance_norm(x, gamma, beta, epsilon=EPSILON, data_format="channels_last"):
+def instance_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, epsilon: float = EPSILON,
+                  data_format: str = "channels_last") -> tf.Tensor:
     """group_norm with a group for each channel (arXiv 1803.08494, equation 5)."""
     x = tf.convert_to_tensor(x)
     return group_norm(x, gamma, beta, x.shape[_channel_axis(x, data_format)], epsilon, data_format)
@@ -135,8 +138,10 @@ def _fold(positions, channels):
     return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
 
 
-def batch_norm(x, gamma, beta, moving_mean, moving_variance, training, momentum=0.9, epsilon=EPSILON,
-               data_format="channels_last", mask=None):
+def batch_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, moving_mean: tf.Tensor,
+               moving_variance: tf.Tensor, training: bool, momentum: float = 0.9, epsilon: float = EPSILON,
+               data_format: str = "channels_last", mask: tf.Tensor | None = None
+               ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
 
     In training, by the mean and variance of the batch; else by moving_mean and moving_variance. The pure
@@ -219,7 +224,7 @@ def _moments(x, axes):
     return mean, tf.reduce_mean(tf.square(x - mean), axes)
 
 
-def standardize_weights(kernel, epsilon=EPSILON):
+def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
     """Centre and scale each filter over its inputs (arXiv 1903.10520, equations 8 to 10).
 
     Args:
@@ -238,7 +243,7 @@ def standardize_weights(kernel, epsilon=EPSILON):
     return tf.cast((weights - mean) * tf.math.rsqrt(fan_in * (variance + epsilon / fan_in)), kernel.dtype)
 
 
-def convolve(x, kernel, strides):
+def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Tensor:
     """tf.nn.conv2d with 'SAME' padding, as a matrix product where a small batch makes fewer outputs than filters.
 
     Args:
@@ -275,7 +280,7 @@ def convolve(x, kernel, strides):
     return convolution(x, kernel)
 
 
-def products_that_pay(outputs, filters):
+def products_that_pay(outputs: int | None, filters: int) -> tuple[str, ...]:
     """What of a convolution with `outputs` = N * H' * W' a matrix product of its patches is faster at: "dkernel", "y".
 
     The patches that the kernel sees, [outputs, inputs], take less memory than the kernel where there are fewer outputs
@@ -288,7 +293,7 @@ def products_that_pay(outputs, filters):
     return ("dkernel", "y") if outputs <= FEW_OUTPUTS else ("dkernel",)
 
 
-def check_groups(shape, axis, groups):
+def check_groups(shape: tuple, axis: int, groups: int) -> None:
     """Raise ValueError unless groups divides the static channels shape[axis] and leaves 2 values per group."""
     channels = shape[axis]
     if channels is None:
@@ -302,7 +307,7 @@ def check_groups(shape, axis, groups):
                          f"which normalization turns into 0: use fewer than {channels} groups")
 
 
-def divisors(number):
+def divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 

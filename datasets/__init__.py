@@ -19,7 +19,7 @@ VALIDATION_SEED = 0
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
 
-def folder_of(name, data_dir=DATA_DIR):
+def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
     """Return the folder of dataset `name`. Raises UserError for a name that can name no dataset."""
     if name in NAMES:
         return os.path.join(os.path.abspath(data_dir), name.lower())
@@ -32,19 +32,20 @@ def folder_of(name, data_dir=DATA_DIR):
     return os.path.join(os.path.abspath(data_dir), name)
 
 
-def module_of(name):
+def module_of(name: str):
     """The module that holds the facts of dataset `name`: EPOCHS to train by default, whether images may be MIRRORED,
     whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(). A user's own: datasets.own."""
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
-def is_prepared(name, data_dir=DATA_DIR):
+def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
     """Return whether `name` can be read: packed and marked as whole, or a user's own data with its id.txt."""
     place = folder_of(name, data_dir)
     return hdf5.is_packed(place) or (name not in NAMES and own.is_there(place))
 
 
-def create_default_splits(name, data_dir=DATA_DIR, max_examples=None, validation=None):
+def create_default_splits(name: str, data_dir: str = DATA_DIR, max_examples: int | None = None,
+                          validation: int | None = None) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train, test), two datasets.hdf5.Dataset, of at most `max_examples` images each.
 
     validation: that many training images are held out (see hold_out), and returned in place of the test split.
@@ -54,7 +55,7 @@ def create_default_splits(name, data_dir=DATA_DIR, max_examples=None, validation
     return (train, test) if validation is None else hold_out(train, validation)
 
 
-def hold_out(train, count):
+def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train without `count` images, those images): the same in every run, and every class in proportion."""
     if not 0 < count < len(train):
         raise UserError(f"--validation {count}: {train.name} has {len(train)} training images, and both what is held "

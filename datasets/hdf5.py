@@ -47,7 +47,7 @@ class Source(NamedTuple):
     recipe: dict | None = None                                          # what it was packed from, and how
 
 
-def write(folder, source, bar=None):
+def write(folder: str, source: Source, bar=None) -> None:
     """Pack `source` into folder/data.hdf5 and folder/id.txt; `bar` is updated with the images written.
 
     Whatever happens on the way, data.hdf5 is the old one, none, or the whole new one.
@@ -201,7 +201,7 @@ def open_table(file, path):
             column("split", "ui"), column("id", "S"), column("class_names", "SO"))
 
 
-def is_packed(folder):
+def is_packed(folder: str) -> bool:
     """Return whether folder/data.hdf5 was packed to its end and can be opened; no link in it is followed."""
     try:
         with h5py.File(os.path.join(folder, DATA), "r", locking=False) as file:
@@ -212,7 +212,7 @@ def is_packed(folder):
         return False
 
 
-def read_recipe(folder):
+def read_recipe(folder: str) -> dict:
     """Return the recipe that folder/data.hdf5 was packed by, {} if it does not say."""
     path = os.path.join(folder, DATA)
     try:
@@ -245,7 +245,7 @@ def open_packed(folder, name, max_examples=None):
                  for a, b in zip(bounds, bounds[1:]))
 
 
-def empty(shape, dtype):
+def empty(shape: tuple, dtype) -> np.ndarray:
     """Return an empty array that begins at a multiple of 64 bytes, where TensorFlow can share it without a copy."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     block = np.empty(size + 64, np.uint8)
