@@ -254,7 +254,7 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
     beside = [cell for change in (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
               for cell in grid(monkeypatch, data_dir, *flags, *change)]
     compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
-    for change, said in ((("--groups", 4), "groups 4, where this grid has 8"),
+    for change, said in ((("--groups", 4), "groups 4, where this grid has 16"),
                          (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
                          (("--epochs", 2), "max_training_step 46, where this grid has 23")):
         other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))

@@ -142,10 +142,10 @@ def test_default_model_is_chosen_by_the_image(shape, name):
 
 
 def test_default_groups():
-    """8 in the nets that start with 16 channels, 32 (arXiv 1803.08494) in the others."""
+    """16 in the nets that start with 16 channels, 32 (arXiv 1803.08494) in the others."""
     for name in models.MODELS:
         small = name.startswith("resnet") and name not in ("resnet18", "resnet34", "resnet50", "resnet101")
-        assert models.default_groups(name) == (8 if small else 32), name
+        assert models.default_groups(name) == (16 if small else 32), name
 
 
 # --------------------------------------------------------------------------------------------------- structure

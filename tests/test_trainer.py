@@ -69,7 +69,7 @@ def test_run_folder(finished):
     assert str(run_dir) in printed
     config = json.loads((run_dir / "config.json").read_text())
     assert config["flags"]["seed"] == 0 and config["flags"]["batch_size"] == 8
-    assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 8
+    assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 16
     assert config["versions"]["tensorflow"] == tf.__version__
     assert config["data"] | {"class_names": 0} == {"train": 1437, "test": 360, "image_shape": [8, 8, 1],
                                                    "num_classes": 10, "class_names": 0,
@@ -540,7 +540,7 @@ def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, t
 
 @pytest.mark.parametrize("flags, said", [
     (("--norm_type", "layer"), "--norm_type group, not layer"),         # the same names and shapes of variables
-    (("--norm_type", "group", "--groups", 4), "--groups 8, not 4"),
+    (("--norm_type", "group", "--groups", 4), "--groups 16, not 4"),
     (("--norm_type", "group", "--weight_standardization"), "--weight_standardization False, not True"),
     (("--norm_type", "group", "--model", "resnet14"), "--model resnet8, not resnet14"),
 ])
