@@ -38,8 +38,8 @@ def default_model(image_shape: tuple) -> str:
 
 
 def default_groups(model: str) -> int:
-    """32 as in arXiv 1803.08494, and 16 for the 6n + 2 nets, whose first stage has 16 channels: the best of 2, 4, 8 and 16
-    on held-out images (figure/studies/recipe)."""
+    """32 as in arXiv 1803.08494, and 16 for the 6n + 2 nets, whose first stage has 16 channels: of 2, 4, 8 and 16 the
+    best on held-out images (figure/studies/recipe)."""
     return 16 if model in SMALL_RESNETS else 32
 
 

@@ -211,7 +211,7 @@ MUTATIONS = {
          "test_model.py::test_every_network_starts_near_the_loss_of_a_guess[resnet8-group]"),
         ("max(height, width) <= 64", "max(height, width) < 64",
          "test_model.py::test_default_model_is_chosen_by_the_image"),
-        ("return 8 if model in SMALL_RESNETS else 32", "return 32 if model in SMALL_RESNETS else 8",
+        ("return 16 if model in SMALL_RESNETS else 32", "return 32 if model in SMALL_RESNETS else 16",
          "test_model.py::test_default_groups"),
         ("number = channels // group_size", "number = group_size", "test_model.py::test_groups_of_every_norm"),
         ("ops.StandardizedConv2D if weight_standardization", "ops.StandardizedConv2D if not weight_standardization",
