@@ -4,6 +4,7 @@ Runs are alike when all their settings are alike but for the seed. A cell of the
 the rows of a table differ in the norm, and in what they name.
 """
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def row_of(run, names):
     return run.arm, ", ".join(words)
 
 
+def natural(text):
+    """A key that sorts 'groups 2' before 'groups 16'."""
+    return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))]
+
+
 def spread(values, most=None):
     """'59.3', or 'smallest ← median → largest', in percent; with the number of seeds where it is not `most`."""
     text = f"{100 * statistics.median(values):.1f}"
@@ -66,7 +72,7 @@ def tables(runs, called=None):
                 cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
         order = list(COLOURS)
         rows = sorted({key[:2] for key in cells},
-                      key=lambda row: (order.index(row[0][0]), row[0][1], list(MEASURES).index(row[1])))
+                      key=lambda row: (order.index(row[0][0]), natural(row[0][1]), list(MEASURES).index(row[1])))
         batch_sizes = sorted({run.config.batch_size for run in these})
         found.append((f"{called or dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
     return found
@@ -176,7 +182,7 @@ def draw_batch_sizes(found, path):
         axes.set(xlabel="batch size (images that batch norm sees)", ylabel="accuracy (%)")
         axes.set_title(title, fontsize=9, wrap=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(axes.lines) > 8 else {}))
     figure.savefig(path, dpi=110)
 
 
