@@ -38,6 +38,8 @@ def create_input_ops(dataset: hdf5.Dataset, batch_size: int, is_training: bool, 
     Returns:
         tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are left as they are.
     """
+    if augment not in (None, *AUGMENTATIONS):
+        raise ValueError(f"augment must be None or one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
     augment = augment if is_training else None
     if is_training:
         steps = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max if last_step is None else last_step)

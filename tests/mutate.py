@@ -8,8 +8,8 @@ One line each: killed (the test failed), SURVIVED (it passed), or ERROR: the lin
 ended otherwise than by failing, as where a fixture breaks or a name is missing, which proves nothing about the test.
 Exit code 1 if anything survived or was an error.
 
-That the tests pass on the code as it is, is not looked at here, for that takes pytest's own time: run them first. Who
-changes a line that stands below changes it here too; who adds a promise may add the slip that would break it.
+Run the tests first: one that fails on the code as it is kills every slip and proves nothing. Who changes a line that
+stands below changes it here too; who adds a promise may add the slip that would break it.
 """
 import argparse
 import os
