@@ -77,7 +77,7 @@ def reestimate_batch_statistics(model, train, seed=0):
     """Set the moving statistics of every BatchNorm to those of training images under the present weights.
 
     Every norm normalizes by its own batch of EVALUATION_BATCH images meanwhile; the mean over the batches, and the mean
-    of their (unbiased) variances plus the variance of their means, replace what training left. Weights stay as they are.
+    of their (unbiased) variances plus the variance of their means, replace what training left. Weights stay.
     """
     norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
     size = min(EVALUATION_BATCH, len(train))
