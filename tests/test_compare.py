@@ -312,17 +312,12 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
         assert path.stat().st_mtime_ns == time_of, path
 
 
-def hear_ctrl_c():
-    """Tests that a shell runs in the background ignore Ctrl-C, and so would their children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     """Ctrl-C stops every run after saving it; the same command goes on with them, to one run per cell."""
     flags = (*GRID, "--norm_type", "group", "--batch_size", 1, 2, "--seeds", 1, "--max_training_step", 400,
              "--log_step", 5, "--jobs", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
     process = subprocess.Popen(scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
+                               stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while sum(bool(run.rows) for run in runs.read_runs([tmp_path])) < 2:
         assert time.monotonic() < deadline and process.poll() is None
