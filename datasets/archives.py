@@ -167,6 +167,7 @@ def unpack_mat(file, path, limit):
 
 def check_mat(data, order, path, depth=0):
     """Raise UserError unless `data` is a row of whole elements of known types: SciPy takes their word for it, and dies.
+    (Tried without this check: of 200 mutated files of ImageNet's labels one ended in a segmentation fault.)
 
     An element is type and length, uint32 each, and its bytes, filled up to 8; one of up to 4 bytes has the length in
     the upper half of the type. A matrix (type 14) holds elements: flags with its class, sizes, name, and what depends

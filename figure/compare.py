@@ -41,7 +41,7 @@ POLL_SECONDS = 1.0
 # ------------------------------------------------------------------------------------------------------ the grid
 
 
-def parse_flags():
+def parse_flags(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", help="as in trainer.py")
     parser.add_argument("--norm_type", nargs="+", choices=NORMS, metavar="NORM", default=["batch", "group", "group+ws"],
@@ -62,9 +62,9 @@ def parse_flags():
                                                                       "train nothing")
     parser.add_argument("--called", metavar="NAME", help="what table and pictures call the dataset, where the data are "
                                                          "not quite what its name says")
-    flags, rest = parser.parse_known_args()
+    flags, rest = parser.parse_known_args(argv)
     if flags.from_logs:
-        given = [name for name in parser.names_given() if name not in ("from_logs", "called")]
+        given = [name for name in parser.names_given(argv) if name not in ("from_logs", "called")]
         given += rest
         if given:
             raise UserError(f"--from_logs trains nothing, so {given[0]} has no effect: leave it out")
