@@ -205,9 +205,9 @@ def draw_curves(found, path):
             axes.set_title(f"batch size {size}", fontsize=9)
             axes.set_xlabel(f"step\n{title.split(',')[0]}: test thick, training thin", fontsize=8)
             axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
             if column == 0:
                 axes.set_ylabel("accuracy (%)")
-                axes.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 
