@@ -61,7 +61,7 @@ def train(flags, norm_type, batch_size):
 def measure_pipeline(flags):
     """Images a second of the input alone, with augmentation, 64 at a time."""
     train_split, _ = datasets.create_default_splits(flags.dataset, flags.data_dir)
-    batches = iter(create_input_ops(train_split, 64, is_training=True, augment=True))
+    batches = iter(create_input_ops(train_split, 64, is_training=True, augment="flip+crop"))
     for _ in range(20):
         next(batches)
     start, count = time.perf_counter(), 400

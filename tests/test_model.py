@@ -282,7 +282,7 @@ def test_channels_of_a_network_are_those_of_its_norms(name):
 
 
 @pytest.mark.parametrize("name, options, groups", [
-    ("resnet8", {}, lambda channels: 8), ("resnet18", {}, lambda channels: 32), ("convnet", {}, lambda channels: 32),
+    ("resnet8", {}, lambda channels: 16), ("resnet18", {}, lambda channels: 32), ("convnet", {}, lambda channels: 32),
     ("resnet8", {"groups": 4}, lambda channels: 4), ("resnet18", {"groups": 16}, lambda channels: 16),
     ("resnet8", {"groups": 1}, lambda channels: 1),
     ("resnet8", {"group_size": 4}, lambda channels: channels // 4),
