@@ -77,11 +77,11 @@ def show(values):
 def print_table(flags, speeds, batch_sizes):
     compare = (flags.dataset, flags.model, flags.optimizer) == ("CIFAR10", "convnet", "adam")
     print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second")
-    print(f"{'batch size':>10}  " + "".join(f"{norm_type + ' norm':<24}" for norm_type in NORMS) + "group / batch"
+    print(f"{'batch size':>10}  " + "".join(f"{norm_type + ' norm':<30}" for norm_type in NORMS) + "group / batch"
           + ("   times the ancestor's: batch, group" if compare else ""))
     for batch_size in batch_sizes:
         batch, group = (speeds[norm_type, batch_size] for norm_type in NORMS)
-        line = f"{batch_size:>10}  {show(batch):<24}{show(group):<24}"
+        line = f"{batch_size:>10}  {show(batch):<30}{show(group):<30}"
         line += f"{statistics.median(g / b for g, b in zip(group, batch)):13.2f}"
         if compare:
             line += "   " + ", ".join(f"{statistics.median(speeds[n, batch_size]) / ANCESTOR[n][batch_size]:.1f}"
