@@ -228,14 +228,14 @@ class Checkpoints:
         self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
         if self.newest():
             checkpoint.restore(self.newest()).assert_consumed()
-        self.every, self.last = config.ckpt_save_step, config.max_training_step
+        self.every = config.ckpt_save_step
         self.saved, self.clock = int(tracked["step"]), time.monotonic()
 
     def newest(self):
         return self.manager.latest_checkpoint
 
     def due(self, step):
-        return step % self.every == 0 or step == self.last or time.monotonic() - self.clock > CHECKPOINT_SECONDS
+        return step % self.every == 0 or time.monotonic() - self.clock > CHECKPOINT_SECONDS
 
     def save(self, step):
         self.manager.save(checkpoint_number=step)
