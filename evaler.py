@@ -7,6 +7,7 @@
 Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
 and TensorBoard summaries (scalars, the confusion matrix as an image).
 """
+import contextlib
 import json
 
 import numpy as np
@@ -73,31 +74,42 @@ def evaluate(predict, batches, labels, num_classes):
             "confusion": confusion, "losses": losses, "predictions": predictions}
 
 
+@contextlib.contextmanager
+def by_batch(model, momentum):
+    """Within it every BatchNorm normalizes by the batch it sees, in inference too, and moves its statistics with
+    `momentum`. Yields these layers."""
+    norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.use_batch_statistics = momentum, True
+    try:
+        yield norms
+    finally:
+        for norm, before in zip(norms, momenta):
+            norm.momentum, norm.use_batch_statistics = before, False
+
+
 def reestimate_batch_statistics(model, train, seed=0):
     """Set the moving statistics of every BatchNorm to those of training images under the present weights.
 
     Every norm normalizes by its own batch of EVALUATION_BATCH images meanwhile; the mean over the batches, and the mean
     of their (unbiased) variances plus the variance of their means, replace what training left. Weights stay.
     """
-    norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
     size = min(EVALUATION_BATCH, len(train))
     steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.use_batch_statistics = 0.0, True    # the moving statistics become those of the last batch
 
     @tf.function
     def batch_statistics(images):
         model(images, training=False)                           # dropout stays off
 
-    moments = [[] for _ in norms]
-    for images, _ in create_input_ops(train, size, is_training=True, seed=seed, last_step=steps):
-        batch_statistics(images)
-        for found, norm in zip(moments, norms):
-            found.append((norm.moving_mean.numpy(), norm.moving_variance.numpy()))
-    for norm, momentum, found in zip(norms, momenta, moments):
+    with by_batch(model, momentum=0.0) as norms:                # the moving statistics become those of the last batch
+        moments = [[] for _ in norms]
+        for images, _ in create_input_ops(train, size, is_training=True, seed=seed, last_step=steps):
+            batch_statistics(images)
+            for found, norm in zip(moments, norms):
+                found.append((norm.moving_mean.numpy(), norm.moving_variance.numpy()))
+    for norm, found in zip(norms, moments):
         means, variances = (np.array(values, np.float64) for values in zip(*found))
-        norm.momentum, norm.use_batch_statistics = momentum, False
         norm.moving_mean.assign(means.mean(axis=0))
         norm.moving_variance.assign(variances.mean(axis=0) + means.var(axis=0))
 
@@ -108,16 +120,10 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
     What the 2018 repo reported: it tells a network that learned nothing from one whose moving statistics do not stand
     for what it learned. The batches are drawn at random, once; the last may be smaller. Nothing moves.
     """
-    norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)), is_train=False)
-    for norm in norms:
-        norm.momentum, norm.use_batch_statistics = 1.0, True
-    result = evaluate(make_predictor(model), create_input_ops(shuffled, batch_size, False), shuffled.labels,
-                      split.num_classes)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum, norm.use_batch_statistics = momentum, False
-    return result
+    with by_batch(model, momentum=1.0):
+        return evaluate(make_predictor(model), create_input_ops(shuffled, batch_size, False), shuffled.labels,
+                        split.num_classes)
 
 
 # ------------------------------------------------------------------------------------------------------ script
@@ -188,9 +194,9 @@ def main(argv=None):
         "step": step, "split": "validation" if flags.validation else flags.split, "dataset": flags.dataset,
         "checkpoint": checkpoint, "class_names": split.class_names}
     if "batch" in flags.batch_statistics:
-        by_batch = evaluate_by_batch(model, split, config.batch_size, config.seed)
-        print_result(f"{name}, statistics of each {config.batch_size} test images", by_batch, split.class_names)
-        record["by_batch"] = summary_of(by_batch) | {"batch_size": config.batch_size}
+        of_batches = evaluate_by_batch(model, split, config.batch_size, config.seed)
+        print_result(f"{name}, statistics of each {config.batch_size} test images", of_batches, split.class_names)
+        record["by_batch"] = summary_of(of_batches) | {"batch_size": config.batch_size}
     if "reestimate" in flags.batch_statistics:
         reestimate_batch_statistics(model, train, config.seed)
         again = evaluate(make_predictor(model), batches, split.labels, split.num_classes)

@@ -287,8 +287,7 @@ def drop_after(run_dir: Path, step: int) -> None:
     for leftover in run_dir.glob("model-*temp*"):       # of a checkpoint whose writing was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     path = run_dir / "metrics.jsonl"
-    rows = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_whole(path, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step))
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
     drop_events_after(run_dir, step or -1)
 
 

@@ -53,8 +53,8 @@ class Log:
 
     def owes(self, step):
         """Whether the row of `step` is due and not written: its test was interrupted."""
-        rows = self.path.read_text().splitlines()
-        return step > 0 and self.due(step) and not (rows and json.loads(rows[-1])["step"] == step)
+        rows = runs.read_rows(self.path)
+        return step > 0 and self.due(step) and not (rows and rows[-1]["step"] == step)
 
     # the clock
 

@@ -43,8 +43,9 @@ def parse_flags(argv=None):
     if resume is None:
         check_flags(flags)
         return flags, None
+    given = parser.names_given(argv)
     for field in dataclasses.fields(runs.Config):
-        if field.name in parser.names_given(argv) and not field.metadata.get("on_resume"):
+        if field.name in given and not field.metadata.get("on_resume"):
             raise UserError(f"--resume goes on with the flags of the run, so --{field.name} "
                             f"{getattr(flags, field.name)} has no effect: leave it out, or start a new run")
     return flags, Path(resume)

@@ -55,7 +55,7 @@ def parse_flags(argv=None):
                         help="passes over the training images; by default 8, unless --max_training_step is given")
     parser.add_argument("--train_dir", default="studies/comparison", help="where the run folders are")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--jobs", type=within(int, low=1), default=available_cores(),
+    parser.add_argument("--jobs", type=within(int, low=1), default=len(available_cores()),
                         help="processes side by side, each on cores of its own")
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained, and how long it takes")
     parser.add_argument("--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; "
@@ -79,7 +79,8 @@ def parse_flags(argv=None):
 
 
 def available_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
 
 
 class Cell:
@@ -261,7 +262,7 @@ def time_left(cells, runs, jobs):
 
 def train_all(cells, flags):
     """Run all cells that are not done, --jobs at a time; returns the failures. Interrupted, stops them after saving."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+    cores = available_cores()
     free = [set(cores[i::flags.jobs]) or set(cores) for i in range(flags.jobs)]
     runs = read_runs([flags.train_dir])
     waiting, jobs, failures = [cell for cell in cells if not is_done(cell, runs)], [], []

@@ -44,6 +44,11 @@ def row_of(run, names):
     return run.arm, ", ".join(words)
 
 
+def label(row, measure="accuracy"):
+    """What tables and pictures call a row."""
+    return row[0] + MEASURES[measure] + (f" ({row[1]})" if row[1] else "")
+
+
 def natural(text):
     """A key that sorts 'groups 2' before 'groups 16'."""
     return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))]
@@ -112,9 +117,8 @@ def markdown(table):
              "| norm | " + " | ".join(f"batch size {size}" for size in batch_sizes) + " |",
              "| --- |" + " --- |" * len(batch_sizes)]
     for row, measure in rows:
-        name = f"{row[0]}{MEASURES[measure]}" + (f" ({row[1]})" if row[1] else "")
         texts = [cell_text(cells.get((row, measure, size), []), measure, most) for size in batch_sizes]
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+        lines.append(f"| {label(row, measure)} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
@@ -175,7 +179,7 @@ def draw_batch_sizes(found, path):
             marker = markers.setdefault(row[1], "osD^vPX*<>"[len(markers) % 10])
             sizes, low, middle, high = zip(*points)
             axes.plot(sizes, middle, styles[measure], marker=marker, markersize=5, color=COLOURS[row[0]],
-                      label=f"{row[0]}{MEASURES[measure]}" + (f" ({row[1]})" if row[1] else ""))
+                      label=label(row, measure))
             axes.fill_between(sizes, low, high, color=COLOURS[row[0]], alpha=0.18, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
@@ -194,14 +198,14 @@ def draw_curves(found, path):
         for column, size in enumerate(batch_sizes):
             axes = figure.add_subplot(len(found), width, place * width + column + 1)
             for row in dict.fromkeys(row for row, _ in rows):
-                label = row[0] + (f" ({row[1]})" if row[1] else "")
+                words = label(row)
                 for run in cells.get((row, "accuracy", size), []):
                     for key, style in (("loss/accuracy", {"linewidth": 0.7, "alpha": 0.55}),
-                                       ("test_loss/accuracy", {"linewidth": 1.6, "marker": ".", "label": label})):
+                                       ("test_loss/accuracy", {"linewidth": 1.6, "marker": ".", "label": words})):
                         points = [(r["step"], 100 * r[key]) for r in run.rows if key in r]
                         if points:
                             axes.plot(*zip(*points), color=COLOURS[row[0]], **style)
-                    label = None
+                    words = None
             axes.set_title(f"batch size {size}", fontsize=9)
             axes.set_xlabel(f"step\n{title.split(',')[0]}: test thick, training thin", fontsize=8)
             axes.grid(alpha=0.3)
