@@ -10,6 +10,7 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(VENV)/ruff check .
+	$(VENV)/ruff format --check --quiet .
 	$(VENV)/python -m pytest
 
 .venv/ready: requirements.txt

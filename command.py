@@ -5,6 +5,7 @@ A script fails in one clear line on stderr, never in a traceback for a mistake, 
     1    for a failure of the world (WorldError, OSError: the network, the disk), and for training that diverges
     130  for Ctrl-C; 143 for SIGTERM
 """
+
 import argparse
 import contextlib
 import dataclasses
@@ -17,9 +18,17 @@ import sys
 import typing
 
 # A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
-USER_ERRNO = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-              errno.ENAMETOOLONG)
-ONE_THREAD_PIXELS = 2 ** 14     # 16 images of 32 by 32: up to there one thread per operation was measured to be faster
+USER_ERRNO = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to there one thread per operation was measured to be faster
 
 
 class UserError(Exception):
@@ -48,7 +57,7 @@ def run(main):
         code, message = 2, error
     except WorldError as error:
         code, message = 1, error
-    except OSError as error:                                            # requests' errors are OSErrors too
+    except OSError as error:  # requests' errors are OSErrors too
         code, message = (2 if error.errno in USER_ERRNO else 1), f"{type(error).__name__}: {error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
@@ -89,7 +98,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_flags(self, settings):
         """Add the flags of a dataclass whose fields were made by flag()."""
         for field in dataclasses.fields(settings):
-            how, kind = dict(field.metadata), (typing.get_args(field.type) or (field.type,))[0]      # int of int | None
+            how, kind = dict(field.metadata), (typing.get_args(field.type) or (field.type,))[0]  # int of int | None
             how.pop("on_resume", None)
             if kind is bool and how:
                 self.add_argument(f"--{field.name}", action="store_true", **how)
@@ -112,6 +121,7 @@ def flag(default, help, **how):
 
 def within(kind, low=None, above=None):
     """A type for add_argument: int, float or str, of at least `low` or more than `above`."""
+
     def parse(text):
         value = kind(text)
         if low is not None and not low <= value < float("inf"):
@@ -119,7 +129,8 @@ def within(kind, low=None, above=None):
         if above is not None and not above < value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be a number above {above}, not {text}")
         return value
-    parse.__name__ = kind.__name__                  # argparse says 'invalid int value'
+
+    parse.__name__ = kind.__name__  # argparse says 'invalid int value'
     return parse
 
 
@@ -161,7 +172,7 @@ def sync(path):
 class Later:
     """A module that is imported where it is first used: TensorFlow takes seconds, --help and a wrong flag need none.
 
-        tf = Later("tensorflow")
+    tf = Later("tensorflow")
     """
 
     def __init__(self, name):

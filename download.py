@@ -6,6 +6,7 @@
 
 A dataset that is packed already is left alone. A fetch that was cut off goes on where it stopped.
 """
+
 import contextlib
 import fcntl
 import hashlib
@@ -29,6 +30,7 @@ class Refused(Exception):
 def progress(total, name, unit="B"):
     """Return a tqdm bar, drawn on a terminal only."""
     from tqdm import tqdm
+
     return tqdm(total=total, desc=name, unit=unit, unit_scale=unit == "B", disable=None, leave=False)
 
 
@@ -99,6 +101,7 @@ def fetch_from(url, part, expected, checksum, timeout, is_last):
     returns. Raises Refused."""
     import requests
     from urllib3.exceptions import HTTPError
+
     size, kind, right = expected
     best, tries = have_bytes(part), 0
     while True:
@@ -139,10 +142,11 @@ def receive(url, part, size, timeout, is_last):
     size: the bytes that are expected, None if any will do. Raises Refused, or what requests and urllib3 raise.
     """
     import requests
+
     have = have_bytes(part)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
-        if response.status_code == 416 and have:                        # nothing after our end: whole, or another file
+        if response.status_code == 416 and have:  # nothing after our end: whole, or another file
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return True
             os.remove(part)
@@ -208,21 +212,22 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     return folder, made_from
 
 
-def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False,
-            timeout=None):
+def prepare(
+    name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False, timeout=None
+):
     """Make the known dataset `name` ready to be read, and print a line that says what was made.
 
     Raises UserError for what the user must provide or put right, WorldError or OSError for the network or the disk.
     """
     if name not in datasets.NAMES:
-        datasets.folder_of(name, data_dir)                                 # raises for a name in another case
+        datasets.folder_of(name, data_dir)  # raises for a name in another case
         raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
     folder = datasets.folder_of(name, data_dir)
     if datasets.is_prepared(name, data_dir):
         print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
         return
     with locked(folder):
-        if datasets.is_prepared(name, data_dir):                        # by the process that we waited for
+        if datasets.is_prepared(name, data_dir):  # by the process that we waited for
             print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
             return
         hdf5.remove_unfinished(folder)
@@ -239,10 +244,14 @@ def prepare(name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, che
 def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_dir=datasets.DATA_DIR):
     """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
     from datasets.folder import read
+
     folder = datasets.folder_of(name, data_dir)
-    recipe = {"made_from": f"images in {image_dir}", "--image_dir": os.path.realpath(image_dir),
-              "--test_image_dir": os.path.realpath(test_image_dir) if test_image_dir is not None else None,
-              "--image_size": list(image_size) if image_size is not None else None}
+    recipe = {
+        "made_from": f"images in {image_dir}",
+        "--image_dir": os.path.realpath(image_dir),
+        "--test_image_dir": os.path.realpath(test_image_dir) if test_image_dir is not None else None,
+        "--image_size": list(image_size) if image_size is not None else None,
+    }
     if name in datasets.NAMES:
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
     with locked(folder):
@@ -258,14 +267,17 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
 
 def check_recipe(name, folder, recipe):
     """Raise UserError if `folder` was packed by another recipe; a file that does not say which is taken as it is."""
+
     def words(value):
         return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else value
 
     packed = hdf5.read_recipe(folder)
     for flag, value in recipe.items():
         if flag.startswith("--") and flag in packed and packed[flag] != value:
-            raise UserError(f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
-                            f"{folder}/{hdf5.DATA} to pack it anew, or choose another name")
+            raise UserError(
+                f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
+                f"{folder}/{hdf5.DATA} to pack it anew, or choose another name"
+            )
 
 
 def pack(name, folder, read):
@@ -289,22 +301,40 @@ def pack(name, folder, read):
 
 def parse_args():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", "--datasets", nargs="+", required=True, metavar="NAME",
-                        help=f"{' '.join(datasets.NAMES)}, or a name of your own with --image_dir")
-    parser.add_argument("--archive_dir", metavar="DIR",
-                        help="use the archives in DIR or DIR/<name in lower case>; fetch and delete nothing")
+    parser.add_argument(
+        "--dataset",
+        "--datasets",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help=f"{' '.join(datasets.NAMES)}, or a name of your own with --image_dir",
+    )
+    parser.add_argument(
+        "--archive_dir",
+        metavar="DIR",
+        help="use the archives in DIR or DIR/<name in lower case>; fetch and delete nothing",
+    )
     parser.add_argument("--mirror", metavar="URL", help="try URL/<file> before the known mirrors")
     parser.add_argument("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="where datasets are kept")
     parser.add_argument("--keep_archives", action="store_true", help="do not delete fetched archives after packing")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-                        help="without a byte for so long, a server counts as stalled")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="without a byte for so long, a server counts as stalled",
+    )
     parser.add_argument("--image_dir", metavar="DIR", help="pack DIR/<class>/<image> as a dataset of your own")
     parser.add_argument("--test_image_dir", metavar="DIR", help="the test split, likewise; else a fifth of --image_dir")
     parser.add_argument("--image_size", nargs=2, type=int, metavar=("H", "W"), help="resize the images of --image_dir")
     args = parser.parse_args()
-    fetching = {"--archive_dir": args.archive_dir, "--mirror": args.mirror, "--no_checksum": args.no_checksum,
-                "--keep_archives": args.keep_archives}
+    fetching = {
+        "--archive_dir": args.archive_dir,
+        "--mirror": args.mirror,
+        "--no_checksum": args.no_checksum,
+        "--keep_archives": args.keep_archives,
+    }
     given = [flag for flag, value in fetching.items() if value]
     if args.image_dir is None and (args.test_image_dir or args.image_size):
         parser.error("--test_image_dir and --image_size go with --image_dir")
@@ -334,7 +364,7 @@ def main():
     if args.image_dir is not None:
         prepare_folder(args.dataset[0], args.image_dir, args.test_image_dir, args.image_size, args.data_dir)
         return
-    for name in args.dataset:                                           # all names before the first hour of fetching
+    for name in args.dataset:  # all names before the first hour of fetching
         if name not in datasets.NAMES:
             datasets.folder_of(name, args.data_dir)
             raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")

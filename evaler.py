@@ -7,6 +7,7 @@
 Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
 and TensorBoard summaries (scalars, the confusion matrix as an image).
 """
+
 import contextlib
 import json
 
@@ -21,10 +22,10 @@ from input_ops import create_input_ops, network_image_shape
 
 tf, ops = Later("tensorflow"), Later("ops")
 
-TOP5_CLASSES = 100              # from so many classes on, top-5 accuracy stands beside accuracy
+TOP5_CLASSES = 100  # from so many classes on, top-5 accuracy stands beside accuracy
 SCALARS = ("accuracy", "top5_accuracy", "loss")
-EVALUATION_BATCH = 250          # images: fast, and a divisor of most test splits; results do not depend on it
-REESTIMATION_IMAGES = 10_000    # training images over which batch norm's statistics are estimated anew
+EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
+REESTIMATION_IMAGES = 10_000  # training images over which batch norm's statistics are estimated anew
 
 
 def build_model(config, image_shape, num_classes):
@@ -32,8 +33,16 @@ def build_model(config, image_shape, num_classes):
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[config.dtype]
     tf.keras.mixed_precision.set_global_policy(policy)
     try:
-        return models.create_model(config.model, image_shape, num_classes, config.norm_type, config.groups,
-                                   config.group_size, config.weight_standardization, config.batch_norm_momentum)
+        return models.create_model(
+            config.model,
+            image_shape,
+            num_classes,
+            config.norm_type,
+            config.groups,
+            config.group_size,
+            config.weight_standardization,
+            config.batch_norm_momentum,
+        )
     except ValueError as error:
         raise UserError(f"{config.model} with --norm_type {config.norm_type}: {error}") from error
 
@@ -41,11 +50,13 @@ def build_model(config, image_shape, num_classes):
 def make_predictor(model):
     """A graph from (images [B, h, w, c], labels [B]) to each example's loss [B], predicted class [B], and whether its
     label is among the five most likely [B]."""
+
     @tf.function(reduce_retracing=True)
     def predict(images, labels):
         logits = model(images, training=False)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
         return loss, tf.argmax(logits, axis=1, output_type=tf.int32), tf.math.in_top_k(labels, logits, 5)
+
     return predict
 
 
@@ -69,9 +80,16 @@ def evaluate(predict, batches, labels, num_classes):
     np.add.at(confusion, (labels, predictions), 1)
     per_class = [int(row[k]) / int(row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
     top5 = {"top5_accuracy": int(in_top5.sum()) / len(labels)} if num_classes >= TOP5_CLASSES else {}
-    return {"accuracy": int(np.trace(confusion)) / len(labels), **top5, "loss": float(losses.mean(dtype=np.float64)),
-            "images": len(labels), "per_class_accuracy": per_class,
-            "confusion": confusion, "losses": losses, "predictions": predictions}
+    return {
+        "accuracy": int(np.trace(confusion)) / len(labels),
+        **top5,
+        "loss": float(losses.mean(dtype=np.float64)),
+        "images": len(labels),
+        "per_class_accuracy": per_class,
+        "confusion": confusion,
+        "losses": losses,
+        "predictions": predictions,
+    }
 
 
 @contextlib.contextmanager
@@ -100,9 +118,9 @@ def reestimate_batch_statistics(model, train, seed=0):
 
     @tf.function
     def batch_statistics(images):
-        model(images, training=False)                           # dropout stays off
+        model(images, training=False)  # dropout stays off
 
-    with by_batch(model, momentum=0.0) as norms:                # the moving statistics become those of the last batch
+    with by_batch(model, momentum=0.0) as norms:  # the moving statistics become those of the last batch
         moments = [[] for _ in norms]
         for images, _ in create_input_ops(train, size, is_training=True, seed=seed, last_step=steps):
             batch_statistics(images)
@@ -122,8 +140,9 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
     """
     shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)), is_train=False)
     with by_batch(model, momentum=1.0):
-        return evaluate(make_predictor(model), create_input_ops(shuffled, batch_size, False), shuffled.labels,
-                        split.num_classes)
+        return evaluate(
+            make_predictor(model), create_input_ops(shuffled, batch_size, False), shuffled.labels, split.num_classes
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ script
@@ -137,11 +156,20 @@ def parse_flags(argv=None):
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
     parser.add_argument("--batch_size", type=within(int, low=1), default=EVALUATION_BATCH, help="images at a time")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--batch_statistics", choices=("moving", "reestimate", "batch"), nargs="+", default=["moving"],
-                        help="of batch norm: those that training left; also those re-estimated over training images; "
-                             "also those of the test batch, at the training batch size")
-    parser.add_argument("--validation", type=within(int, low=1), metavar="N",
-                        help="evaluate on the N training images that the run held out by the same flag")
+    parser.add_argument(
+        "--batch_statistics",
+        choices=("moving", "reestimate", "batch"),
+        nargs="+",
+        default=["moving"],
+        help="of batch norm: those that training left; also those re-estimated over training images; "
+        "also those of the test batch, at the training batch size",
+    )
+    parser.add_argument(
+        "--validation",
+        type=within(int, low=1),
+        metavar="N",
+        help="evaluate on the N training images that the run held out by the same flag",
+    )
     flags = parser.parse_args(argv)
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
@@ -150,8 +178,10 @@ def parse_flags(argv=None):
 
 def print_result(title, result, class_names):
     top5 = f"top-5 accuracy {100 * result['top5_accuracy']:.2f} %, " if "top5_accuracy" in result else ""
-    print(f"{title}: accuracy {100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.4f}, "
-          f"{result['images']} images")
+    print(
+        f"{title}: accuracy {100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.4f}, "
+        f"{result['images']} images"
+    )
     for name, accuracy in zip(class_names, result["per_class_accuracy"]):
         print(f"  {name:<24.24} " + ("no images" if accuracy is None else f"{100 * accuracy:6.2f} %"))
 
@@ -167,16 +197,19 @@ def check_request(flags, run_dir, config):
         raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}")
     further = [choice for choice in flags.batch_statistics if choice != "moving"]
     if further and config.norm_type != "batch":
-        raise UserError(f"--batch_statistics {further[0]} is for batch norm, but {run_dir} has --norm_type "
-                        f"{config.norm_type}")
+        raise UserError(
+            f"--batch_statistics {further[0]} is for batch norm, but {run_dir} has --norm_type {config.norm_type}"
+        )
     if flags.validation is not None and flags.validation != config.validation:
-        raise UserError(f"--validation {flags.validation}, but {run_dir} held out {config.validation or 'nothing'}: it "
-                        f"was trained on some of these images")
+        raise UserError(
+            f"--validation {flags.validation}, but {run_dir} held out {config.validation or 'nothing'}: it "
+            f"was trained on some of these images"
+        )
 
 
 def main(argv=None):
     flags = parse_flags(argv)
-    datasets.folder_of(flags.dataset, flags.data_dir)       # a name that can name no dataset ends here
+    datasets.folder_of(flags.dataset, flags.data_dir)  # a name that can name no dataset ends here
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, _ = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
@@ -191,8 +224,12 @@ def main(argv=None):
     result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
     print_result(name, result, split.class_names)
     record = summary_of(result) | {
-        "step": step, "split": "validation" if flags.validation else flags.split, "dataset": flags.dataset,
-        "checkpoint": checkpoint, "class_names": split.class_names}
+        "step": step,
+        "split": "validation" if flags.validation else flags.split,
+        "dataset": flags.dataset,
+        "checkpoint": checkpoint,
+        "class_names": split.class_names,
+    }
     if "batch" in flags.batch_statistics:
         of_batches = evaluate_by_batch(model, split, config.batch_size, config.seed)
         print_result(f"{name}, statistics of each {config.batch_size} test images", of_batches, split.class_names)

@@ -7,6 +7,7 @@ the crops are drawn by counter-based generators from keys that are hashed from b
 anywhere, exactly. Everything is done a batch at a time, in TensorFlow's own threads; there is no Python call for each
 example.
 """
+
 import numpy as np
 
 from command import Later
@@ -16,14 +17,21 @@ tf = Later("tensorflow")
 
 AUGMENTATIONS = ("crop", "flip+crop")
 ORDER, AUGMENTATION = 0, 1  # what random draws are for: each has keys of its own
-IN_MEMORY = 6 << 30         # bytes of images up to which a split is held in memory, as uint8
-CROP_PADDING = 1 / 8        # of the side: 4 pixels around a 32-pixel image, as in arXiv 1512.03385, section 4.2
-IMAGENET_SIZE = 224         # pixels, what the networks see of encoded photographs
-IMAGENET_RESIZE = 256       # pixels, the shorter side before the centre crop at test time
+IN_MEMORY = 6 << 30  # bytes of images up to which a split is held in memory, as uint8
+CROP_PADDING = 1 / 8  # of the side: 4 pixels around a 32-pixel image, as in arXiv 1512.03385, section 4.2
+IMAGENET_SIZE = 224  # pixels, what the networks see of encoded photographs
+IMAGENET_RESIZE = 256  # pixels, the shorter side before the centre crop at test time
 
 
-def create_input_ops(dataset: hdf5.Dataset, batch_size: int, is_training: bool, augment: str | None = None,
-                     seed: int = 0, first_step: int = 0, last_step: int | None = None):
+def create_input_ops(
+    dataset: hdf5.Dataset,
+    batch_size: int,
+    is_training: bool,
+    augment: str | None = None,
+    seed: int = 0,
+    first_step: int = 0,
+    last_step: int | None = None,
+):
     """Make a tf.data.Dataset of (images [B, h, w, c] float32, labels [B] int32).
 
     Args:
@@ -61,7 +69,7 @@ def create_input_ops(dataset: hdf5.Dataset, batch_size: int, is_training: bool, 
 
         batches = places.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     options = tf.data.Options()
-    options.experimental_optimization.apply_default_optimizations = False   # they copy all images to rewrite the graph
+    options.experimental_optimization.apply_default_optimizations = False  # they copy all images to rewrite the graph
     return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
@@ -74,12 +82,13 @@ def key(purpose, seed, number):
 def shuffled(examples: int, batch_size: int, seed: int, first_step: int):
     """The positions [batch_size] of the examples of step first_step, first_step + 1, ...; each epoch is a permutation
     of its own, drawn from all of them alike, and a batch may begin in one and end in the next."""
-    start = first_step * batch_size                             # in the endless sequence of epochs
+    start = first_step * batch_size  # in the endless sequence of epochs
 
     def of_epoch(epoch):
         order = tf.random.experimental.stateless_shuffle(
-            tf.range(examples, dtype=tf.int64), key(ORDER, seed, epoch), alg="philox")
-        return tf.data.Dataset.from_tensor_slices(order[tf.maximum(start - epoch * examples, 0):])
+            tf.range(examples, dtype=tf.int64), key(ORDER, seed, epoch), alg="philox"
+        )
+        return tf.data.Dataset.from_tensor_slices(order[tf.maximum(start - epoch * examples, 0) :])
 
     epochs = tf.data.Dataset.range(start // examples, np.iinfo(np.int64).max)
     return epochs.flat_map(of_epoch).batch(batch_size, drop_remainder=True)
@@ -95,6 +104,7 @@ def reader(dataset):
     def from_file(positions):
         images = tf.numpy_function(dataset.read, [positions], dataset.dtype)
         return tf.ensure_shape(images, (None, *dataset.image_shape)), tf.gather(labels, positions)
+
     return from_file
 
 
@@ -123,7 +133,7 @@ def flip_and_crop(images, seed, flip=True):
     batch, height, width = tf.shape(images)[0], images.shape[1], images.shape[2]
     draws = tf.random.stateless_uniform([3, batch, 1], seed)
 
-    def indices(size, draw):                                    # [B, size], in the padded frame
+    def indices(size, draw):  # [B, size], in the padded frame
         padding = max(1, round(size * CROP_PADDING))
         return tf.range(size) + tf.cast(draw * (2 * padding + 1), tf.int32), padding
 
@@ -154,7 +164,8 @@ def decoded_batches(places, dataset, batch_size, augment, is_training, seed):
 
     examples = places.map(read, num_parallel_calls=1).prefetch(2).unbatch()
     return examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(
-        batch_size, drop_remainder=is_training)
+        batch_size, drop_remainder=is_training
+    )
 
 
 def random_resized_crop(jpeg, seed, flip=True):
@@ -162,8 +173,15 @@ def random_resized_crop(jpeg, seed, flip=True):
     crop_seed, flip_seed = tf.unstack(tf.random.split(seed, 2))
     shape = tf.io.extract_jpeg_shape(jpeg)
     begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-        shape, tf.zeros([1, 0, 4]), crop_seed, min_object_covered=0.0, aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=(0.08, 1.0), max_attempts=10, use_image_if_no_bounding_boxes=True)
+        shape,
+        tf.zeros([1, 0, 4]),
+        crop_seed,
+        min_object_covered=0.0,
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        area_range=(0.08, 1.0),
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
     window = tf.stack([begin[0], begin[1], size[0], size[1]])
     image = tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)
     image = tf.image.resize(image, [IMAGENET_SIZE, IMAGENET_SIZE], antialias=True)

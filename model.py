@@ -1,8 +1,9 @@
 """The classifiers: the original repo's convnet, the ResNets of He et al. (arXiv 1512.03385), and their blocks.
 
-    python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
-    python model.py --model resnet20 --norm_type group --groups 4
+python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
+python model.py --model resnet20 --norm_type group --groups 4
 """
+
 import dataclasses
 import functools
 
@@ -10,21 +11,30 @@ from command import ArgumentParser, Later, UserError, flag, run
 
 keras, ops = Later("keras"), Later("ops")
 
-SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if 6 * n + 2 not in (50,))     # section 4.2: 6n + 2
-LARGE_RESNETS = {"resnet18": (False, [2, 2, 2, 2]), "resnet34": (False, [3, 4, 6, 3]),          # table 1
-                 "resnet50": (True, [3, 4, 6, 3]), "resnet101": (True, [3, 4, 23, 3])}
+SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if 6 * n + 2 not in (50,))  # section 4.2: 6n + 2
+LARGE_RESNETS = {
+    "resnet18": (False, [2, 2, 2, 2]),
+    "resnet34": (False, [3, 4, 6, 3]),  # table 1
+    "resnet50": (True, [3, 4, 6, 3]),
+    "resnet101": (True, [3, 4, 23, 3]),
+}
 MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
-NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")     # the last: arXiv 1702.03275
-LOGITS_STDDEV = 0.01    # every network starts near the loss log(classes): section 5.1 of arXiv 1706.02677
-RENORM_CLIPPING = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}     # where the schedule of its section 4 ends
+NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # the last: arXiv 1702.03275
+LOGITS_STDDEV = 0.01  # every network starts near the loss log(classes): section 5.1 of arXiv 1706.02677
+RENORM_CLIPPING = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}  # where the schedule of its section 4 ends
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
     """The flags that choose a network, of model.py and trainer.py alike."""
-    model: str | None = flag(None, f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
-                                   f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above",
-                             choices=MODELS, metavar="MODEL")
+
+    model: str | None = flag(
+        None,
+        f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
+        f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above",
+        choices=MODELS,
+        metavar="MODEL",
+    )
     norm_type: str = flag("batch", "the normalization", choices=NORM_TYPES)
     groups: int | None = flag(None, "groups of group norm; by default 32, in the 6n+2 nets 16", low=1)
     group_size: int | None = flag(None, "channels per group, instead of --groups", low=1)
@@ -50,7 +60,7 @@ def channels_of(model: str) -> tuple:
     if model in SMALL_RESNETS:
         return 16, 32, 64
     bottleneck, _ = LARGE_RESNETS[model]
-    return (64, 128, 256, 512, 1024, 2048)[:6 if bottleneck else 4]
+    return (64, 128, 256, 512, 1024, 2048)[: 6 if bottleneck else 4]
 
 
 def check_network(flags: Network, model: str | None = None) -> None:
@@ -63,22 +73,33 @@ def check_network(flags: Network, model: str | None = None) -> None:
         if value is not None and flags.norm_type != "group":
             raise UserError(f"--{name} {value} has no effect with --norm_type {flags.norm_type}: use --norm_type group")
     if flags.groups is not None and flags.group_size is not None:
-        raise UserError(f"--groups {flags.groups} and --group_size {flags.group_size} say the same in two ways: "
-                        f"give one of them")
+        raise UserError(
+            f"--groups {flags.groups} and --group_size {flags.group_size} say the same in two ways: give one of them"
+        )
     for channels in channels_of(model) if model and flags.norm_type == "group" else ():
         divisor = flags.group_size or flags.groups or default_groups(model)
         if channels % divisor:
             what = f"groups of {divisor}" if flags.group_size else f"{divisor} groups"
             fitting = ", ".join(str(d) for d in range(1, 65) if min(channels_of(model)) % d == 0)
-            raise UserError(f"{model} with --norm_type group: {channels} channels cannot be split into {what}; valid "
-                            f"here are {fitting}")
+            raise UserError(
+                f"{model} with --norm_type group: {channels} channels cannot be split into {what}; valid "
+                f"here are {fitting}"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- networks
 
 
-def create_model(model: str, image_shape: tuple, num_classes: int, norm_type: str = "group", groups: int | None = None,
-                 group_size: int | None = None, weight_standardization: bool = False, momentum: float = 0.9):
+def create_model(
+    model: str,
+    image_shape: tuple,
+    num_classes: int,
+    norm_type: str = "group",
+    groups: int | None = None,
+    group_size: int | None = None,
+    weight_standardization: bool = False,
+    momentum: float = 0.9,
+):
     """Build a classifier as a Keras model from images to logits.
 
     Args:
@@ -140,7 +161,7 @@ def large_resnet(x, conv, bottleneck, blocks):
     for stage, count in enumerate(blocks, 1):
         for block in range(1, count + 1):
             strides = 2 if stage > 1 and block == 1 else 1
-            x = residual_block(x, conv, 32 * 2 ** stage, strides, f"stage{stage}_block{block}", bottleneck)
+            x = residual_block(x, conv, 32 * 2**stage, strides, f"stage{stage}_block{block}", bottleneck)
     return keras.layers.GlobalAveragePooling2D(name="pool")(x)
 
 
@@ -164,21 +185,30 @@ def make_norm(norm_type: str, groups: int = 32, group_size: int | None = None, m
             return ops.BatchNorm(momentum=momentum, gamma_initializer=gamma, name=name)(x)
         if norm_type == "batch+renorm":
             return keras.layers.BatchNormalization(
-                momentum=momentum, epsilon=ops.EPSILON, gamma_initializer=gamma, renorm=True,
-                renorm_clipping=RENORM_CLIPPING, renorm_momentum=momentum, name=name)(x)
+                momentum=momentum,
+                epsilon=ops.EPSILON,
+                gamma_initializer=gamma,
+                renorm=True,
+                renorm_clipping=RENORM_CLIPPING,
+                renorm_momentum=momentum,
+                name=name,
+            )(x)
         number = {"group": groups, "layer": 1, "instance": channels}[norm_type]
         if norm_type == "group" and group_size is not None:
             if group_size < 1 or channels % group_size:
-                raise ValueError(f"group_size must divide the channels of every norm: {channels} channels cannot be "
-                                 f"split into groups of {group_size}; valid here are {ops.divisors(channels)}")
+                raise ValueError(
+                    f"group_size must divide the channels of every norm: {channels} channels cannot be "
+                    f"split into groups of {group_size}; valid here are {ops.divisors(channels)}"
+                )
             number = channels // group_size
         return ops.GroupNorm(number, gamma_initializer=gamma, name=name)(x)
 
     return None if norm_type == "none" else norm
 
 
-def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones", norm=None,
-           weight_standardization=False):
+def conv2d(
+    x, filters, kernel_size, strides, name, activation=None, gamma="ones", norm=None, weight_standardization=False
+):
     """Convolution → norm → activation, in this order.
 
     Args:
@@ -195,8 +225,15 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
         [N, ceil(H / strides), ceil(W / strides), filters].
     """
     convolution = ops.StandardizedConv2D if weight_standardization else ops.Conv2D
-    x = convolution(filters, kernel_size, strides, padding="same", use_bias=norm is None,
-                    kernel_initializer="he_normal", name=f"{name}_conv")(x)
+    x = convolution(
+        filters,
+        kernel_size,
+        strides,
+        padding="same",
+        use_bias=norm is None,
+        kernel_initializer="he_normal",
+        name=f"{name}_conv",
+    )(x)
     if norm is not None:
         x = norm(x, f"{name}_norm", gamma)
     elif gamma == "zeros":
@@ -242,18 +279,33 @@ def residual_block(x, conv, filters, strides, name, bottleneck=False):
 def main():
     parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
     parser.add_flags(Network)
-    parser.add_argument("--image_size", type=int, nargs=3, default=[32, 32, 3], metavar=("H", "W", "C"),
-                        help="height, width and channels of the images")
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        nargs=3,
+        default=[32, 32, 3],
+        metavar=("H", "W", "C"),
+        help="height, width and channels of the images",
+    )
     parser.add_argument("--classes", type=int, default=10, help="number of classes")
     flags = parser.parse_args()
     name = flags.model or default_model(flags.image_size)
     check_network(flags, name)
     if min(flags.image_size) < 1 or flags.classes < 2:
-        raise UserError(f"--image_size needs three positive numbers and --classes at least 2, "
-                        f"not {flags.image_size} and {flags.classes}")
+        raise UserError(
+            f"--image_size needs three positive numbers and --classes at least 2, "
+            f"not {flags.image_size} and {flags.classes}"
+        )
     try:
-        model = create_model(name, flags.image_size, flags.classes, flags.norm_type, flags.groups, flags.group_size,
-                             flags.weight_standardization)
+        model = create_model(
+            name,
+            flags.image_size,
+            flags.classes,
+            flags.norm_type,
+            flags.groups,
+            flags.group_size,
+            flags.weight_standardization,
+        )
     except ValueError as error:
         raise UserError(f"{name} with --norm_type {flags.norm_type}: {error}") from error
     model.summary(line_length=110)

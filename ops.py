@@ -6,21 +6,28 @@
 Group Normalization: Wu & He, arXiv 1803.08494. Batch Normalization: Ioffe & Szegedy, arXiv 1502.03167.
 Weight Standardization: Qiao et al., arXiv 1903.10520.
 """
+
 import math
 import numbers
 
 import keras
 import tensorflow as tf
 
-EPSILON = 1e-5      # for every norm alike, as in the code of the GN paper's authors
-FEW_OUTPUTS = 32    # up to there a convolution by a matrix product was measured to be faster
+EPSILON = 1e-5  # for every norm alike, as in the code of the GN paper's authors
+FEW_OUTPUTS = 32  # up to there a convolution by a matrix product was measured to be faster
 
 
 # ---------------------------------------------------------------------------------------------- pure functions
 
 
-def group_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, groups: int = 32,
-               epsilon: float = EPSILON, data_format: str = "channels_last") -> tf.Tensor:
+def group_norm(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    groups: int = 32,
+    epsilon: float = EPSILON,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
     """Normalize each example over groups of channels (arXiv 1803.08494, equations 1, 2, 6 and 7).
 
         mean[n, g]      = mean of x over the m values of group g of example n: its C / G channels, all positions
@@ -60,7 +67,7 @@ def group_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, gr
     check_groups(x.shape, axis, groups)
     gamma, beta, dtype = _affine(x, axis, gamma, beta)
     shape = _dynamic_shape(x)
-    channels, positions = shape[axis], math.prod(shape[1:axis] + shape[axis + 1:])
+    channels, positions = shape[axis], math.prod(shape[1:axis] + shape[axis + 1 :])
     if axis == len(shape) - 1:
         fold = _fold(positions, channels)
         view, position_axis = [shape[0], positions // fold, fold * channels], 1
@@ -70,14 +77,24 @@ def group_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, gr
     return tf.cast(tf.reshape(y, shape), x.dtype)
 
 
-def layer_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, epsilon: float = EPSILON,
-               data_format: str = "channels_last") -> tf.Tensor:
+def layer_norm(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    epsilon: float = EPSILON,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
     """group_norm with a single group: the Layer Normalization that arXiv 1803.08494 (equation 4) compares with."""
     return group_norm(x, gamma, beta, 1, epsilon, data_format)
 
 
-def instance_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, epsilon: float = EPSILON,
-                  data_format: str = "channels_last") -> tf.Tensor:
+def instance_norm(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    epsilon: float = EPSILON,
+    data_format: str = "channels_last",
+) -> tf.Tensor:
     """group_norm with a group for each channel (arXiv 1803.08494, equation 5)."""
     x = tf.convert_to_tensor(x)
     return group_norm(x, gamma, beta, x.shape[_channel_axis(x, data_format)], epsilon, data_format)
@@ -86,36 +103,36 @@ def instance_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None,
 def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
     """group_norm on x of [N, rows, fold * C] (position_axis 1) or [N, C, positions] (position_axis 2, fold 1)."""
     examples, columns = _dynamic_shape(x)[0], x.shape[3 - position_axis]
-    size = columns // (groups * fold)                           # channels per group
+    size = columns // (groups * fold)  # channels per group
     rows = tf.cast(tf.shape(x)[position_axis], x.dtype)
 
-    def by_group(values):                                       # [N, fold * C] → [N, fold, G, C / G]
+    def by_group(values):  # [N, fold * C] → [N, fold, G, C / G]
         return tf.reshape(values, [examples, fold, groups, size])
 
-    def group_mean(values):                                     # [N, fold, G, C / G] → [N, 1, G, 1]
-        mean = tf.reduce_mean(values, axis=3, keepdims=True)    # both at once: the order would depend on N
+    def group_mean(values):  # [N, fold, G, C / G] → [N, 1, G, 1]
+        mean = tf.reduce_mean(values, axis=3, keepdims=True)  # both at once: the order would depend on N
         return tf.reduce_mean(mean, axis=1, keepdims=True)
 
-    def wide(values, examples=examples):                        # whatever broadcasts to [N, fold, G, C / G] → over x
+    def wide(values, examples=examples):  # whatever broadcasts to [N, fold, G, C / G] → over x
         values = tf.broadcast_to(values, [examples, fold, groups, size])
         return tf.reshape(values, [examples, 1, columns] if position_axis == 1 else [examples, columns, 1])
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
         mean = group_mean(by_group(tf.reduce_mean(x, axis=position_axis)))
-        centred = x - wide(mean)                                # E[x^2] - E[x]^2 would lose all digits at mean >> std
+        centred = x - wide(mean)  # E[x^2] - E[x]^2 would lose all digits at mean >> std
         variance = group_mean(by_group(tf.reduce_mean(tf.square(centred), axis=position_axis)))
-        inverse_std = tf.math.rsqrt(variance + epsilon)         # [N, 1, G, 1]
-        scale = gamma * inverse_std                             # [N, 1, G, C / G]
+        inverse_std = tf.math.rsqrt(variance + epsilon)  # [N, 1, G, 1]
+        scale = gamma * inverse_std  # [N, 1, G, C / G]
         wide_scale = wide(scale)
         y = centred * wide_scale + wide(beta, examples=1)
 
         def gradient(dy):
             sum_dy = by_group(tf.reduce_sum(dy, axis=position_axis))
             sum_dy_centred = by_group(tf.reduce_sum(dy * centred, axis=position_axis))
-            offset = group_mean(scale * sum_dy) / rows                                          # [N, 1, G, 1]
-            slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows          # [N, 1, G, 1]
-            with tf.control_dependencies([slope, offset]):      # dy is needed no more: the product takes its memory
+            offset = group_mean(scale * sum_dy) / rows  # [N, 1, G, 1]
+            slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows  # [N, 1, G, 1]
+            with tf.control_dependencies([slope, offset]):  # dy is needed no more: the product takes its memory
                 dx = dy * wide_scale - wide(offset)
             dx -= centred * wide(slope)
             dgamma = tf.reduce_sum(sum_dy_centred * inverse_std, axis=[0, 1])
@@ -138,10 +155,18 @@ def _fold(positions, channels):
     return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
 
 
-def batch_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, moving_mean: tf.Tensor,
-               moving_variance: tf.Tensor, training: bool, momentum: float = 0.9, epsilon: float = EPSILON,
-               data_format: str = "channels_last", mask: tf.Tensor | None = None
-               ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+def batch_norm(
+    x: tf.Tensor,
+    gamma: tf.Tensor | None,
+    beta: tf.Tensor | None,
+    moving_mean: tf.Tensor,
+    moving_variance: tf.Tensor,
+    training: bool,
+    momentum: float = 0.9,
+    epsilon: float = EPSILON,
+    data_format: str = "channels_last",
+    mask: tf.Tensor | None = None,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
 
     In training, by the mean and variance of the batch; else by moving_mean and moving_variance. The pure
@@ -170,8 +195,10 @@ def batch_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mo
     axis = _channel_axis(x, data_format)
     count = math.prod(2 if size is None else size for i, size in enumerate(x.shape) if i != axis)
     if training and count < 2:
-        raise ValueError(f"batch_norm in training needs at least 2 values per channel, not {count}: the shape is "
-                         f"{x.shape}; use a larger batch, or group_norm")
+        raise ValueError(
+            f"batch_norm in training needs at least 2 values per channel, not {count}: the shape is "
+            f"{x.shape}; use a larger batch, or group_norm"
+        )
     if axis != x.shape.rank - 1:
         x = tf.experimental.numpy.moveaxis(x, axis, -1)
     gamma, beta, dtype = _affine(x, -1, gamma, beta)
@@ -194,8 +221,15 @@ def batch_norm(x: tf.Tensor, gamma: tf.Tensor | None, beta: tf.Tensor | None, mo
 def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon):
     """batch_norm of x [N, positions, 1, C] by TensorFlow's own kernel, which also moves the statistics."""
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-        x=x, scale=gamma, offset=beta, mean=moving_mean, variance=moving_variance, epsilon=epsilon,
-        exponential_avg_factor=1.0 - momentum, is_training=training)
+        x=x,
+        scale=gamma,
+        offset=beta,
+        mean=moving_mean,
+        variance=moving_variance,
+        epsilon=epsilon,
+        exponential_avg_factor=1.0 - momentum,
+        is_training=training,
+    )
     return (y, mean, variance) if training else (y, moving_mean, moving_variance)
 
 
@@ -258,10 +292,10 @@ def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Te
     sizes = [x.shape[0]] + [size and -(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
     outputs = None if None in sizes else math.prod(sizes)
     by_product = products_that_pay(outputs, filters)
-    if not by_product or tf.config.list_physical_devices("GPU"):        # measured on CPUs
+    if not by_product or tf.config.list_physical_devices("GPU"):  # measured on CPUs
         return tf.nn.conv2d(x, kernel, strides, "SAME")
 
-    def patches(x):                                             # [N, H, W, C] → [outputs, inputs of a filter]
+    def patches(x):  # [N, H, W, C] → [outputs, inputs of a filter]
         cut = tf.image.extract_patches(x, [1, height, width, 1], [1, *strides, 1], [1, 1, 1, 1], "SAME")
         return tf.reshape(cut, [outputs, height * width * channels])
 
@@ -299,12 +333,16 @@ def check_groups(shape: tuple, axis: int, groups: int) -> None:
     if channels is None:
         raise ValueError(f"the number of channels must be known, but axis {axis} of the shape {shape} is None")
     if not isinstance(groups, numbers.Integral) or groups < 1 or channels % groups:
-        raise ValueError(f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
-                         f"valid numbers of groups are {divisors(channels)}")
+        raise ValueError(
+            f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
+            f"valid numbers of groups are {divisors(channels)}"
+        )
     sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
     if None not in sizes and math.prod(sizes) * channels == groups:
-        raise ValueError(f"{groups} groups on {channels} channels of one position leave a single value per group, "
-                         f"which normalization turns into 0: use fewer than {channels} groups")
+        raise ValueError(
+            f"{groups} groups on {channels} channels of one position leave a single value per group, "
+            f"which normalization turns into 0: use fewer than {channels} groups"
+        )
 
 
 def divisors(number: int) -> str:
@@ -347,9 +385,20 @@ def _dynamic_shape(x):
 class _Norm(keras.layers.Layer):
     """What GroupNorm and BatchNorm share: gamma and beta, in float32 whatever the layer computes in."""
 
-    def __init__(self, axis=-1, epsilon=EPSILON, center=True, scale=True, beta_initializer="zeros",
-                 gamma_initializer="ones", beta_regularizer=None, gamma_regularizer=None, beta_constraint=None,
-                 gamma_constraint=None, **kwargs):
+    def __init__(
+        self,
+        axis=-1,
+        epsilon=EPSILON,
+        center=True,
+        scale=True,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         self.axis = axis
         self.epsilon = epsilon
@@ -367,30 +416,48 @@ class _Norm(keras.layers.Layer):
         rank = len(input_shape)
         axis = self.axis + rank if self.axis < 0 else self.axis
         if axis not in (1, rank - 1):
-            raise ValueError(f"axis must be the first after the batch (1) or the last (-1), not {self.axis} "
-                             f"for an input of shape {tuple(input_shape)}")
+            raise ValueError(
+                f"axis must be the first after the batch (1) or the last (-1), not {self.axis} "
+                f"for an input of shape {tuple(input_shape)}"
+            )
         self.channel_axis = axis
         self.channels = input_shape[axis]
         if self.channels is None:
             raise ValueError(f"the number of channels must be known, but the input's shape is {tuple(input_shape)}")
         self.data_format = "channels_last" if axis == rank - 1 else "channels_first"
-        self.gamma = self._vector("gamma", self.gamma_initializer, self.gamma_regularizer,
-                                  self.gamma_constraint) if self.scale else None
-        self.beta = self._vector("beta", self.beta_initializer, self.beta_regularizer,
-                                 self.beta_constraint) if self.center else None
+        self.gamma = (
+            self._vector("gamma", self.gamma_initializer, self.gamma_regularizer, self.gamma_constraint)
+            if self.scale
+            else None
+        )
+        self.beta = (
+            self._vector("beta", self.beta_initializer, self.beta_regularizer, self.beta_constraint)
+            if self.center
+            else None
+        )
 
     def _vector(self, name, initializer, regularizer=None, constraint=None, trainable=True):
-        return self.add_weight(name=name, shape=(self.channels,), initializer=initializer, regularizer=regularizer,
-                               constraint=constraint, trainable=trainable, autocast=False,
-                               dtype="float64" if self.compute_dtype == "float64" else "float32")
+        return self.add_weight(
+            name=name,
+            shape=(self.channels,),
+            initializer=initializer,
+            regularizer=regularizer,
+            constraint=constraint,
+            trainable=trainable,
+            autocast=False,
+            dtype="float64" if self.compute_dtype == "float64" else "float32",
+        )
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
         config = {"axis": self.axis, "epsilon": self.epsilon, "center": self.center, "scale": self.scale}
-        for kind, owner in (("initializer", keras.initializers), ("regularizer", keras.regularizers),
-                            ("constraint", keras.constraints)):
+        for kind, owner in (
+            ("initializer", keras.initializers),
+            ("regularizer", keras.regularizers),
+            ("constraint", keras.constraints),
+        ):
             for name in ("beta", "gamma"):
                 config[f"{name}_{kind}"] = owner.serialize(getattr(self, f"{name}_{kind}"))
         return {**super().get_config(), **config}
@@ -430,13 +497,23 @@ class BatchNorm(_Norm):
     that this replica sees, as in arXiv 1803.08494.
     """
 
-    def __init__(self, axis=-1, momentum=0.99, epsilon=EPSILON, center=True, scale=True, *,
-                 moving_mean_initializer="zeros", moving_variance_initializer="ones", **kwargs):
+    def __init__(
+        self,
+        axis=-1,
+        momentum=0.99,
+        epsilon=EPSILON,
+        center=True,
+        scale=True,
+        *,
+        moving_mean_initializer="zeros",
+        moving_variance_initializer="ones",
+        **kwargs,
+    ):
         super().__init__(axis, epsilon, center, scale, **kwargs)
         self.momentum = momentum
         self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
         self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
-        self.use_batch_statistics = False       # True: normalize by the batch, and move, without training too
+        self.use_batch_statistics = False  # True: normalize by the batch, and move, without training too
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -446,8 +523,17 @@ class BatchNorm(_Norm):
     def call(self, inputs, training=False, mask=None):
         training = (bool(training) and self.trainable) or self.use_batch_statistics
         y, moving_mean, moving_variance = batch_norm(
-            inputs, self.gamma, self.beta, self.moving_mean, self.moving_variance, training, self.momentum,
-            self.epsilon, self.data_format, mask)
+            inputs,
+            self.gamma,
+            self.beta,
+            self.moving_mean,
+            self.moving_variance,
+            training,
+            self.momentum,
+            self.epsilon,
+            self.data_format,
+            mask,
+        )
         if training:
             self.moving_mean.assign(moving_mean)
             self.moving_variance.assign(moving_variance)

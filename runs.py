@@ -1,8 +1,9 @@
 """A run: its configuration, and its folder with config.json, metrics.jsonl, evaluation.json and checkpoints.
 
-    config, data = runs.read_config("train_dir/RUN")
-    for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accuracies)
+config, data = runs.read_config("train_dir/RUN")
+for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accuracies)
 """
+
 import dataclasses
 import functools
 import importlib.metadata
@@ -22,47 +23,74 @@ from input_ops import AUGMENTATIONS, network_image_shape
 
 tf = Later("tensorflow")
 
-LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}            # at max_batch_size images per update: figure/studies/recipe
-SCALING = {"adam": "square root", "momentum": "linear"}     # with the batch size: arXiv 2205.10287 and 1706.02677
+LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
+SCALING = {"adam": "square root", "momentum": "linear"}  # with the batch size: arXiv 2205.10287 and 1706.02677
 CHECKPOINTS_KEPT = 3
-CHECKPOINT_SECONDS = 600    # a checkpoint at least so often, however long a step takes
-CLIP_NORM = 20.0        # gradients are clipped to this global norm, as in the original repo
+CHECKPOINT_SECONDS = 600  # a checkpoint at least so often, however long a step takes
+CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(models.Network):
     """What a run is: the flags of trainer.py, and below what follows from them and the data (trainer.derive)."""
+
     dataset: str | None = flag(None, "MNIST, Fashion, SVHN, CIFAR10, TinyImageNet, ImageNet, Digits or your own")
     prefix: str = flag("default", "first part of the run folder's name")
-    batch_size: int | None = flag(None, "images per update, all of which batch norm sees together; by default "
-                                        "--max_batch_size", low=1)
+    batch_size: int | None = flag(
+        None, "images per update, all of which batch norm sees together; by default --max_batch_size", low=1
+    )
     max_batch_size: int = flag(64, "images per step, a multiple of --batch_size", low=1)
-    max_training_step: int | None = flag(None, "steps to train; by default a number of epochs that suits the dataset",
-                                         low=1)
-    optimizer: str | None = flag(None, f"by default momentum (0.9), for convnet adam; gradients are clipped to the "
-                                       f"global norm {CLIP_NORM:g}", choices=tuple(LEARNING_RATES))
+    max_training_step: int | None = flag(
+        None, "steps to train; by default a number of epochs that suits the dataset", low=1
+    )
+    optimizer: str | None = flag(
+        None,
+        f"by default momentum (0.9), for convnet adam; gradients are clipped to the global norm {CLIP_NORM:g}",
+        choices=tuple(LEARNING_RATES),
+    )
     learning_rate: float | None = flag(
-        None, "rate at max_batch_size images per update; by default "
-        + " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()), above=0)
+        None,
+        "rate at max_batch_size images per update; by default "
+        + " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+        above=0,
+    )
     no_adjust_learning_rate: bool = flag(
-        False, "do not scale the rate with the batch size: by batch_size / max_batch_size for momentum (arXiv "
-        "1706.02677), by its square root for adam (arXiv 2205.10287)")
-    lr_schedule: str = flag("cosine", "constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at "
-                                      "the end", choices=("constant", "step", "cosine"))
+        False,
+        "do not scale the rate with the batch size: by batch_size / max_batch_size for momentum (arXiv "
+        "1706.02677), by its square root for adam (arXiv 2205.10287)",
+    )
+    lr_schedule: str = flag(
+        "cosine",
+        "constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at the end",
+        choices=("constant", "step", "cosine"),
+    )
     warmup_steps: int = flag(0, "steps of linear increase of the rate at the start", low=0)
-    weight_decay: float | None = flag(None, "L2 penalty on all weights, gamma and beta included; by default 1e-4 with "
-                                            "momentum, 0 with adam", low=0)
-    augment: str | None = flag(None, "cut images at random (for digits and signs), or mirror them too, which --augment "
-                                     "alone means and is the default for photographs",
-                               choices=AUGMENTATIONS, nargs="?", const="flip+crop")
+    weight_decay: float | None = flag(
+        None, "L2 penalty on all weights, gamma and beta included; by default 1e-4 with momentum, 0 with adam", low=0
+    )
+    augment: str | None = flag(
+        None,
+        "cut images at random (for digits and signs), or mirror them too, which --augment "
+        "alone means and is the default for photographs",
+        choices=AUGMENTATIONS,
+        nargs="?",
+        const="flip+crop",
+    )
     no_augment: bool = flag(False, "show the images as they are")
-    dtype: str = flag("float32", "bfloat16: Keras' mixed precision; statistics, gamma, beta and logits stay float32",
-                      choices=("float32", "bfloat16"))
+    dtype: str = flag(
+        "float32",
+        "bfloat16: Keras' mixed precision; statistics, gamma, beta and logits stay float32",
+        choices=("float32", "bfloat16"),
+    )
     jit_compile: bool = flag(False, "compile the training step with XLA")
     seed: int = flag(0, "of initialisation, order, augmentation and dropout", low=0)
-    validation: int | None = flag(None, "hold out N training images, of each class its share and always the same ones, "
-                                        "and test on them instead of the test split: for choosing settings",
-                                  low=1, metavar="N")
+    validation: int | None = flag(
+        None,
+        "hold out N training images, of each class its share and always the same ones, "
+        "and test on them instead of the test split: for choosing settings",
+        low=1,
+        metavar="N",
+    )
     checkpoint: str | None = flag(None, "start from the weights of this checkpoint or run folder")
     log_step: int = flag(10, "steps between lines of log; each is a row of metrics.jsonl too", low=1)
     write_summary_step: int = flag(10, "steps between TensorBoard scalars; each is a row of metrics.jsonl too", low=1)
@@ -71,21 +99,40 @@ class Config(models.Network):
     data_dir: str | None = flag(datasets.DATA_DIR, "where the datasets are", on_resume=True)
     train_dir: str = flag("train_dir", "where to make the run folder")
 
-    base_learning_rate: float | None = None         # --learning_rate, or the optimizer's default
-    learning_rate_scaling: str | None = None        # none, linear or square root
-    peak_learning_rate: float | None = None         # of the schedule: scaled with the batch size
-    batch_norm_momentum: float | None = None        # of the moving statistics, per update
+    base_learning_rate: float | None = None  # --learning_rate, or the optimizer's default
+    learning_rate_scaling: str | None = None  # none, linear or square root
+    peak_learning_rate: float | None = None  # of the schedule: scaled with the batch size
+    batch_norm_momentum: float | None = None  # of the moving statistics, per update
     updates_per_step: int | None = None
 
 
 FLAGS = [field.name for field in dataclasses.fields(Config) if field.metadata]
-DERIVED = ["model", "groups", "batch_size", "updates_per_step", "optimizer", "base_learning_rate",
-           "learning_rate_scaling", "peak_learning_rate", "weight_decay", "batch_norm_momentum", "augment",
-           "max_training_step", "test_sample_step"]
+DERIVED = [
+    "model",
+    "groups",
+    "batch_size",
+    "updates_per_step",
+    "optimizer",
+    "base_learning_rate",
+    "learning_rate_scaling",
+    "peak_learning_rate",
+    "weight_decay",
+    "batch_norm_momentum",
+    "augment",
+    "max_training_step",
+    "test_sample_step",
+]
 PLACES = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step"}
 # What does not change what is learned, or follows from what does.
-IGNORED = PLACES | {"seed", "test_sample_step", "ckpt_save_step", "class_names", "learning_rate",
-                    "no_adjust_learning_rate", "no_augment"}
+IGNORED = PLACES | {
+    "seed",
+    "test_sample_step",
+    "ckpt_save_step",
+    "class_names",
+    "learning_rate",
+    "no_adjust_learning_rate",
+    "no_augment",
+}
 MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batch": ", statistics of the test batch"}
 
 
@@ -94,20 +141,37 @@ MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batc
 
 def describe_data(train, test) -> dict:
     """What config.json says of the data."""
-    return {"train": len(train), "test": len(test), "image_shape": list(network_image_shape(train)),
-            "num_classes": train.num_classes, "class_names": list(train.class_names), "made_from": train.made_from}
+    return {
+        "train": len(train),
+        "test": len(test),
+        "image_shape": list(network_image_shape(train)),
+        "num_classes": train.num_classes,
+        "class_names": list(train.class_names),
+        "made_from": train.made_from,
+    }
 
 
 def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
     """Write config.json: the flags as given, what follows from them, the data, the versions, machine and commit."""
     given = {name: getattr(flags, name) for name in FLAGS}
     given["data_dir"] = None if flags.data_dir == datasets.DATA_DIR else str(Path(flags.data_dir).resolve())
-    write_whole(run_dir / "config.json", json.dumps({
-        "flags": given, "derived": {name: getattr(config, name) for name in DERIVED}, "data": data,
-        "versions": {"python": platform.python_version()} | {
-            name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")},
-        "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
-        "source": source(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}, indent=1) + "\n")
+    write_whole(
+        run_dir / "config.json",
+        json.dumps(
+            {
+                "flags": given,
+                "derived": {name: getattr(config, name) for name in DERIVED},
+                "data": data,
+                "versions": {"python": platform.python_version()}
+                | {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")},
+                "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
+                "source": source(),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+            indent=1,
+        )
+        + "\n",
+    )
 
 
 def read_config(run_dir) -> tuple[Config, dict]:
@@ -123,9 +187,10 @@ def read_config(run_dir) -> tuple[Config, dict]:
     except FileNotFoundError:
         raise UserError(f"{run_dir} is no run folder: it has no config.json, which trainer.py writes") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): it should be the JSON object that "
-                        f"trainer.py wrote") from None
-    if isinstance(settings["augment"], bool):           # of a run before --augment had choices
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): it should be the JSON object that trainer.py wrote"
+        ) from None
+    if isinstance(settings["augment"], bool):  # of a run before --augment had choices
         settings["augment"] = "flip+crop" if settings["augment"] else None
     known = {field.name for field in dataclasses.fields(Config)}
     return Config(**{name: value for name, value in settings.items() if name in known}), data
@@ -134,8 +199,11 @@ def read_config(run_dir) -> tuple[Config, dict]:
 def flags_given(run_dir) -> dict:
     """The flags of a run that are not their defaults, without those that name places."""
     given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]
-    return {field.name: given[field.name] for field in dataclasses.fields(Config)
-            if field.name in given and given[field.name] not in (field.default, None) and field.name not in PLACES}
+    return {
+        field.name: given[field.name]
+        for field in dataclasses.fields(Config)
+        if field.name in given and given[field.name] not in (field.default, None) and field.name not in PLACES
+    }
 
 
 def processor() -> str:
@@ -143,16 +211,23 @@ def processor() -> str:
     try:
         names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
         return names[0]
-    except (OSError, IndexError):       # not Linux
+    except (OSError, IndexError):  # not Linux
         return platform.processor()
 
 
 @functools.cache
 def source() -> dict | None:
     """The git commit of this code, and whether the tree differs from it; None where there is no git."""
+
     def git(*words):
-        return subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *words], text=True, check=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).resolve().parent), *words],
+            text=True,
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ).stdout.strip()
+
     try:
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
@@ -171,20 +246,24 @@ def check_path(path) -> None:
         raise UserError(f"{os.fsencode(path)!r} is not UTF-8: choose a name of letters and digits") from None
     found = sorted(set("*?[]\\") & set(str(path)))
     if found:
-        raise UserError(f"{path} has {' '.join(found)} in it: TensorFlow reads the path of a checkpoint as a pattern, "
-                        f"and would not find it again; choose a name without * ? [ ] and \\")
+        raise UserError(
+            f"{path} has {' '.join(found)} in it: TensorFlow reads the path of a checkpoint as a pattern, "
+            f"and would not find it again; choose a name without * ? [ ] and \\"
+        )
 
 
 def make_run_dir(config: Config) -> Path:
     """A new folder train_dir/<prefix>-<dataset>_lr_..._bs_..._norm_type_...-<time>, this run's alone."""
-    name = (f"{config.prefix}-{config.dataset}_lr_{config.base_learning_rate:g}_bs_{config.batch_size}"
-            f"_norm_type_{config.norm_type}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = (
+        f"{config.prefix}-{config.dataset}_lr_{config.base_learning_rate:g}_bs_{config.batch_size}"
+        f"_norm_type_{config.norm_type}-{time.strftime('%Y%m%d-%H%M%S')}"
+    )
     for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
         path = Path(config.train_dir) / (name + suffix)
         try:
             path.mkdir(parents=True)
             return path
-        except FileExistsError:         # started in the same second
+        except FileExistsError:  # started in the same second
             if not path.is_dir():
                 raise
     raise UserError(f"{config.train_dir} has 999 run folders called {name}: name another --train_dir")
@@ -201,8 +280,11 @@ def find_run(train_dir, dataset: str) -> Path:
     runs = [path for path in candidates if of_dataset[path] == dataset]
     if not runs:
         names = sorted(set(of_dataset.values()))
-        raise UserError(f"no run of {dataset} in {train_dir}" + (f", only of {', '.join(names)}" if names else "")
-                        + f": train one with 'python trainer.py --dataset {dataset}', or name another --train_dir")
+        raise UserError(
+            f"no run of {dataset} in {train_dir}"
+            + (f", only of {', '.join(names)}" if names else "")
+            + f": train one with 'python trainer.py --dataset {dataset}', or name another --train_dir"
+        )
     finished = [path for path in runs if tf.train.latest_checkpoint(path)]
     if not finished:
         raise UserError(f"the runs of {dataset} in {train_dir} have no checkpoint yet")
@@ -251,8 +333,10 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
         reader = tf.train.load_checkpoint(path)
         shapes = reader.get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError):
-        raise UserError(f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, "
-                        f"such as RUN_FOLDER/model-1000, or the run folder") from None
+        raise UserError(
+            f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, "
+            f"such as RUN_FOLDER/model-1000, or the run folder"
+        ) from None
     stored = {name: shape for name, shape in shapes.items() if name.startswith("model/")}
     variables = weights_of(model)
     key = "model/{}/.ATTRIBUTES/VARIABLE_VALUE".format
@@ -263,8 +347,10 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
     for name, shape in stored.items():
         wanted = variables[names[name]].shape
         if list(wanted) != list(shape):
-            raise UserError(f"checkpoint {path} is of another model or number of classes: {names[name]} has the shape "
-                            f"{tuple(shape)} there and {tuple(wanted)} here")
+            raise UserError(
+                f"checkpoint {path} is of another model or number of classes: {names[name]} has the shape "
+                f"{tuple(shape)} there and {tuple(wanted)} here"
+            )
     for name, variable in names.items():
         variables[variable].assign(reader.get_tensor(name))
     return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
@@ -284,7 +370,7 @@ def check_same_network(config: Config, checkpoint) -> None:
 
 def drop_after(run_dir: Path, step: int) -> None:
     """Make a folder what it was when `step` was saved: the steps after it are done again."""
-    for leftover in run_dir.glob("model-*temp*"):       # of a checkpoint whose writing was killed
+    for leftover in run_dir.glob("model-*temp*"):  # of a checkpoint whose writing was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     path = run_dir / "metrics.jsonl"
     write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
@@ -294,7 +380,7 @@ def drop_after(run_dir: Path, step: int) -> None:
 def drop_events_after(run_dir, step):
     """Drop the TensorBoard events after `step`, and what a kill left half-written, from a run folder's event files."""
     files = sorted(path for path in run_dir.glob("events.out.tfevents.*") if not path.name.endswith(".evaluation"))
-    kept = {}                           # a record that an interrupted trim left in two files counts once
+    kept = {}  # a record that an interrupted trim left in two files counts once
     for path in files:
         try:
             for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
@@ -302,7 +388,7 @@ def drop_events_after(run_dir, step):
                 if event.step <= step and not event.file_version:
                     kept[record] = None
         except tf.errors.DataLossError:
-            pass                        # the end of the file was never written
+            pass  # the end of the file was never written
     if files:
         part = run_dir / "events.part"
         with tf.io.TFRecordWriter(str(part)) as writer:
@@ -319,13 +405,14 @@ def drop_events_after(run_dir, step):
 
 class Run(NamedTuple):
     """A run folder as figures read it."""
+
     path: Path
     config: Config
-    settings: dict          # all that makes runs alike, but for the seed
-    rows: list              # of metrics.jsonl
-    accuracies: dict        # by the names in MEASURES
-    evaluation: dict        # the part of them that evaler.py measured
-    state: str              # finished, diverged or unfinished
+    settings: dict  # all that makes runs alike, but for the seed
+    rows: list  # of metrics.jsonl
+    accuracies: dict  # by the names in MEASURES
+    evaluation: dict  # the part of them that evaler.py measured
+    state: str  # finished, diverged or unfinished
 
     @property
     def arm(self) -> str:
@@ -353,7 +440,7 @@ def read_run(path: Path) -> Run:
     if rows and rows[-1].get("diverged"):
         state = "diverged"
     accuracies = evaluation = read_evaluation(path / "evaluation.json", config)
-    if state == "finished" and "test_loss/accuracy" in rows[-1]:    # trainer.py's last test is what evaler.py repeats
+    if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test is what evaler.py repeats
         accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | accuracies
     return Run(path, config, comparable(config, data), rows, accuracies, evaluation, state)
 
@@ -379,7 +466,8 @@ def read_evaluation(path: Path, config: Config) -> dict:
         if record["step"] != config.max_training_step or record["split"] != split:
             return {}
         return {"accuracy": record["accuracy"]} | {
-            name: record[name]["accuracy"] for name in MEASURES if isinstance(record.get(name), dict)}
+            name: record[name]["accuracy"] for name in MEASURES if isinstance(record.get(name), dict)
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): run evaler.py again") from error
 

@@ -1,9 +1,10 @@
 """What a run shows: rows of metrics.jsonl, TensorBoard, lines and a bar on the console, pictures; and its clock.
 
-    log = summaries.Log(run_dir, config, test, first_step=0)
-    log.stepped(step)
-    if log.due(step): log.write({"step": step, ...}, images)
+log = summaries.Log(run_dir, config, test, first_step=0)
+log.stepped(step)
+if log.due(step): log.write({"step": step, ...}, images)
 """
+
 import contextlib
 import json
 import time
@@ -86,7 +87,7 @@ class Log:
     def seconds_left(self, step):
         tests = self.steps // self.config.test_sample_step - step // self.config.test_sample_step
         tests += self.steps % self.config.test_sample_step > 0 and step < self.steps
-        guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3        # forward alone
+        guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3  # forward alone
         return (self.steps - step) * self.seconds_per_step + tests * (self.seconds_per_test or guess)
 
     # the showing
@@ -124,8 +125,10 @@ class Log:
                 tf.summary.image("test_img/image", image_grid(tests.numpy()))
 
     def line(self, row):
-        line = (f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss/loss']:.4f}  "
-                f"accuracy {100 * row['loss/accuracy']:6.2f} %  rate {row['learning_rate']:.2e}")
+        line = (
+            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss/loss']:.4f}  "
+            f"accuracy {100 * row['loss/accuracy']:6.2f} %  rate {row['learning_rate']:.2e}"
+        )
         if "images_per_second" in row:
             line += f"  {row['images_per_second']:7.1f} images/s  {duration(self.seconds_left(row['step']))} left"
         if "test_loss/accuracy" in row:
@@ -149,13 +152,24 @@ def duration(seconds: float) -> str:
 
 def write_hparams(config, given):
     """TensorBoard's HParams table: the main settings, and each other flag that was given, against test accuracy."""
-    settings = {"dataset": config.dataset, "norm_type": config.norm_type, "batch_size": config.batch_size,
-                "learning_rate": config.base_learning_rate, "model": config.model, "seed": config.seed,
-                "optimizer": config.optimizer, "weight_standardization": config.weight_standardization}
+    settings = {
+        "dataset": config.dataset,
+        "norm_type": config.norm_type,
+        "batch_size": config.batch_size,
+        "learning_rate": config.base_learning_rate,
+        "model": config.model,
+        "seed": config.seed,
+        "optimizer": config.optimizer,
+        "weight_standardization": config.weight_standardization,
+    }
     settings |= {name: value for name, value in given.items() if name not in settings}
-    hparams.hparams_config(hparams=[hparams.HParam(name) for name in settings],
-                           metrics=[hparams.Metric("test_loss/accuracy", display_name="test accuracy"),
-                                    hparams.Metric("test_loss/loss", display_name="test loss")])
+    hparams.hparams_config(
+        hparams=[hparams.HParam(name) for name in settings],
+        metrics=[
+            hparams.Metric("test_loss/accuracy", display_name="test accuracy"),
+            hparams.Metric("test_loss/loss", display_name="test loss"),
+        ],
+    )
     hparams.hparams(settings)
 
 
@@ -188,6 +202,7 @@ def confusion_image(confusion, class_names):
     """The confusion matrix, each row as shares of its label, as a picture [1, H, W, 3] uint8."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 6.5), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -200,8 +215,15 @@ def confusion_image(confusion, class_names):
         axes.set_yticks(ticks, class_names)
         for label, prediction in np.ndindex(*confusion.shape):
             if confusion[label, prediction]:
-                axes.text(prediction, label, confusion[label, prediction], ha="center", va="center", fontsize=7,
-                          color="white" if shares[label, prediction] > 0.5 else "black")
+                axes.text(
+                    prediction,
+                    label,
+                    confusion[label, prediction],
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="white" if shares[label, prediction] > 0.5 else "black",
+                )
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[None, ..., :3]
 
@@ -209,6 +231,7 @@ def confusion_image(confusion, class_names):
 def draw_mistakes(path, split, result, most=25):
     """Save the images that were most wrong as a PNG, each with its label, prediction and loss."""
     from matplotlib.figure import Figure
+
     wrong = np.flatnonzero(result["predictions"] != split.labels)
     worst = wrong[np.argsort(-result["losses"][wrong], kind="stable")][:most]
     figure = Figure(figsize=(10, 11), layout="constrained")

@@ -8,6 +8,7 @@
 A step is max_batch_size images, in max_batch_size / batch_size updates, so that the curves of different batch sizes
 share an axis. batch_size is the number of images that batch norm sees.
 """
+
 import contextlib
 import dataclasses
 import math
@@ -46,8 +47,10 @@ def parse_flags(argv=None):
     given = parser.names_given(argv)
     for field in dataclasses.fields(runs.Config):
         if field.name in given and not field.metadata.get("on_resume"):
-            raise UserError(f"--resume goes on with the flags of the run, so --{field.name} "
-                            f"{getattr(flags, field.name)} has no effect: leave it out, or start a new run")
+            raise UserError(
+                f"--resume goes on with the flags of the run, so --{field.name} "
+                f"{getattr(flags, field.name)} has no effect: leave it out, or start a new run"
+            )
     return flags, Path(resume)
 
 
@@ -59,17 +62,20 @@ def check_flags(flags):
         raise UserError(f"--prefix {flags.prefix!r} must be a plain name, for it begins the name of a folder")
     runs.check_path(Path(flags.train_dir) / flags.prefix)
     models.check_network(flags)
-    if flags.seed >= 2 ** 31:
+    if flags.seed >= 2**31:
         raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
     if flags.batch_size is not None and flags.max_batch_size % flags.batch_size:
         fitting = -(-flags.max_batch_size // flags.batch_size) * flags.batch_size
-        raise UserError(f"--batch_size {flags.batch_size} does not divide --max_batch_size {flags.max_batch_size}: a "
-                        f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do")
+        raise UserError(
+            f"--batch_size {flags.batch_size} does not divide --max_batch_size {flags.max_batch_size}: a "
+            f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do"
+        )
     if flags.augment and flags.no_augment:
         raise UserError("--augment and --no_augment contradict each other: give one of them")
     if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
-        raise UserError(f"--warmup_steps {flags.warmup_steps} is more than --max_training_step "
-                        f"{flags.max_training_step}")
+        raise UserError(
+            f"--warmup_steps {flags.warmup_steps} is more than --max_training_step {flags.max_training_step}"
+        )
 
 
 def derive(flags, train):
@@ -82,7 +88,7 @@ def derive(flags, train):
     share = batch_size / flags.max_batch_size
     learning_rate = flags.learning_rate or runs.LEARNING_RATES[optimizer]
     if flags.dataset == "ImageNet" and optimizer == "momentum" and flags.learning_rate is None:
-        learning_rate = 0.1 * flags.max_batch_size / 256        # arXiv 1706.02677, as arXiv 1803.08494
+        learning_rate = 0.1 * flags.max_batch_size / 256  # arXiv 1706.02677, as arXiv 1803.08494
     scaling = "none" if flags.no_adjust_learning_rate else runs.SCALING[optimizer]
     scale = {"none": 1.0, "linear": share, "square root": math.sqrt(share)}[scaling]
     epoch = math.ceil(len(train) / flags.max_batch_size)
@@ -90,15 +96,23 @@ def derive(flags, train):
     if flags.warmup_steps > steps:
         raise UserError(f"--warmup_steps {flags.warmup_steps} is more than the {steps} steps of this run")
     return dataclasses.replace(
-        flags, model=model, groups=flags.groups or models.default_groups(model), batch_size=batch_size,
-        updates_per_step=flags.max_batch_size // batch_size, optimizer=optimizer, base_learning_rate=learning_rate,
-        learning_rate_scaling=scaling, peak_learning_rate=learning_rate * scale,
+        flags,
+        model=model,
+        groups=flags.groups or models.default_groups(model),
+        batch_size=batch_size,
+        updates_per_step=flags.max_batch_size // batch_size,
+        optimizer=optimizer,
+        base_learning_rate=learning_rate,
+        learning_rate_scaling=scaling,
+        peak_learning_rate=learning_rate * scale,
         weight_decay={"adam": 0.0, "momentum": 1e-4}[optimizer] if flags.weight_decay is None else flags.weight_decay,
         # A step forgets a tenth of the statistics, in however many updates: every batch size averages over the same
         # number of images.
-        batch_norm_momentum=0.9 ** share,
+        batch_norm_momentum=0.9**share,
         augment=flags.augment or ("flip+crop" if facts.MIRRORED and not flags.no_augment else None),
-        max_training_step=steps, test_sample_step=flags.test_sample_step or epoch)
+        max_training_step=steps,
+        test_sample_step=flags.test_sample_step or epoch,
+    )
 
 
 def learning_rate_at(step, config):
@@ -125,14 +139,16 @@ def load_data(config):
 def reopen(run_dir, data_dir):
     """(configuration, train, test) of a run that goes on; UserError if its data changed."""
     config, data = runs.read_config(run_dir)
-    if data_dir == datasets.DATA_DIR:                   # None: the run's data were in the default place, too
+    if data_dir == datasets.DATA_DIR:  # None: the run's data were in the default place, too
         data_dir = config.data_dir or data_dir
     config = dataclasses.replace(config, data_dir=data_dir)
     splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
     for name, split in zip(("train", "test"), splits):
         if len(split) != data[name]:
-            raise UserError(f"{run_dir} was trained with {data[name]} {name} images, but {data_dir} has {len(split)} "
-                            f"now: the data changed")
+            raise UserError(
+                f"{run_dir} was trained with {data[name]} {name} images, but {data_dir} has {len(split)} "
+                f"now: the data changed"
+            )
     return config, *splits
 
 
@@ -159,14 +175,24 @@ class Optimizer:
     def apply(self, gradients):
         if self.kind == "momentum":
             for variable, accumulator, gradient in zip(self.variables_updated, *self.slots, gradients):
-                tf.raw_ops.ResourceApplyMomentum(var=variable.handle, accum=accumulator.handle, lr=self.learning_rate,
-                                                 grad=gradient, momentum=0.9)
+                tf.raw_ops.ResourceApplyMomentum(
+                    var=variable.handle, accum=accumulator.handle, lr=self.learning_rate, grad=gradient, momentum=0.9
+                )
             return
         power1, power2 = self.beta_powers
         for variable, m, v, gradient in zip(self.variables_updated, *self.slots, gradients):
             tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle, m=m.handle, v=v.handle, beta1_power=power1, beta2_power=power2,
-                lr=self.learning_rate, beta1=0.9, beta2=0.999, epsilon=1e-8, grad=gradient)
+                var=variable.handle,
+                m=m.handle,
+                v=v.handle,
+                beta1_power=power1,
+                beta2_power=power2,
+                lr=self.learning_rate,
+                beta1=0.9,
+                beta2=0.999,
+                epsilon=1e-8,
+                grad=gradient,
+            )
         power1.assign(power1 * 0.9)
         power2.assign(power2 * 0.999)
 
@@ -180,14 +206,24 @@ class State:
         self.optimizer = Optimizer(config.optimizer, [variable.value for variable in model.trainable_variables])
         self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.checkpoints = runs.Checkpoints(run_dir, config, model=runs.weights_of(model), totals=self.totals,
-                                            optimizer=self.optimizer.tracked(), step=self.step)
+        self.checkpoints = runs.Checkpoints(
+            run_dir,
+            config,
+            model=runs.weights_of(model),
+            totals=self.totals,
+            optimizer=self.optimizer.tracked(),
+            step=self.step,
+        )
 
     def row(self):
         """The row of the log of this step: means since the last row, and the rate that the optimizer used."""
         loss, correct, images = self.totals.numpy()
-        return {"step": int(self.step), "loss/accuracy": correct / images, "loss/loss": loss / images,
-                "learning_rate": float(self.optimizer.learning_rate)}
+        return {
+            "step": int(self.step),
+            "loss/accuracy": correct / images,
+            "loss/loss": loss / images,
+            "learning_rate": float(self.optimizer.learning_rate),
+        }
 
 
 def make_train_step(model, optimizer, totals, batch_size, updates=1, weight_decay=0.0, jit_compile=False):
@@ -204,11 +240,15 @@ def make_train_step(model, optimizer, totals, batch_size, updates=1, weight_deca
                 objective += weight_decay * tf.add_n([tf.nn.l2_loss(weight) for weight in weights])
         gradients = tape.gradient(objective, weights)
         norm = tf.linalg.global_norm(gradients)
-        optimizer.apply(tf.cond(norm > runs.CLIP_NORM, lambda: [g * (runs.CLIP_NORM / norm) for g in gradients],
-                                lambda: gradients))
+        optimizer.apply(
+            tf.cond(norm > runs.CLIP_NORM, lambda: [g * (runs.CLIP_NORM / norm) for g in gradients], lambda: gradients)
+        )
         correct = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
-        totals.assign_add(tf.stack([tf.reduce_sum(tf.cast(losses, tf.float64)),
-                                    tf.reduce_sum(tf.cast(correct, tf.float64)), batch_size]))
+        totals.assign_add(
+            tf.stack(
+                [tf.reduce_sum(tf.cast(losses, tf.float64)), tf.reduce_sum(tf.cast(correct, tf.float64)), batch_size]
+            )
+        )
         return tf.math.is_finite(loss) & tf.math.is_finite(norm), loss
 
     @tf.function(jit_compile=jit_compile or None)
@@ -219,7 +259,7 @@ def make_train_step(model, optimizer, totals, batch_size, updates=1, weight_deca
         labels = tf.reshape(labels, [updates, batch_size])
         finite, loss = True, 0.0
         for i in tf.range(updates):
-            if finite:                          # nothing is learned after the update that failed
+            if finite:  # nothing is learned after the update that failed
                 finite, loss = update(images[i], labels[i])
         return finite, loss
 
@@ -259,8 +299,10 @@ class Interruption:
                 print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
                 os._exit(128 + number)
             self.signal = number
-            print(f"{signal.Signals(number).name}: stopping as soon as this step is saved; once more stops at once",
-                  flush=True)
+            print(
+                f"{signal.Signals(number).name}: stopping as soon as this step is saved; once more stops at once",
+                flush=True,
+            )
 
     def check(self, batches):
         """The batches, unless a signal comes between two of them: Stopped."""
@@ -274,11 +316,25 @@ def train_run(run_dir, config, splits, state, interruption):
     """The training loop, from the step of `state` to the last one, or to the one in which a signal comes."""
     train, test = splits
     step = int(state.step)
-    train_step = make_train_step(state.model, state.optimizer, state.totals, config.batch_size,
-                                 config.updates_per_step, config.weight_decay, config.jit_compile)
+    train_step = make_train_step(
+        state.model,
+        state.optimizer,
+        state.totals,
+        config.batch_size,
+        config.updates_per_step,
+        config.weight_decay,
+        config.jit_compile,
+    )
     test_batches = create_input_ops(test, evaler.EVALUATION_BATCH, is_training=False)
-    batches = create_input_ops(train, config.max_batch_size, True, config.augment, config.seed, first_step=step,
-                               last_step=config.max_training_step)
+    batches = create_input_ops(
+        train,
+        config.max_batch_size,
+        True,
+        config.augment,
+        config.seed,
+        first_step=step,
+        last_step=config.max_training_step,
+    )
     predict = evaler.make_predictor(state.model)
     log = Log(run_dir, config, test, step)
 
@@ -291,7 +347,7 @@ def train_run(run_dir, config, splits, state, interruption):
         log.write(row, images)
         state.totals.assign(tf.zeros_like(state.totals))
 
-    with contextlib.suppress(Stopped):          # by a signal in a test: its row is written when the run goes on
+    with contextlib.suppress(Stopped):  # by a signal in a test: its row is written when the run goes on
         if log.owes(step):
             test_and_log()
         for images, labels in batches:
@@ -323,9 +379,11 @@ def stop_at_nan(log, run_dir, step, loss, state):
     last = f"the last good checkpoint is {state.checkpoints.newest()}"
     if not state.checkpoints.newest():
         last = f"{run_dir} has no checkpoint yet"
-    raise WorldError(f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning "
-                     f"rate {float(state.optimizer.learning_rate):g}; {last}; start anew with a smaller "
-                     f"--learning_rate")
+    raise WorldError(
+        f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning "
+        f"rate {float(state.optimizer.learning_rate):g}; {last}; start anew with a smaller "
+        f"--learning_rate"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the script
@@ -338,9 +396,11 @@ def build_model(config, train):
         if isinstance(layer, (ops.BatchNorm, keras.layers.BatchNormalization)):
             positions = layer.input.shape[1:-1]
             if None not in positions and config.batch_size * math.prod(positions) < 2:
-                raise UserError(f"--batch_size {config.batch_size} is too small for batch norm in {model.name}: "
-                                f"{layer.name} sees 1 position of each image, a single value per channel; use a larger "
-                                f"batch, larger images or another --norm_type")
+                raise UserError(
+                    f"--batch_size {config.batch_size} is too small for batch norm in {model.name}: "
+                    f"{layer.name} sees 1 position of each image, a single value per channel; use a larger "
+                    f"batch, larger images or another --norm_type"
+                )
     if config.checkpoint:
         runs.check_same_network(config, config.checkpoint)
         path, _ = runs.load_weights(model, config.checkpoint)
@@ -356,11 +416,14 @@ def main():
     else:
         config, train, test = reopen(run_dir, flags.data_dir)
     tests = -(-config.max_training_step // config.test_sample_step)
-    print(f"{config.dataset}: {len(train)} train, {len(test)} test images of "
-          f"{'x'.join(map(str, network_image_shape(train)))} in {train.num_classes} classes\n"
-          f"{config.model}, {config.norm_type} norm: {config.max_training_step} steps of {config.max_batch_size} "
-          f"images, in {config.updates_per_step} updates each; {tests} tests. Starting TensorFlow; how long it will "
-          f"take is said after two steps", flush=True)
+    print(
+        f"{config.dataset}: {len(train)} train, {len(test)} test images of "
+        f"{'x'.join(map(str, network_image_shape(train)))} in {train.num_classes} classes\n"
+        f"{config.model}, {config.norm_type} norm: {config.max_training_step} steps of {config.max_batch_size} "
+        f"images, in {config.updates_per_step} updates each; {tests} tests. Starting TensorFlow; how long it will "
+        f"take is said after two steps",
+        flush=True,
+    )
 
     set_threads(config.batch_size, network_image_shape(train))
     keras.utils.set_random_seed(config.seed)
@@ -373,8 +436,11 @@ def main():
     if going_on:
         runs.drop_after(run_dir, int(state.step))
         print(f"going on at step {int(state.step)} of {config.max_training_step}")
-    print(f"{model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
-          f"batch size {config.batch_size}\nrun folder: {run_dir}", flush=True)
+    print(
+        f"{model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
+        f"batch size {config.batch_size}\nrun folder: {run_dir}",
+        flush=True,
+    )
 
     interruption = Interruption()
     try:
@@ -383,8 +449,11 @@ def main():
         # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
         raise WorldError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error
     if not done:
-        print(f"stopped by {signal.Signals(interruption.signal).name} after step {int(state.step)}, which is saved; go "
-              f"on with\n  python trainer.py --resume {run_dir}", flush=True)
+        print(
+            f"stopped by {signal.Signals(interruption.signal).name} after step {int(state.step)}, which is saved; go "
+            f"on with\n  python trainer.py --resume {run_dir}",
+            flush=True,
+        )
         sys.exit(128 + interruption.signal)
     print(f"done: {config.max_training_step} steps, run folder {run_dir}")
 

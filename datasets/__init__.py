@@ -5,6 +5,7 @@
 A known dataset NAME is kept in <data_dir>/<name in lower case>/ (download.py puts it there), a user's own in
 <data_dir>/NAME/; both come back as datasets.hdf5.Dataset.
 """
+
 import importlib
 import os
 import re
@@ -27,8 +28,10 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
         if known.lower() == str(name).lower():
             raise UserError(f"dataset {name!r}: did you mean {known}?")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
-        raise UserError(f"dataset name {name!r}: use one of {' '.join(NAMES)}, or letters, digits, '_' and '-' for a "
-                        "folder of your own in the data folder (no slashes, no dots)")
+        raise UserError(
+            f"dataset name {name!r}: use one of {' '.join(NAMES)}, or letters, digits, '_' and '-' for a "
+            "folder of your own in the data folder (no slashes, no dots)"
+        )
     return os.path.join(os.path.abspath(data_dir), name)
 
 
@@ -44,8 +47,9 @@ def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
     return hdf5.is_packed(place) or (name not in NAMES and own.is_there(place))
 
 
-def create_default_splits(name: str, data_dir: str = DATA_DIR, max_examples: int | None = None,
-                          validation: int | None = None) -> tuple[hdf5.Dataset, hdf5.Dataset]:
+def create_default_splits(
+    name: str, data_dir: str = DATA_DIR, max_examples: int | None = None, validation: int | None = None
+) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train, test), two datasets.hdf5.Dataset, of at most `max_examples` images each.
 
     validation: that many training images are held out (see hold_out), and returned in place of the test split.
@@ -58,10 +62,12 @@ def create_default_splits(name: str, data_dir: str = DATA_DIR, max_examples: int
 def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train without `count` images, those images): the same in every run, and every class in proportion."""
     if not 0 < count < len(train):
-        raise UserError(f"--validation {count}: {train.name} has {len(train)} training images, and both what is held "
-                        f"out and what is left must have some: give 1 to {len(train) - 1}")
+        raise UserError(
+            f"--validation {count}: {train.name} has {len(train)} training images, and both what is held "
+            f"out and what is left must have some: give 1 to {len(train) - 1}"
+        )
     order = np.random.RandomState(VALIDATION_SEED).permutation(len(train))
-    order = order[np.argsort(train.labels[order], kind="stable")]          # class after class, shuffled in each
+    order = order[np.argsort(train.labels[order], kind="stable")]  # class after class, shuffled in each
     held = np.zeros(len(train), bool)
     held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True
     return train.subset(np.flatnonzero(~held), True), train.subset(np.flatnonzero(held), False)
@@ -75,6 +81,8 @@ def open_splits(name, data_dir, max_examples):
     if hdf5.is_packed(place):
         return hdf5.open_packed(place, name, max_examples)
     if name in NAMES:
-        raise UserError(f"{name} is not prepared in {place}: run `python download.py --dataset {name}`"
-                        + ("" if os.path.dirname(place) == DATA_DIR else f" with --data_dir {data_dir}"))
+        raise UserError(
+            f"{name} is not prepared in {place}: run `python download.py --dataset {name}`"
+            + ("" if os.path.dirname(place) == DATA_DIR else f" with --data_dir {data_dir}")
+        )
     return own.open_own(place, name, max_examples)

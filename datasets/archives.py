@@ -2,6 +2,7 @@
 
 What is wrong in one ends in a UserError that names the archive and the member; only errors of the disk pass through.
 """
+
 import contextlib
 import errno
 import gzip
@@ -17,7 +18,7 @@ import numpy as np
 
 from command import UserError, WorldError, one_line
 
-MAX_PIXELS = 100_000_000                                                # the largest image of ImageNet has 61 million
+MAX_PIXELS = 100_000_000  # the largest image of ImageNet has 61 million
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def refusing(path, member=None):
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # parsers' own have no number, or
-            raise                                                       # come from a seek to a place that cannot be
+            raise  # come from a seek to a place that cannot be
         where = f"{path}, member {member}" if member else path
         if isinstance(error, MemoryError):
             raise UserError(f"{where} does not fit in memory") from error
@@ -63,7 +64,7 @@ class StrictTarInfo(tarfile.TarInfo):
     def frombuf(cls, buf, encoding, errors):
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:                                  # the zeros that end every tar
+        except tarfile.EOFHeaderError:  # the zeros that end every tar
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"cut short or changed ({error})") from error
@@ -77,7 +78,7 @@ def tar_files(file, path, limit):
     with refusing(path), tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20, tarinfo=StrictTarInfo) as tar:
         for member in tar:
             check_name(member.name, path)
-            tar.members.clear()                                         # or the list of a million members stays
+            tar.members.clear()  # or the list of a million members stays
             if member.isdir():
                 continue
             if not member.isreg():
@@ -94,7 +95,7 @@ def tar_gz_files(path, limit, total):
     with refusing(path), gzip.open(path) as file:
         bounded = Bounded(file, total, path)
         yield from tar_files(bounded, path, limit)
-        while bounded.read(1 << 20):                                    # to the end, where gzip keeps its checksum
+        while bounded.read(1 << 20):  # to the end, where gzip keeps its checksum
             continue
 
 
@@ -124,6 +125,7 @@ def load_mat(file, path, shapes, limit):
     SciPy sees nothing before it was unpacked to at most `limit` bytes, and its elements were found to be in order.
     """
     from scipy.io import loadmat, whosmat
+
     with refusing(path):
         file = unpack_mat(file, path, limit)
         found = {name: (shape, kind) for name, shape, kind in whosmat(file)}
@@ -180,7 +182,7 @@ def check_mat(data, order, path, depth=0):
         is_small = kind >> 16 > 0
         if is_small:
             kind, length, start, step = kind & 0xFFFF, kind >> 16, position + 4, 8
-        inner = data[start:start + length]
+        inner = data[start : start + length]
         if (
             kind not in (1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 14, 16, 17, 18)
             or len(inner) < length
@@ -205,18 +207,23 @@ def check_matrix(elements, order, path, depth):
         matrix_class, is_complex = flags & 255, flags & 0x800
         shape = np.frombuffer(elements[1][1], order + "i4").tolist()
         count = int(np.prod(shape, dtype=object))
-        if matrix_class == 2 and kinds[3:5] == [5, 1] and sizes[3] == 4:    # struct: the length of a name, all names
+        if matrix_class == 2 and kinds[3:5] == [5, 1] and sizes[3] == 4:  # struct: the length of a name, all names
             length = struct.unpack_from(order + "I", elements[3][1])[0]
             fields = sizes[4] // length if 0 < length <= 64 else 0
             is_right = fields > 0 and kinds[5:] == [14] * (fields * count)
-        elif matrix_class == 1:                                         # cell
+        elif matrix_class == 1:  # cell
             is_right = kinds[3:] == [14] * count
-        elif matrix_class == 4:                                         # char: count is of characters
+        elif matrix_class == 4:  # char: count is of characters
             is_right = len(kinds) == 4 and kinds[3] in (1, 2, 4, 16, 17, 18) and (sizes[3] >= count)
-        else:                                                           # double, single, int8 ... uint64
+        else:  # double, single, int8 ... uint64
             item = {1: 1, 2: 1, 3: 2, 4: 2, 5: 4, 6: 4, 7: 4, 9: 8, 12: 8, 13: 8}
-            is_right = (6 <= matrix_class <= 15 and not is_complex and len(kinds) == 4 and kinds[3] in item
-                        and sizes[3] == count * item[kinds[3]])
+            is_right = (
+                6 <= matrix_class <= 15
+                and not is_complex
+                and len(kinds) == 4
+                and kinds[3] in item
+                and sizes[3] == count * item[kinds[3]]
+            )
         is_right = is_right and min(shape) >= 0
     if not is_right:
         raise UserError(f"{path} is broken: a matrix has elements of the types {kinds[:8]} and sizes {sizes[:8]}")
@@ -225,6 +232,7 @@ def check_matrix(elements, order, path, depth):
 def open_image(data, path, member):
     """Return the JPEG or PNG file `data` as a PIL image, not decoded yet. Raises UserError if it is none or too big."""
     from PIL import Image
+
     with refusing(path, member):
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
         if image.width * image.height > MAX_PIXELS:

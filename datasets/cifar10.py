@@ -1,4 +1,5 @@
 """CIFAR-10: 50,000 + 10,000 images of 32x32 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html)."""
+
 import io
 import os
 import pickle
@@ -12,12 +13,12 @@ from datasets.hdf5 import Source
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, True
 FILES = {
-    "cifar-10-python.tar.gz": (170498071, "sha256", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"),
+    "cifar-10-python.tar.gz": (170498071, "sha256", "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")
 }
 MIRRORS = ("https://www.cs.toronto.edu/~kriz/", "https://storage.googleapis.com/skypilot-example-data/datasets/")
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-MAX_MEMBER, MAX_TOTAL = 1 << 26, 1 << 29                                # a batch has 31 million bytes, all have 186
-MAX_OPCODES, MAX_AGAIN = 1 << 18, 16                                    # of a pickle; a batch has some 30,000 steps
+MAX_MEMBER, MAX_TOTAL = 1 << 26, 1 << 29  # a batch has 31 million bytes, all have 186
+MAX_OPCODES, MAX_AGAIN = 1 << 18, 16  # of a pickle; a batch has some 30,000 steps
 
 
 def read(archive_dir):
@@ -44,8 +45,10 @@ def load_batch(data, name):
         return [label.decode() for label in flat_list(batch, b"label_names", bytes)]
     labels, array = flat_list(batch, b"labels", int), batch.get(b"data")
     if not isinstance(array, Array) or array.array.shape != (len(labels), 3072):
-        raise ValueError(f"data {array.array.shape if isinstance(array, Array) else ''} and {len(labels)} labels: "
-                         "expected an array [N, 3072] and N labels")
+        raise ValueError(
+            f"data {array.array.shape if isinstance(array, Array) else ''} and {len(labels)} labels: "
+            "expected an array [N, 3072] and N labels"
+        )
     # channel, row, column -> row, column, channel
     return array.array.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(labels, np.int64)
 
@@ -69,8 +72,10 @@ def unpickle(data):
         again += opcode.name == "DUP" or opcode.name.endswith("GET")
         put = argument if opcode.name.endswith("PUT") else 0
         if opcode.proto > 2 or put > MAX_OPCODES or number > MAX_OPCODES or again > MAX_AGAIN:
-            raise pickle.UnpicklingError(f"{opcode.name}, its {number}. step, is nothing that a batch of CIFAR-10 "
-                                         f"needs: expected at most {MAX_OPCODES} steps, {MAX_AGAIN} of them repeats")
+            raise pickle.UnpicklingError(
+                f"{opcode.name}, its {number}. step, is nothing that a batch of CIFAR-10 "
+                f"needs: expected at most {MAX_OPCODES} steps, {MAX_AGAIN} of them repeats"
+            )
     return BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
 
 

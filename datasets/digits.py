@@ -1,9 +1,10 @@
 """Digits: 1,797 handwritten digits of 8x8 that come with scikit-learn (UCI, Alpaydin and Kaynak): no network."""
+
 import numpy as np
 
 from datasets.hdf5 import Source
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 20, False, True      # a mirrored digit is another sign
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 20, False, True  # a mirrored digit is another sign
 FILES = {}
 MIRRORS = ()
 CLASS_NAMES = [str(digit) for digit in range(10)]
@@ -13,9 +14,12 @@ NUM_TRAIN, SPLIT_SEED = 1437, 0
 def read(archive_dir=None):
     """Return the Source of scikit-learn's digits, 0 ... 16 scaled to 0 ... 255, 1437 + 360 by a fixed shuffle."""
     from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = np.round(digits.images[..., np.newaxis] * 255 / 16).astype(np.uint8)
     order = np.random.RandomState(SPLIT_SEED).permutation(len(images))  # RandomState: the same in every numpy
-    parts = ((split, images[rows], digits.target[rows], [f"digit_{row:04d}" for row in rows])
-             for split, rows in enumerate((order[:NUM_TRAIN], order[NUM_TRAIN:])))
+    parts = (
+        (split, images[rows], digits.target[rows], [f"digit_{row:04d}" for row in rows])
+        for split, rows in enumerate((order[:NUM_TRAIN], order[NUM_TRAIN:]))
+    )
     return Source(CLASS_NAMES, (8, 8, 1), len(images), parts)

@@ -2,6 +2,7 @@
 
 Images become RGB of 8 bits: transparent ones on white, floats 0 ... 1 and integers of up to 16 bits scaled.
 """
+
 import contextlib
 import itertools
 import logging
@@ -16,7 +17,7 @@ from datasets.hdf5 import Source
 from datasets.own import SPLIT_SEED
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-PART = 1 << 24                                                          # bytes of images that are in memory at once
+PART = 1 << 24  # bytes of images that are in memory at once
 
 
 def read(image_dir, test_image_dir=None, image_size=None):
@@ -26,13 +27,17 @@ def read(image_dir, test_image_dir=None, image_size=None):
     """
     class_names = class_folders(image_dir)
     if len(class_names) < 2:
-        raise UserError(f"--image_dir {image_dir} has {len(class_names)} class folders: expected DIR/<class>/<image>, "
-                        "at least 2 classes")
+        raise UserError(
+            f"--image_dir {image_dir} has {len(class_names)} class folders: expected DIR/<class>/<image>, "
+            "at least 2 classes"
+        )
     files = list_images(image_dir, class_names)
     empty = sorted(set(range(len(class_names))) - {label for _, label in files})
-    if empty:               # left out, it would shift the labels of the classes behind it; kept, nothing could learn it
-        raise UserError(f"the class folder {os.path.join(image_dir, class_names[empty[0]])} has no image: put some in "
-                        f"({' '.join(SUFFIXES)}), or remove it")
+    if empty:  # left out, it would shift the labels of the classes behind it; kept, nothing could learn it
+        raise UserError(
+            f"the class folder {os.path.join(image_dir, class_names[empty[0]])} has no image: put some in "
+            f"({' '.join(SUFFIXES)}), or remove it"
+        )
     if test_image_dir is None:
         train, test = split_classes(files, class_names)
     else:
@@ -41,8 +46,11 @@ def read(image_dir, test_image_dir=None, image_size=None):
             raise UserError(f"--test_image_dir {test_image_dir} has the class {strange[0]}: {image_dir} has not")
         train, test = files, list_images(test_image_dir, class_names)
     if not test:
-        raise UserError(f"no test images: no class of {image_dir} has 2 images, one of which could be in the test split"
-                        if test_image_dir is None else f"--test_image_dir {test_image_dir} has no images")
+        raise UserError(
+            f"no test images: no class of {image_dir} has 2 images, one of which could be in the test split"
+            if test_image_dir is None
+            else f"--test_image_dir {test_image_dir} has no images"
+        )
     bits = depth(train + test)
     shape = (*image_size, 3) if image_size else load(train[0][0], None, bits).shape
     return Source(class_names, shape, len(train) + len(test), parts((train, test), shape, image_size, bits))
@@ -53,8 +61,9 @@ def names_in(folder):
     names = sorted(os.listdir(folder))
     for name in (str(folder), *names):
         if "\n" in name or "\r" in name or name != name.encode(errors="replace").decode():
-            raise UserError(f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has a line break in it: "
-                            "rename it")
+            raise UserError(
+                f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has a line break in it: rename it"
+            )
     return names
 
 
@@ -93,8 +102,11 @@ def split_classes(files, class_names):
         if num_test == 0:
             single.append(class_names[label])
     if single:
-        print(f"{len(single)} of {len(class_names)} classes have a single image, which is in train: "
-              f"{' '.join(single[:10])}", flush=True)
+        print(
+            f"{len(single)} of {len(class_names)} classes have a single image, which is in train: "
+            f"{' '.join(single[:10])}",
+            flush=True,
+        )
     return train, test
 
 
@@ -103,22 +115,25 @@ def parts(splits, shape, image_size, bits):
     num = max(1, PART // int(np.prod(shape)))
     for split, files in enumerate(splits):
         for i in range(0, len(files), num):
-            images = np.empty((len(files[i:i + num]), *shape), np.uint8)
-            for image, (path, _) in zip(images, files[i:i + num]):
+            images = np.empty((len(files[i : i + num]), *shape), np.uint8)
+            for image, (path, _) in zip(images, files[i : i + num]):
                 loaded = load(path, image_size, bits)
                 if loaded.shape != shape:
-                    raise UserError(f"{path} has {loaded.shape[0]}x{loaded.shape[1]} pixels, {splits[0][0][0]} has "
-                                    f"{shape[0]}x{shape[1]}: give --image_size H W to resize all")
+                    raise UserError(
+                        f"{path} has {loaded.shape[0]}x{loaded.shape[1]} pixels, {splits[0][0][0]} has "
+                        f"{shape[0]}x{shape[1]}: give --image_size H W to resize all"
+                    )
                 image[...] = loaded
-            ids = ["/".join((("train", "test")[split], *path.split(os.sep)[-2:])) for path, _ in files[i:i + num]]
-            yield split, images, [label for _, label in files[i:i + num]], ids
+            ids = ["/".join((("train", "test")[split], *path.split(os.sep)[-2:])) for path, _ in files[i : i + num]]
+            yield split, images, [label for _, label in files[i : i + num]], ids
 
 
 @contextlib.contextmanager
 def opened(path):
     """Open an image file, not decoded yet. What is wrong with it ends in a UserError that names it."""
     from PIL import Image
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)                 # or it says a line of its own beside our error
+
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # or it says a line of its own beside our error
     with refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
@@ -136,14 +151,17 @@ def depth(files):
     highest = -1
     for path, _ in files:
         with opened(path) as image:
-            if is_deep_color(image):                                    # of which Pillow reads the upper half
+            if is_deep_color(image):  # of which Pillow reads the upper half
                 highest = max(highest, int(np.max(image)) << 8 | 255)
             elif image.mode.startswith("I") and own_depth(image) is None:
                 highest = max(highest, int(integers(image, path).max()))
     bits = next((bits for bits in (8, 10, 12, 14) if highest < 2**bits), 16)
     if highest >= 0:
-        print(f"of the images with more than 8 bits the highest value is {highest}: all are read as {bits}-bit images, "
-              f"0 to {2**bits - 1}", flush=True)
+        print(
+            f"of the images with more than 8 bits the highest value is {highest}: all are read as {bits}-bit images, "
+            f"0 to {2**bits - 1}",
+            flush=True,
+        )
     return bits
 
 
@@ -176,19 +194,23 @@ def scaled(values, highest):
 def load(path, image_size, bits):
     """Return an image file as uint8 [h, w, 3], upright, its first frame; bits: what depth() told."""
     from PIL import Image, ImageOps
+
     with opened(path) as file:
         if is_deep_color(file) and bits < 16:
-            raise UserError(f"{path} is a color image of 16 bits a channel, but its values have {bits} bits, of which "
-                            f"{bits - 8} could be read: save it with 8 bits a channel")
+            raise UserError(
+                f"{path} is a color image of 16 bits a channel, but its values have {bits} bits, of which "
+                f"{bits - 8} could be read: save it with 8 bits a channel"
+            )
         own_bits, image = own_depth(file), ImageOps.exif_transpose(file)
         if image.mode == "F":
             values = np.asarray(image)
-            if not (values.min() >= 0 and values.max() <= 1):           # nor NaN
-                raise UserError(f"{path} has float values from {values.min()} to {values.max()}: expected 0 to 1, or "
-                                "integers")
+            if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
+                raise UserError(
+                    f"{path} has float values from {values.min()} to {values.max()}: expected 0 to 1, or integers"
+                )
             pixels = scaled(values, 1)
         elif image.mode.startswith("I"):
-            pixels = scaled(integers(image, path), 2**(own_bits or bits) - 1)
+            pixels = scaled(integers(image, path), 2 ** (own_bits or bits) - 1)
         else:
             if image.has_transparency_data:
                 image = image.convert("RGBA")

@@ -14,6 +14,7 @@ The file is built beside its target under another name, synced and renamed: a fi
 name, does not count. The mark says that a file is whole, not who wrote it: nothing a file claims is believed before it
 was compared with what it holds.
 """
+
 import json
 import os
 import re
@@ -29,9 +30,9 @@ from command import UserError, one_line, sync, whole_file, write_whole
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
 JPEG_CHUNK = 1 << 22
-MAX_CHUNK, MAX_RATIO = 1 << 28, 1100                                    # bytes; deflate packs at most 1 : 1032
-KINDS = {"buif": "uint8 or float numbers", "ui": "integers", "S": "bytes", "SO": "strings"}      # numpy's letters
-LOCK = threading.Lock()                                                 # HDF5 serves one thread at a time anyway
+MAX_CHUNK, MAX_RATIO = 1 << 28, 1100  # bytes; deflate packs at most 1 : 1032
+KINDS = {"buif": "uint8 or float numbers", "ui": "integers", "S": "bytes", "SO": "strings"}  # numpy's letters
+LOCK = threading.Lock()  # HDF5 serves one thread at a time anyway
 
 
 class Source(NamedTuple):
@@ -40,11 +41,12 @@ class Source(NamedTuple):
     parts yields (split, images, labels, ids), all of split 0 before split 1: images uint8 [n, h, w, c] or a list of n
     JPEG files as bytes, labels int [n], ids a list of n strings or None for running numbers.
     """
+
     class_names: list
-    image_shape: tuple | None                                           # (h, w, c), None for JPEG files
-    num_images: int | None                                              # None where only the end tells (JPEG files)
+    image_shape: tuple | None  # (h, w, c), None for JPEG files
+    num_images: int | None  # None where only the end tells (JPEG files)
     parts: Iterator
-    recipe: dict | None = None                                          # what it was packed from, and how
+    recipe: dict | None = None  # what it was packed from, and how
 
 
 def write(folder: str, source: Source, bar=None) -> None:
@@ -56,7 +58,7 @@ def write(folder: str, source: Source, bar=None) -> None:
     data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
     remove_unfinished(folder)
     try:
-        with whole_file(data, data + UNFINISHED) as part:               # takes its name last: it is what counts
+        with whole_file(data, data + UNFINISHED) as part:  # takes its name last: it is what counts
             with h5py.File(part, "w") as file:
                 names = fill(file, source, bar)
                 if source.recipe is not None:
@@ -66,7 +68,7 @@ def write(folder: str, source: Source, bar=None) -> None:
             write_whole(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
         sync(folder)
     except Exception as error:
-        number = re.search(r"errno = (\d+)", str(error))               # h5py says so, whatever the class of the error
+        number = re.search(r"errno = (\d+)", str(error))  # h5py says so, whatever the class of the error
         if number is None or isinstance(error, UserError):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), data) from error
@@ -86,7 +88,7 @@ def fill(file, source, bar):
         if encoded:
             blob = np.frombuffer(b"".join(images), np.uint8)
             image.resize(len(image) + len(blob), axis=0)
-            image[len(image) - len(blob):] = blob
+            image[len(image) - len(blob) :] = blob
             lengths.extend(len(jpeg) for jpeg in images)
         else:
             if images.shape[1:] != tuple(shape) or stop > total:
@@ -168,8 +170,10 @@ def open_array(file, path, name, kinds="buif"):
         or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK
         or (dtype.kind == "O" and longest_string(data, path, name) > held)
     ):
-        raise UserError(f"{path}: {name} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
-                        "more than the file can hold")
+        raise UserError(
+            f"{path}: {name} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
+            "more than the file can hold"
+        )
     return data, shape, dtype
 
 
@@ -179,12 +183,13 @@ def longest_string(data, path, name):
     if num == 0 or data.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
         raise UserError(f"{path}: {name} holds {num} strings, or not in one piece: expected them contiguous")
     with open(path, "rb") as file:
-        file.seek(data.get_offset())                                    # each a length, uint32, and where it lies
+        file.seek(data.get_offset())  # each a length, uint32, and where it lies
         return int(np.ndarray(num, "<u4", file.read(size), strides=size // num).max())
 
 
 def open_table(file, path):
     """Return (image, offset, labels, splits, ids, class_names) of a packed file; image is an h5py.Dataset."""
+
     def column(name, kinds):
         data, shape, dtype = open_array(file, path, name, kinds)
         if len(shape) != 1:
@@ -195,10 +200,18 @@ def open_table(file, path):
     name = "jpeg" if file.id.links.exists(b"jpeg") else "image"
     data, shape, dtype = open_array(file, path, name)
     if dtype != np.uint8 or len(shape) != (1 if name == "jpeg" else 4) or min(shape) < 1:
-        raise UserError(f"{path}: {name} is {dtype} of shape {shape}: expected uint8 "
-                        + ("[bytes]" if name == "jpeg" else "[N, h, w, c]"))
-    return (h5py.Dataset(data), column("offset", "ui") if name == "jpeg" else None, column("label", "ui"),
-            column("split", "ui"), column("id", "S"), column("class_names", "SO"))
+        raise UserError(
+            f"{path}: {name} is {dtype} of shape {shape}: expected uint8 "
+            + ("[bytes]" if name == "jpeg" else "[N, h, w, c]")
+        )
+    return (
+        h5py.Dataset(data),
+        column("offset", "ui") if name == "jpeg" else None,
+        column("label", "ui"),
+        column("split", "ui"),
+        column("id", "S"),
+        column("class_names", "SO"),
+    )
 
 
 def is_packed(folder: str) -> bool:
@@ -229,7 +242,7 @@ def open_packed(folder, name, max_examples=None):
     """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file does not hold together."""
     path = os.path.join(folder, DATA)
     try:
-        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)       # no chunk cache: read just the bytes asked for
+        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no chunk cache: read just the bytes asked for
         image, offset, labels, splits, ids, class_names = open_table(file, path)
         check(labels, splits, ids, class_names)
         if (len(image) if offset is None else len(offset) - 1) != len(labels):
@@ -240,9 +253,21 @@ def open_packed(folder, name, max_examples=None):
         what = one_line(error, 300).removeprefix(f"{path}: ")
         raise UserError(f"{path} is broken ({what}): delete it and run download.py again") from error
     bounds, made_from = (0, np.count_nonzero(splits == 0), len(splits)), read_recipe(folder).get("made_from")
-    return tuple(Dataset(ids[a:b], name, max_examples, a == 0, labels=labels[a:b], class_names=class_names, image=image,
-                         rows=np.arange(a, b), offset=offset, made_from=made_from)
-                 for a, b in zip(bounds, bounds[1:]))
+    return tuple(
+        Dataset(
+            ids[a:b],
+            name,
+            max_examples,
+            a == 0,
+            labels=labels[a:b],
+            class_names=class_names,
+            image=image,
+            rows=np.arange(a, b),
+            offset=offset,
+            made_from=made_from,
+        )
+        for a, b in zip(bounds, bounds[1:])
+    )
 
 
 def empty(shape: tuple, dtype) -> np.ndarray:
@@ -250,7 +275,7 @@ def empty(shape: tuple, dtype) -> np.ndarray:
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     block = np.empty(size + 64, np.uint8)
     start = -block.ctypes.data % 64
-    return block[start:start + size].view(dtype).reshape(shape)
+    return block[start : start + size].view(dtype).reshape(shape)
 
 
 class Dataset:
@@ -265,8 +290,20 @@ class Dataset:
     with their int64 `offset` [rows + 1]; rows: int [N], the row of each id. made_from: words, None where unknown.
     """
 
-    def __init__(self, ids, name, max_examples=None, is_train=True, *, labels, class_names, image, rows, offset=None,
-                 made_from=None):
+    def __init__(
+        self,
+        ids,
+        name,
+        max_examples=None,
+        is_train=True,
+        *,
+        labels,
+        class_names,
+        image,
+        rows,
+        offset=None,
+        made_from=None,
+    ):
         kept = np.arange(len(ids))
         if max_examples is not None and max_examples < len(ids):
             kept = np.arange(max_examples) * len(ids) // max_examples
@@ -284,9 +321,17 @@ class Dataset:
 
     def subset(self, positions, is_train):
         """Return the Dataset of the images at `positions` (int [n]), in that order."""
-        return Dataset([self.ids[i] for i in positions], self.name, is_train=is_train, labels=self.labels[positions],
-                       class_names=self.class_names, image=self._image, rows=self._rows[positions],
-                       offset=self._offset, made_from=self.made_from)
+        return Dataset(
+            [self.ids[i] for i in positions],
+            self.name,
+            is_train=is_train,
+            labels=self.labels[positions],
+            class_names=self.class_names,
+            image=self._image,
+            rows=self._rows[positions],
+            offset=self._offset,
+            made_from=self.made_from,
+        )
 
     def __len__(self):
         return len(self.ids)
@@ -313,7 +358,7 @@ class Dataset:
         with LOCK:
             for a, b in zip([0, *breaks], [*breaks, len(rows)]):
                 if b > a:
-                    self._image.read_direct(images, np.s_[rows[a]:rows[b - 1] + 1], np.s_[a:b])
+                    self._image.read_direct(images, np.s_[rows[a] : rows[b - 1] + 1], np.s_[a:b])
         return images
 
     def read(self, positions):
@@ -325,11 +370,11 @@ class Dataset:
         rows = self._rows[positions]
         if isinstance(self._image, np.ndarray):
             in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
-            return self._image[rows[0]:rows[-1] + 1] if in_order else self._image[rows]
+            return self._image[rows[0] : rows[-1] + 1] if in_order else self._image[rows]
         unique, inverse = np.unique(rows, return_inverse=True)
         if self.encoded:
             with LOCK:
-                jpegs = [self._image[self._offset[row]:self._offset[row + 1]].tobytes() for row in unique]
+                jpegs = [self._image[self._offset[row] : self._offset[row + 1]].tobytes() for row in unique]
             return [jpegs[i] for i in inverse]
         images = self._read_rows(unique)
         return images if np.array_equal(unique, rows) else images[inverse]
@@ -345,6 +390,7 @@ class Dataset:
         image = self.read([position])[0]
         if self.encoded:
             from datasets.archives import decode_rgb
+
             image = decode_rgb(image, self.name, id)
         image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
         return image, np.eye(self.num_classes, dtype=np.float32)[self.labels[position]]

@@ -3,6 +3,7 @@
 https://image-net.org gives the three files to those who log in and accept its non-commercial research terms, so no tool
 fetches them unattended. The images stay JPEG files in the store.
 """
+
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -52,9 +53,10 @@ def read_devkit(path):
     with refusing(path, META):
         wnid_of, words_of = {}, {}
         for row in synsets:
-            number, wnid, words, children = (row[field].reshape(-1)[0] for field in
-                                             ("ILSVRC2012_ID", "WNID", "words", "num_children"))
-            if int(children) == 0:                                      # the others are inner nodes, no classes
+            number, wnid, words, children = (
+                row[field].reshape(-1)[0] for field in ("ILSVRC2012_ID", "WNID", "words", "num_children")
+            )
+            if int(children) == 0:  # the others are inner nodes, no classes
                 wnid_of[int(number)], words_of[str(wnid)] = str(wnid), str(words)
         wnids = sorted(words_of)
         if len(wnid_of) != len(wnids):

@@ -7,6 +7,7 @@
 uint8 images stay uint8, float images become float32 and must be finite; other integers must lie in 0 ... 255.
 The file may come from anywhere: nothing it claims is believed before it was compared with what it holds.
 """
+
 import os
 
 import h5py
@@ -25,7 +26,7 @@ MAX_CLASSES = 100_000
 def split_80_20(num):
     """Return the shuffled positions of `num` examples as (train, test), the same in every script and every run."""
     order = np.random.RandomState(SPLIT_SEED).permutation(num)
-    return order[:num - num // 5], order[num - num // 5:]
+    return order[: num - num // 5], order[num - num // 5 :]
 
 
 def is_there(folder):
@@ -37,21 +38,34 @@ def open_own(folder, name, max_examples=None):
     """Return (train, test), two Datasets, read whole into memory. Raises UserError naming the id and the value."""
     found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
     if len(found) != 1:
-        what = ("both data.hy and data.hdf5: keep one of them" if found else
-                "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)")
+        what = (
+            "both data.hy and data.hdf5: keep one of them"
+            if found
+            else "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)"
+        )
         raise UserError(f"dataset {name}: {folder} holds {what}")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
     with refusing(path), h5py.File(path, "r", locking=False) as file:
         labels, num_classes = read_labels(file, path, ids)
         images = read_images(file, path, ids, len(train_ids))
-    if len(set(labels[:len(train_ids)].tolist())) < 2:
+    if len(set(labels[: len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
     class_names = [str(i) for i in range(num_classes)]
-    splits = ((train_ids, labels[:len(train_ids)], images[0]), (test_ids, labels[len(train_ids):], images[1]))
-    return tuple(Dataset(split_ids, name, max_examples, split == 0, labels=split_labels, class_names=class_names,
-                         image=image, rows=np.arange(len(image)))
-                 for split, (split_ids, split_labels, image) in enumerate(splits))
+    splits = ((train_ids, labels[: len(train_ids)], images[0]), (test_ids, labels[len(train_ids) :], images[1]))
+    return tuple(
+        Dataset(
+            split_ids,
+            name,
+            max_examples,
+            split == 0,
+            labels=split_labels,
+            class_names=class_names,
+            image=image,
+            rows=np.arange(len(image)),
+        )
+        for split, (split_ids, split_labels, image) in enumerate(splits)
+    )
 
 
 def read_ids(path):
@@ -76,8 +90,10 @@ def read_splits(folder):
     files = [os.path.join(folder, f"id_{split}.txt") for split in ("train", "test")]
     there = [file for file in files if os.path.exists(file)]
     if len(there) == 1:
-        raise UserError(f"{there[0]} is there without {os.path.basename(next(f for f in files if f not in there))}: "
-                        "give both, or none for 80/20")
+        raise UserError(
+            f"{there[0]} is there without {os.path.basename(next(f for f in files if f not in there))}: "
+            "give both, or none for 80/20"
+        )
     if not there:
         if len(ids) < 5:
             raise UserError(f"{folder}/{IDS} has {len(ids)} ids: 80/20 leaves the test split empty below 5")
@@ -115,12 +131,15 @@ def read_labels(file, path, ids):
         data, shape, dtype = open_item(file, path, id, "label")
         num_classes = num_classes or (shape[0] if len(shape) == 1 else None)
         if shape != (num_classes,) or num_classes > MAX_CLASSES:
-            raise UserError(f"{path}: label of id {id!r} has the shape {shape}: expected one-hot "
-                            + (f"[{num_classes}] as id {ids[0]!r} has" if i else f"[classes], at most {MAX_CLASSES}"))
+            raise UserError(
+                f"{path}: label of id {id!r} has the shape {shape}: expected one-hot "
+                + (f"[{num_classes}] as id {ids[0]!r} has" if i else f"[classes], at most {MAX_CLASSES}")
+            )
         label = read_array(data, shape, dtype)
         if np.count_nonzero(label) != 1 or label.max() != 1:
-            raise UserError(f"{path}: label of id {id!r} is {label[:20].tolist()}: expected one-hot, "
-                            "a single 1 among zeros")
+            raise UserError(
+                f"{path}: label of id {id!r} is {label[:20].tolist()}: expected one-hot, a single 1 among zeros"
+            )
         labels[i] = label.argmax()
     if num_classes < 2:
         raise UserError(f"{path}: the labels have {num_classes} class: a classifier needs at least 2")
@@ -133,14 +152,17 @@ def read_images(file, path, ids, num_train):
     size = int(np.prod(shape_hwc, dtype=object)) * len(ids) * np.dtype(kind).itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > 0.8 * memory:
-        raise UserError(f"{path}: {len(ids)} images of {shape_hwc} need {size / 1e9:.1f} GB: "
-                        f"this machine has {memory / 1e9:.1f} GB")
+        raise UserError(
+            f"{path}: {len(ids)} images of {shape_hwc} need {size / 1e9:.1f} GB: this machine has {memory / 1e9:.1f} GB"
+        )
     images = tuple(empty((num, *shape_hwc), kind) for num in (num_train, len(ids) - num_train))
     for i, id in enumerate(ids):
         found_kind, found_shape, data = image_type(file, path, id)
         if (found_kind, found_shape) != (kind, shape_hwc):
-            raise UserError(f"{path}: image of id {id!r} is {data.dtype} of shape {data.shape}, that of id {ids[0]!r} "
-                            f"is {np.dtype(kind)} of {shape_hwc}: all must agree")
+            raise UserError(
+                f"{path}: image of id {id!r} is {data.dtype} of shape {data.shape}, that of id {ids[0]!r} "
+                f"is {np.dtype(kind)} of {shape_hwc}: all must agree"
+            )
         read_image(data, path, id, images[i >= num_train][i - num_train * (i >= num_train)])
     return images
 
@@ -151,8 +173,10 @@ def image_type(file, path, id):
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind == "b":
         raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
     if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
-        raise UserError(f"{path}: image of id {id!r} has the shape {shape}, channels first: expected [h, w, c], which "
-                        "np.transpose(image, (1, 2, 0)) makes of it")
+        raise UserError(
+            f"{path}: image of id {id!r} has the shape {shape}, channels first: expected [h, w, c], which "
+            "np.transpose(image, (1, 2, 0)) makes of it"
+        )
     return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1), data
 
 
@@ -160,8 +184,10 @@ def read_image(data, path, id, into):
     """Read an image, checked by image_type, into the array `into`, and check its values."""
     image = read_array(data, data.shape, data.dtype).reshape(into.shape)
     if into.dtype == np.uint8 and image.dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
-        raise UserError(f"{path}: image of id {id!r} has values from {image.min()} to {image.max()}: expected 0 to "
-                        "255, or float numbers")
+        raise UserError(
+            f"{path}: image of id {id!r} has values from {image.min()} to {image.max()}: expected 0 to "
+            "255, or float numbers"
+        )
     with np.errstate(over="ignore"):
         into[...] = image
     if into.dtype == np.float32 and not np.isfinite(into).all():

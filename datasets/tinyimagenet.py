@@ -1,4 +1,5 @@
 """Tiny ImageNet: 100,000 + 10,000 images of 64x64 in 200 classes (Stanford CS231n, http://cs231n.stanford.edu/)."""
+
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,11 @@ from datasets.hdf5 import Source
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, False
 FILES = {
-    "tiny-imagenet-200.zip": (248100043, "sha256", "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821"),
+    "tiny-imagenet-200.zip": (248100043, "sha256", "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821")
 }
 MIRRORS = ("http://cs231n.stanford.edu/",)
 ROOT = "tiny-imagenet-200/"
-MAX_MEMBER = 1 << 23                                                    # words.txt has 2.5 million bytes
+MAX_MEMBER = 1 << 23  # words.txt has 2.5 million bytes
 PART = 1024
 
 
@@ -52,6 +53,7 @@ def text(archive, path, name):
 
 def parts(archive, path, splits):
     """Yield the decoded images of both splits, PART at a time."""
+
     def decode(member):
         name, jpeg = member
         image = decode_rgb(jpeg, path, name)
@@ -59,10 +61,10 @@ def parts(archive, path, splits):
             raise UserError(f"{path}, member {name} has {image.shape[0]}x{image.shape[1]} pixels: expected 64x64")
         return image
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:                    # Pillow decodes outside of Python's lock
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
         for split, members in enumerate(splits):
             for i in range(0, len(members), PART):
-                infos, labels = zip(*members[i:i + PART])
+                infos, labels = zip(*members[i : i + PART])
                 names = [os.path.basename(info.filename) for info in infos]
                 jpegs = []
                 for info in infos:

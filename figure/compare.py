@@ -9,6 +9,7 @@ Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at 
 what was interrupted goes on, the rest is trained, --jobs processes side by side. Flags of trainer.py that are not
 listed here pass through. Leaves table.md, results.json, batch_size.png and curves.png in --train_dir.
 """
+
 import math
 import os
 import statistics
@@ -32,9 +33,9 @@ from summaries import duration
 
 PLAIN_NORMS = ("batch", "group", "layer", "instance", "none")
 NORMS = (*PLAIN_NORMS, *(f"{norm}+ws" for norm in PLAIN_NORMS), "batch+renorm")
-FIRST_BATCH_SIZES = (2, 32)             # these two tell the story
+FIRST_BATCH_SIZES = (2, 32)  # these two tell the story
 LOG_STEP = 50
-PROCESS_BYTES = 1.2e9                   # TensorFlow, the network and its batches, without the images
+PROCESS_BYTES = 1.2e9  # TensorFlow, the network and its batches, without the images
 POLL_SECONDS = 1.0
 
 
@@ -44,24 +45,42 @@ POLL_SECONDS = 1.0
 def parse_flags(argv=None):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", help="as in trainer.py")
-    parser.add_argument("--norm_type", nargs="+", choices=NORMS, metavar="NORM", default=["batch", "group", "group+ws"],
-                        help=f"norms to compare, of {', '.join(NORMS)} (ws: weight standardization)")
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32],
-                        help="batch sizes to compare")
+    parser.add_argument(
+        "--norm_type",
+        nargs="+",
+        choices=NORMS,
+        metavar="NORM",
+        default=["batch", "group", "group+ws"],
+        help=f"norms to compare, of {', '.join(NORMS)} (ws: weight standardization)",
+    )
+    parser.add_argument(
+        "--batch_size", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="batch sizes to compare"
+    )
     parser.add_argument("--groups", type=int, help="of group norm")
     parser.add_argument("--group_size", type=int, help="of group norm, channels per group")
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per cell, with the seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=within(int, low=1),
-                        help="passes over the training images; by default 8, unless --max_training_step is given")
+    parser.add_argument(
+        "--epochs",
+        type=within(int, low=1),
+        help="passes over the training images; by default 8, unless --max_training_step is given",
+    )
     parser.add_argument("--train_dir", default="studies/comparison", help="where the run folders are")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument("--jobs", type=within(int, low=1), default=len(available_cores()),
-                        help="processes side by side, each on cores of its own")
+    parser.add_argument(
+        "--jobs",
+        type=within(int, low=1),
+        default=len(available_cores()),
+        help="processes side by side, each on cores of its own",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print what would be trained, and how long it takes")
-    parser.add_argument("--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; "
-                                                                      "train nothing")
-    parser.add_argument("--called", metavar="NAME", help="what table and pictures call the dataset, where the data are "
-                                                         "not quite what its name says")
+    parser.add_argument(
+        "--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; train nothing"
+    )
+    parser.add_argument(
+        "--called",
+        metavar="NAME",
+        help="what table and pictures call the dataset, where the data are not quite what its name says",
+    )
     flags, rest = parser.parse_known_args(argv)
     if flags.from_logs:
         given = [name for name in parser.names_given(argv) if name not in ("from_logs", "called")]
@@ -90,8 +109,21 @@ class Cell:
         norm = arm.removesuffix("+ws")
         self.arm, self.batch_size, self.seed = arm, batch_size, seed
         self.name = f"{arm}, batch size {batch_size}, seed {seed}"
-        self.flags = ["--dataset", flags.dataset, "--norm_type", norm, "--batch_size", str(batch_size),
-                      "--seed", str(seed), "--train_dir", flags.train_dir, "--data_dir", flags.data_dir, *rest]
+        self.flags = [
+            "--dataset",
+            flags.dataset,
+            "--norm_type",
+            norm,
+            "--batch_size",
+            str(batch_size),
+            "--seed",
+            str(seed),
+            "--train_dir",
+            flags.train_dir,
+            "--data_dir",
+            flags.data_dir,
+            *rest,
+        ]
         self.flags += ["--weight_standardization"] if arm != norm else []
         if steps is not None:
             self.flags += ["--max_training_step", str(steps)]
@@ -123,8 +155,12 @@ def make_grid(flags, rest):
         steps = (flags.epochs or 8) * math.ceil(len(train) / probe.max_batch_size)
     first = [size for size in FIRST_BATCH_SIZES if size in flags.batch_size]
     sizes = first + [size for size in dict.fromkeys(flags.batch_size) if size not in first]
-    cells = [Cell(flags, rest, arm, size, seed, steps) for seed in range(flags.seeds) for size in sizes
-             for arm in dict.fromkeys(flags.norm_type)]
+    cells = [
+        Cell(flags, rest, arm, size, seed, steps)
+        for seed in range(flags.seeds)
+        for size in sizes
+        for arm in dict.fromkeys(flags.norm_type)
+    ]
     for cell in cells:
         cell.derive(train, test)
     return cells, train, test
@@ -136,12 +172,15 @@ def check_train_dir(train_dir, cells, runs):
     for found in runs:
         alike = next((cell.settings for cell in cells if cell.arm == found.arm), None)
         settings = alike or cells[0].settings
-        for name in sorted((settings.keys() | found.settings.keys()) - free
-                           - ({"groups", "group_size"} if alike is None else set())):
+        for name in sorted(
+            (settings.keys() | found.settings.keys()) - free - ({"groups", "group_size"} if alike is None else set())
+        ):
             here, there = settings.get(name), found.settings.get(name)
             if here != there:
-                raise UserError(f"{train_dir} holds a run with {name} {there}, where this grid has {here} "
-                                f"({found.path.name}): name another --train_dir")
+                raise UserError(
+                    f"{train_dir} holds a run with {name} {there}, where this grid has {here} "
+                    f"({found.path.name}): name another --train_dir"
+                )
 
 
 def check_memory(jobs, train, test):
@@ -149,11 +188,13 @@ def check_memory(jobs, train, test):
     try:
         lines = dict(line.split(":") for line in open("/proc/meminfo"))
         free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):         # not Linux
+    except (OSError, KeyError, ValueError):  # not Linux
         return
     if needed > free:
-        raise UserError(f"--jobs {jobs} needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: "
-                        f"give --jobs {max(1, int(jobs * free / needed))}")
+        raise UserError(
+            f"--jobs {jobs} needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: "
+            f"give --jobs {max(1, int(jobs * free / needed))}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the running of it
@@ -181,8 +222,15 @@ class Job:
         elif found.state == "unfinished" or (found.state == "finished" and not can_evaluate(found)):
             command = ["trainer.py", "--resume", str(found.path), "--data_dir", self.data_dir]
         elif needs_evaluation(found):
-            command = ["evaler.py", "--dataset", found.config.dataset, "--train_dir", str(found.path),
-                       "--data_dir", self.data_dir]
+            command = [
+                "evaler.py",
+                "--dataset",
+                found.config.dataset,
+                "--train_dir",
+                str(found.path),
+                "--data_dir",
+                self.data_dir,
+            ]
             if found.config.norm_type == "batch":
                 command += ["--batch_statistics", "moving", "reestimate", "batch"]
             if found.config.validation:
@@ -190,9 +238,14 @@ class Job:
         else:
             return False
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen(            # in a session of its own: Ctrl-C reaches it through us, once
-                [sys.executable, str(ROOT / command[0]), *command[1:]], stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True, preexec_fn=self.pin)
+            self.process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us, once
+                [sys.executable, str(ROOT / command[0]), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=self.pin,
+            )
         return True
 
     def pin(self):
@@ -263,7 +316,7 @@ def time_left(cells, runs, jobs):
 def train_all(cells, flags):
     """Run all cells that are not done, --jobs at a time; returns the failures. Interrupted, stops them after saving."""
     cores = available_cores()
-    free = [set(cores[i::flags.jobs]) or set(cores) for i in range(flags.jobs)]
+    free = [set(cores[i :: flags.jobs]) or set(cores) for i in range(flags.jobs)]
     runs = read_runs([flags.train_dir])
     waiting, jobs, failures = [cell for cell in cells if not is_done(cell, runs)], [], []
     bar = tqdm(total=sum(cell.images for cell in cells), unit="img", unit_scale=True, disable=None)
@@ -278,8 +331,7 @@ def train_all(cells, flags):
                 free.append(job.cores)
                 runs = read_runs([flags.train_dir])
                 left = time_left(cells, runs, flags.jobs)
-                say(job.failure or f"{job.cell.name}: {outcome(job.cell.find(runs))}; "
-                                   f"{duration(left or 0)} left")
+                say(job.failure or f"{job.cell.name}: {outcome(job.cell.find(runs))}; {duration(left or 0)} left")
                 failures += [job.failure] if job.failure else []
             if not bar.disable:
                 runs = read_runs([flags.train_dir])
@@ -314,15 +366,27 @@ def print_plan(cells, flags):
         source = "two trial runs of 12 steps"
         with tempfile.TemporaryDirectory() as folder:
             for cell in {min(cells, key=lambda c: c.batch_size), max(cells, key=lambda c: c.batch_size)}:
-                trial = [*cell.flags, "--train_dir", folder, "--max_training_step", "12", "--log_step", "4",
-                         "--test_sample_step", "1000000"]
-                subprocess.run([sys.executable, str(ROOT / "trainer.py"), *trial], check=True,
-                               stdout=subprocess.DEVNULL)
+                trial = [
+                    *cell.flags,
+                    "--train_dir",
+                    folder,
+                    "--max_training_step",
+                    "12",
+                    "--log_step",
+                    "4",
+                    "--test_sample_step",
+                    "1000000",
+                ]
+                subprocess.run(
+                    [sys.executable, str(ROOT / "trainer.py"), *trial], check=True, stdout=subprocess.DEVNULL
+                )
             left = time_left(cells, runs + read_runs([folder]), flags.jobs)
     else:
         left = time_left(cells, runs, flags.jobs)
-    print(f"{len(cells)} runs, {sum(not is_done(cell, runs) for cell in cells)} to do; about {left / 3600:.1f} hours "
-          f"with {flags.jobs} processes, tests not counted (from {source})")
+    print(
+        f"{len(cells)} runs, {sum(not is_done(cell, runs) for cell in cells)} to do; about {left / 3600:.1f} hours "
+        f"with {flags.jobs} processes, tests not counted (from {source})"
+    )
 
 
 def main():

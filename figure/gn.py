@@ -4,6 +4,7 @@
 
 After figure 2 of Wu & He, arXiv 1803.08494: the axes are the batch N, the channels C and the positions (H, W).
 """
+
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,25 @@ def shared_entries(norm_type):
     """[N, C, POSITIONS] bool: what is normalized together with entry (0, 0, 0), by the definitions of section 3."""
     example, channel, _ = np.indices((N, C, POSITIONS))
     group = channel // (C // GROUPS)
-    return {"batch": channel == 0, "layer": example == 0, "instance": (example == 0) & (channel == 0),
-            "group": (example == 0) & (group == 0)}[norm_type]
+    return {
+        "batch": channel == 0,
+        "layer": example == 0,
+        "instance": (example == 0) & (channel == 0),
+        "group": (example == 0) & (group == 0),
+    }[norm_type]
 
 
 def draw(figure, place, norm_type):
     axes = figure.add_subplot(1, 4, place, projection="3d")
     # Shown: channels to the right, the batch to the back (example 0 in front), positions upwards.
     shared = shared_entries(norm_type).transpose(1, 0, 2)
-    axes.voxels(np.ones(shared.shape, bool), facecolors=np.where(shared, SHARED, OTHER), edgecolor="#555555",
-                linewidth=0.6, shade=False)
+    axes.voxels(
+        np.ones(shared.shape, bool),
+        facecolors=np.where(shared, SHARED, OTHER),
+        edgecolor="#555555",
+        linewidth=0.6,
+        shade=False,
+    )
     axes.set_title(f"{norm_type.capitalize()} norm", fontsize=15, y=0.96)
     axes.text(C / 2, -1.2, -0.6, "C", fontsize=13)
     axes.text(C + 0.9, N / 2, -0.6, "N", fontsize=13)

@@ -7,6 +7,7 @@ What is compared runs in one process, in turn, round after round; a ratio is the
 within a round, with the quartiles in brackets. Steps are those of trainer.py, with its settings. PyTorch takes part
 where it is installed. Prints tables; writes figure/norm_speed.json and figure/norm_speed.png.
 """
+
 import importlib.util
 import json
 import math
@@ -33,11 +34,22 @@ from results import COLOURS
 
 tf, keras, ops = Later("tensorflow"), Later("keras"), Later("ops")
 
-SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (32, 32, 32, 16), (1, 8, 8, 64),
-          (8, 14, 14, 512)]
+SHAPES = [
+    (32, 32, 32, 64),
+    (32, 16, 16, 128),
+    (2, 56, 56, 256),
+    (2, 32, 32, 16),
+    (32, 32, 32, 16),
+    (1, 8, 8, 64),
+    (8, 14, 14, 512),
+]
 GROUPS = 8
 STEPS = [("resnet20", 32, batch_size) for batch_size in (1, 2, 8, 32, 64)] + [
-    ("convnet", 32, 2), ("convnet", 32, 64), ("resnet50", 224, 2), ("resnet50", 224, 8)]
+    ("convnet", 32, 2),
+    ("convnet", 32, 64),
+    ("resnet50", 224, 2),
+    ("resnet50", 224, 8),
+]
 QUICK_STEPS = [("resnet20", 32, 2), ("resnet20", 32, 32), ("convnet", 32, 2)]
 
 
@@ -48,7 +60,7 @@ def take_turns(functions, rounds, seconds=0.2):
     """Seconds a call of each function: {name: [of each round]}; a turn lasts about `seconds`."""
     calls = {}
     for name, function in functions.items():
-        function()                                              # traces the graph
+        function()  # traces the graph
         start = time.perf_counter()
         function()
         calls[name] = max(1, round(seconds / (time.perf_counter() - start)))
@@ -97,11 +109,14 @@ def contenders(shape):
         with keras.StatelessScope(state_mapping=[(layer.gamma, gamma), (layer.beta, beta)]):
             return layer(x)
 
-    return {"group": lambda x, gamma, beta: ops.group_norm(x, gamma, beta, GROUPS),
-            "Keras": library,
-            "transpose": lambda x, gamma, beta: transpose_formula(x, gamma, beta, GROUPS),
-            "batch": lambda x, gamma, beta: ops.batch_norm(x, gamma, beta, tf.zeros_like(gamma), tf.ones_like(beta),
-                                                           training=True)[0]}
+    return {
+        "group": lambda x, gamma, beta: ops.group_norm(x, gamma, beta, GROUPS),
+        "Keras": library,
+        "transpose": lambda x, gamma, beta: transpose_formula(x, gamma, beta, GROUPS),
+        "batch": lambda x, gamma, beta: ops.batch_norm(
+            x, gamma, beta, tf.zeros_like(gamma), tf.ones_like(beta), training=True
+        )[0],
+    }
 
 
 def with_gradients(function):
@@ -111,6 +126,7 @@ def with_gradients(function):
             tape.watch([x, gamma, beta])
             y = function(x, gamma, beta)
         return y, *tape.gradient(y, [x, gamma, beta], dy)
+
     return forward_and_backward
 
 
@@ -127,6 +143,7 @@ def measure_alone(shape, rounds):
 
     def caller(function):
         return lambda: function(*inputs)[1].numpy()[0, 0, 0, 0]
+
     return take_turns({name: caller(function) for name, function in functions.items()}, rounds, seconds=0.1)
 
 
@@ -139,12 +156,15 @@ def measure_error(shape, mean):
     xhat = (grouped - mu) / np.sqrt(var + ops.EPSILON)
     dxhat = (dy * gamma).reshape(grouped.shape)
     dx = (dxhat - dxhat.mean((1, 3), keepdims=True) - xhat * (dxhat * xhat).mean((1, 3), keepdims=True)) / np.sqrt(
-        var + ops.EPSILON)
+        var + ops.EPSILON
+    )
     exact = xhat.reshape(shape) * gamma + beta, dx.reshape(shape)
     functions = contenders(shape)
     del functions["batch"]
-    return {name: [float(np.abs(got.numpy() - want).max()) for got, want in zip(with_gradients(f)(*inputs), exact)]
-            for name, f in functions.items()}
+    return {
+        name: [float(np.abs(got.numpy() - want).max()) for got, want in zip(with_gradients(f)(*inputs), exact)]
+        for name, f in functions.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------- training steps
@@ -174,8 +194,15 @@ def measure_step(model, size, batch_size, rounds, variants):
         if how == "PyTorch":
             functions[variant] = make_torch_step(size, batch_size, norm_type, updates)
         else:
-            functions[variant] = make_step(model, size, batch_size, norm_type, updates,
-                                           "bfloat16" if how == "bfloat16" else "float32", how == "XLA")
+            functions[variant] = make_step(
+                model,
+                size,
+                batch_size,
+                norm_type,
+                updates,
+                "bfloat16" if how == "bfloat16" else "float32",
+                how == "XLA",
+            )
     times = take_turns(functions, rounds)
     return {name: [seconds / updates for seconds in of_rounds] for name, of_rounds in times.items()}
 
@@ -198,26 +225,50 @@ def make_torch_step(size, batch_size, norm_type, updates):
     from torch import nn
 
     def normalization(channels):
-        return nn.GroupNorm(models.default_groups("resnet20"), channels) if norm_type == "group" else \
-            nn.BatchNorm2d(channels)
+        return (
+            nn.GroupNorm(models.default_groups("resnet20"), channels)
+            if norm_type == "group"
+            else nn.BatchNorm2d(channels)
+        )
 
     class Block(nn.Module):
         def __init__(self, inputs, filters, stride):
             super().__init__()
             self.body = nn.Sequential(
-                nn.Conv2d(inputs, filters, 3, stride, 1, bias=False), normalization(filters), nn.ReLU(),
-                nn.Conv2d(filters, filters, 3, 1, 1, bias=False), normalization(filters))
-            self.shortcut = nn.Identity() if inputs == filters else nn.Sequential(
-                nn.Conv2d(inputs, filters, 1, stride, bias=False), normalization(filters))
+                nn.Conv2d(inputs, filters, 3, stride, 1, bias=False),
+                normalization(filters),
+                nn.ReLU(),
+                nn.Conv2d(filters, filters, 3, 1, 1, bias=False),
+                normalization(filters),
+            )
+            self.shortcut = (
+                nn.Identity()
+                if inputs == filters
+                else nn.Sequential(nn.Conv2d(inputs, filters, 1, stride, bias=False), normalization(filters))
+            )
 
         def forward(self, x):
             return torch.relu(self.body(x) + self.shortcut(x))
 
     torch.manual_seed(0)
-    blocks = [Block(16 if stage == 0 else 8 * 2 ** stage if block == 0 else 16 * 2 ** stage, 16 * 2 ** stage,
-                    2 if stage and block == 0 else 1) for stage in range(3) for block in range(3)]
-    network = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1, bias=False), normalization(16), nn.ReLU(), *blocks,
-                            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    blocks = [
+        Block(
+            16 if stage == 0 else 8 * 2**stage if block == 0 else 16 * 2**stage,
+            16 * 2**stage,
+            2 if stage and block == 0 else 1,
+        )
+        for stage in range(3)
+        for block in range(3)
+    ]
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False),
+        normalization(16),
+        nn.ReLU(),
+        *blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-5)
     images, labels = torch.rand(batch_size, 3, size, size), torch.randint(10, (batch_size,))
 
@@ -228,6 +279,7 @@ def make_torch_step(size, batch_size, norm_type, updates):
         nn.utils.clip_grad_norm_(network.parameters(), runs.CLIP_NORM)
         optimizer.step()
         return loss.item()
+
     return lambda: [update() for _ in range(updates)]
 
 
@@ -240,7 +292,8 @@ def measure_all(quick):
     results = {"machine": describe_machine(), "alone": {}, "error": {}, "step": {}}
     for shape in shapes:
         results["alone"][" ".join(map(str, shape))] = in_own_process(
-            {"kind": "alone", "shape": shape, "rounds": rounds})
+            {"kind": "alone", "shape": shape, "rounds": rounds}
+        )
         for mean in (0, 1000):
             results["error"][f"{mean} {shape}"] = in_own_process({"kind": "error", "shape": shape, "mean": mean})
     results["geometric means"] = geometric_means(results["alone"])
@@ -254,14 +307,24 @@ def measure_all(quick):
         if (model, batch_size) == ("resnet20", 64) or (model, batch_size) == ("resnet50", 8) and has_bfloat16():
             variants += ["group bfloat16"]
         results["step"][f"{model} {batch_size}"] = times = in_own_process(
-            {"kind": "step", "model": model, "size": size, "batch_size": batch_size, "variants": variants,
-             "rounds": 7 if model == "resnet50" else rounds})
+            {
+                "kind": "step",
+                "model": model,
+                "size": size,
+                "batch_size": batch_size,
+                "variants": variants,
+                "rounds": 7 if model == "resnet50" else rounds,
+            }
+        )
         print_step(model, batch_size, times)
     model, size, batch_size = ("resnet20", 32, 32) if quick else ("resnet50", 224, 8)
     results["memory"] = {"none": [], "batch": [], "group": []}
-    for norm_type in list(results["memory"]) * (1 if quick else 5):         # a process' peak differs by a few percent
-        results["memory"][norm_type].append(in_own_process(
-            {"kind": "memory", "model": model, "size": size, "batch_size": batch_size, "norm_type": norm_type}))
+    for norm_type in list(results["memory"]) * (1 if quick else 5):  # a process' peak differs by a few percent
+        results["memory"][norm_type].append(
+            in_own_process(
+                {"kind": "memory", "model": model, "size": size, "batch_size": batch_size, "norm_type": norm_type}
+            )
+        )
     print_memory(model, size, batch_size, results["memory"])
     return results
 
@@ -273,7 +336,8 @@ def processor():
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     words = {word for line in lines if line.startswith("flags") for word in line.split()}
     return (names or [platform.processor() or platform.machine()])[0], [
-        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in words]
+        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in words
+    ]
 
 
 def has_bfloat16():
@@ -284,8 +348,10 @@ def has_bfloat16():
 def describe_machine():
     name, instructions = processor()
     gpus = len(tf.config.list_physical_devices("GPU"))
-    return (f"{name} ({', '.join(instructions)}), {os.cpu_count()} cores, {gpus} GPUs, Python "
-            f"{platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}")
+    return (
+        f"{name} ({', '.join(instructions)}), {os.cpu_count()} cores, {gpus} GPUs, Python "
+        f"{platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}"
+    )
 
 
 def show(quartiles):
@@ -295,42 +361,59 @@ def show(quartiles):
 
 def geometric_means(alone):
     """{base: geometric mean over the shapes of group's time / base's}."""
-    return {base: math.exp(np.mean([math.log(ratios(times, "group", base)[1]) for times in alone.values()]))
-            for base in ("Keras", "transpose", "batch")}
+    return {
+        base: math.exp(np.mean([math.log(ratios(times, "group", base)[1]) for times in alone.values()]))
+        for base in ("Keras", "transpose", "batch")
+    }
 
 
 def print_alone(results):
     print(f"{results['machine']}\n\nThe norm alone, forward and backward, {GROUPS} groups, float32")
     print(f"{'input NHWC':<16}{'group, ms':>10}  {'/ Keras':<18}{'/ transposes':<18}{'/ batch':<18}")
     for shape, times in results["alone"].items():
-        print(f"{shape.replace(' ', 'x'):<16}{1e3 * statistics.median(times['group']):>10.2f}  "
-              + "".join(f"{show(ratios(times, 'group', base)):<18}" for base in results["geometric means"]))
+        print(
+            f"{shape.replace(' ', 'x'):<16}{1e3 * statistics.median(times['group']):>10.2f}  "
+            + "".join(f"{show(ratios(times, 'group', base)):<18}" for base in results["geometric means"])
+        )
     print(f"{'geometric mean':<28}" + "".join(f"{mean:<18.2f}" for mean in results["geometric means"].values()))
     print("\nLargest error against float64 over these inputs, of y and of dx")
     for mean in (0, 1000):
         errors = [of_names for key, of_names in results["error"].items() if key.startswith(f"{mean} ")]
-        print(f"  mean {mean:>4}, std 1:  " + ";  ".join(
-            f"{name} {max(e[name][0] for e in errors):.1e}, {max(e[name][1] for e in errors):.1e}"
-            for name in errors[0]))
+        print(
+            f"  mean {mean:>4}, std 1:  "
+            + ";  ".join(
+                f"{name} {max(e[name][0] for e in errors):.1e}, {max(e[name][1] for e in errors):.1e}"
+                for name in errors[0]
+            )
+        )
 
 
 def print_step_header():
-    print(f"\nA training step (Adam)\n{'model':<10}{'batch':>6}{'group, images/s':>17}  {'group / batch':<18}"
-          f"{'group / none':<18}others, as time / group's")
+    print(
+        f"\nA training step (Adam)\n{'model':<10}{'batch':>6}{'group, images/s':>17}  {'group / batch':<18}"
+        f"{'group / none':<18}others, as time / group's"
+    )
 
 
 def print_step(model, batch_size, times):
     others = [f"{name} {show(ratios(times, name, 'group'))}" for name in times if " " in name]
-    print(f"{model:<10}{batch_size:>6}{batch_size / statistics.median(times['group']):>17.1f}  "
-          f"{show(ratios(times, 'group', 'batch')):<18}{show(ratios(times, 'group', 'none')):<18}{'; '.join(others)}",
-          flush=True)
+    print(
+        f"{model:<10}{batch_size:>6}{batch_size / statistics.median(times['group']):>17.1f}  "
+        f"{show(ratios(times, 'group', 'batch')):<18}{show(ratios(times, 'group', 'none')):<18}{'; '.join(others)}",
+        flush=True,
+    )
 
 
 def print_memory(model, size, batch_size, peaks):
     memory = {name: statistics.median(of_processes) for name, of_processes in peaks.items()}
-    print(f"\nPeak memory of a step, {model}, {size} px, batch size {batch_size}: " + ", ".join(
-        f"{name} {memory[name] / 1e9:.2f} [{min(peaks[name]) / 1e9:.2f} {max(peaks[name]) / 1e9:.2f}] GB"
-        for name in peaks) + f"; group / batch {memory['group'] / memory['batch']:.2f}")
+    print(
+        f"\nPeak memory of a step, {model}, {size} px, batch size {batch_size}: "
+        + ", ".join(
+            f"{name} {memory[name] / 1e9:.2f} [{min(peaks[name]) / 1e9:.2f} {max(peaks[name]) / 1e9:.2f}] GB"
+            for name in peaks
+        )
+        + f"; group / batch {memory['group'] / memory['batch']:.2f}"
+    )
 
 
 def draw(results, path):
@@ -340,12 +423,16 @@ def draw(results, path):
     for i, times in enumerate(results["step"].values()):
         for j, norm_type in enumerate(("group", "none")):
             low, median, high = ratios(times, norm_type, "batch")
-            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm_type],
-                     label=None if i else ("group norm", "no norm")[j])
+            axes.bar(
+                i + 0.4 * j, median, 0.38, color=COLOURS[norm_type], label=None if i else ("group norm", "no norm")[j]
+            )
             axes.plot([i + 0.4 * j] * 2, [low, high], color="black", linewidth=1)
     axes.axhline(1, color=COLOURS["batch"], label="batch norm")
-    axes.set_xticks([i + 0.2 for i in range(len(results["step"]))],
-                    [f"{name.split()[0]}\nbatch {name.split()[1]}" for name in results["step"]], fontsize=8)
+    axes.set_xticks(
+        [i + 0.2 for i in range(len(results["step"]))],
+        [f"{name.split()[0]}\nbatch {name.split()[1]}" for name in results["step"]],
+        fontsize=8,
+    )
     axes.set(ylabel="time of a training step\n(batch norm = 1)", title=results["machine"])
     axes.title.set_fontsize(8)
     axes.set_ylim(0, 1.4)
@@ -360,7 +447,7 @@ def main():
     parser.add_argument("--case", help="(used by the script itself) measure one case and print it as JSON")
     flags = parser.parse_args()
     if flags.case:
-        tf.get_logger().setLevel("ERROR")       # many graphs are traced here, which it would warn of
+        tf.get_logger().setLevel("ERROR")  # many graphs are traced here, which it would warn of
         case = json.loads(flags.case)
         measure = {"alone": measure_alone, "error": measure_error, "step": measure_step, "memory": measure_memory}
         print(json.dumps(measure[case.pop("kind")](**case)))

@@ -3,6 +3,7 @@
 Runs are alike when all their settings are alike but for the seed. A cell of the table is alike runs, over their seeds;
 the rows of a table differ in the norm, and in what they name.
 """
+
 import json
 import re
 import statistics
@@ -12,12 +13,28 @@ from matplotlib.figure import Figure
 
 from runs import MEASURES
 
-COLOURS = {"batch": "#d1495b", "group": "#2f7fc1", "layer": "#66a182", "instance": "#8d6a9f", "none": "#777777",
-           "batch+renorm": "#e09f3e", "batch+ws": "#8c2f39", "group+ws": "#1b4079", "layer+ws": "#3b6b4f",
-           "instance+ws": "#553f61", "none+ws": "#222222"}
-FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}      # from the batch size
-PLAIN = {"base_learning_rate": "rate", "max_training_step": "steps", "learning_rate_scaling": "scaling",
-         "groups": "groups", "group_size": "channels per group", "validation": "held out"}
+COLOURS = {
+    "batch": "#d1495b",
+    "group": "#2f7fc1",
+    "layer": "#66a182",
+    "instance": "#8d6a9f",
+    "none": "#777777",
+    "batch+renorm": "#e09f3e",
+    "batch+ws": "#8c2f39",
+    "group+ws": "#1b4079",
+    "layer+ws": "#3b6b4f",
+    "instance+ws": "#553f61",
+    "none+ws": "#222222",
+}
+FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
+PLAIN = {
+    "base_learning_rate": "rate",
+    "max_training_step": "steps",
+    "learning_rate_scaling": "scaling",
+    "groups": "groups",
+    "group_size": "channels per group",
+    "validation": "held out",
+}
 
 
 # ----------------------------------------------------------------------------------------------------- the table
@@ -76,8 +93,10 @@ def tables(runs, called=None):
             for measure in run.accuracies if run.state == "finished" and run.accuracies else ["accuracy"]:
                 cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
         order = list(COLOURS)
-        rows = sorted({key[:2] for key in cells},
-                      key=lambda row: (order.index(row[0][0]), natural(row[0][1]), list(MEASURES).index(row[1])))
+        rows = sorted(
+            {key[:2] for key in cells},
+            key=lambda row: (order.index(row[0][0]), natural(row[0][1]), list(MEASURES).index(row[1])),
+        )
         batch_sizes = sorted({run.config.batch_size for run in these})
         found.append((f"{called or dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
     return found
@@ -88,8 +107,9 @@ def shared(runs, names):
     settings, words = runs[0].settings, []
     if "max_training_step" not in names:
         epochs = settings["max_training_step"] * settings["max_batch_size"] / settings["train"]
-        words.append(f"{settings['max_training_step']} steps of {settings['max_batch_size']} images "
-                     f"({epochs:.3g} epochs)")
+        words.append(
+            f"{settings['max_training_step']} steps of {settings['max_batch_size']} images ({epochs:.3g} epochs)"
+        )
     if not {"optimizer", "base_learning_rate"} & set(names):
         words.append(f"{settings['optimizer']} at {settings['base_learning_rate']:g}")
     if settings.get("validation"):
@@ -113,9 +133,12 @@ def markdown(table):
     title, rows, batch_sizes, cells = table
     most = max((len({run.config.seed for run in runs if run.accuracies}) for runs in cells.values()), default=1)
     kind = "smallest ← median → largest of " + f"{most} seeds" if most > 1 else "one seed"
-    lines = [f"{title}. Accuracy in %, {kind}:", "",
-             "| norm | " + " | ".join(f"batch size {size}" for size in batch_sizes) + " |",
-             "| --- |" + " --- |" * len(batch_sizes)]
+    lines = [
+        f"{title}. Accuracy in %, {kind}:",
+        "",
+        "| norm | " + " | ".join(f"batch size {size}" for size in batch_sizes) + " |",
+        "| --- |" + " --- |" * len(batch_sizes),
+    ]
     for row, measure in rows:
         texts = [cell_text(cells.get((row, measure, size), []), measure, most) for size in batch_sizes]
         lines.append(f"| {label(row, measure)} | " + " | ".join(texts) + " |")
@@ -130,7 +153,7 @@ def sentences(table):
         return [run.accuracies["accuracy"] for run in cells.get((row, "accuracy", size), []) if run.accuracies]
 
     names = [row for row, measure in rows if measure == "accuracy"]
-    if len({arm for arm, _ in names}) < len(names):         # rows that differ in settings too: no claim about norms
+    if len({arm for arm, _ in names}) < len(names):  # rows that differ in settings too: no claim about norms
         return []
     said = []
     for size in sorted({batch_sizes[0], min(batch_sizes, key=lambda b: abs(b - 2)), batch_sizes[-1]}):
@@ -141,20 +164,42 @@ def sentences(table):
                 continue
             difference = 100 * (statistics.median(other) - statistics.median(base))
             apart = min(other) > max(base) or min(base) > max(other)
-            ranges = "one seed each" if len(base) == len(other) == 1 else (
-                f"{min(len(base), len(other))} seeds, the ranges " + ("do not overlap" if apart else "overlap"))
-            said.append(f"at batch size {size} {row[0]} is {abs(difference):.1f} points "
-                        f"{'above' if difference >= 0 else 'below'} batch ({ranges})")
+            ranges = (
+                "one seed each"
+                if len(base) == len(other) == 1
+                else (f"{min(len(base), len(other))} seeds, the ranges " + ("do not overlap" if apart else "overlap"))
+            )
+            said.append(
+                f"at batch size {size} {row[0]} is {abs(difference):.1f} points "
+                f"{'above' if difference >= 0 else 'below'} batch ({ranges})"
+            )
     return [words[0].upper() + words[1:] + "." for words in said]
 
 
 def as_json(table):
     """The cells of a table with every run behind them."""
     title, _, _, cells = table
-    return {"title": title, "cells": [
-        {"norm": row[0], "settings": row[1], "measure": measure, "batch_size": size, "runs": [
-            {"run": run.path.name, "seed": run.config.seed, "state": run.state, "accuracy": run.accuracies.get(measure)}
-            for run in runs]} for (row, measure, size), runs in sorted(cells.items(), key=str)]}
+    return {
+        "title": title,
+        "cells": [
+            {
+                "norm": row[0],
+                "settings": row[1],
+                "measure": measure,
+                "batch_size": size,
+                "runs": [
+                    {
+                        "run": run.path.name,
+                        "seed": run.config.seed,
+                        "state": run.state,
+                        "accuracy": run.accuracies.get(measure),
+                    }
+                    for run in runs
+                ],
+            }
+            for (row, measure, size), runs in sorted(cells.items(), key=str)
+        ],
+    }
 
 
 # -------------------------------------------------------------------------------------------------- the pictures
@@ -178,8 +223,15 @@ def draw_batch_sizes(found, path):
                 continue
             marker = markers.setdefault(row[1], "osD^vPX*<>"[len(markers) % 10])
             sizes, low, middle, high = zip(*points)
-            axes.plot(sizes, middle, styles[measure], marker=marker, markersize=5, color=COLOURS[row[0]],
-                      label=label(row, measure))
+            axes.plot(
+                sizes,
+                middle,
+                styles[measure],
+                marker=marker,
+                markersize=5,
+                color=COLOURS[row[0]],
+                label=label(row, measure),
+            )
             axes.fill_between(sizes, low, high, color=COLOURS[row[0]], alpha=0.18, linewidth=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
@@ -200,8 +252,10 @@ def draw_curves(found, path):
             for row in dict.fromkeys(row for row, _ in rows):
                 words = label(row)
                 for run in cells.get((row, "accuracy", size), []):
-                    for key, style in (("loss/accuracy", {"linewidth": 0.7, "alpha": 0.55}),
-                                       ("test_loss/accuracy", {"linewidth": 1.6, "marker": ".", "label": words})):
+                    for key, style in (
+                        ("loss/accuracy", {"linewidth": 0.7, "alpha": 0.55}),
+                        ("test_loss/accuracy", {"linewidth": 1.6, "marker": ".", "label": words}),
+                    ):
                         points = [(r["step"], 100 * r[key]) for r in run.rows if key in r]
                         if points:
                             axes.plot(*zip(*points), color=COLOURS[row[0]], **style)

@@ -8,6 +8,7 @@ Each run is `python trainer.py` with its default input, augmentation, summaries 
 it writes into metrics.jsonl, without the first step, which traces the graph. The runs take turns, norm by norm, in
 rounds over all batch sizes: what is printed is the median over the rounds, with the least and the most in brackets.
 """
+
 import json
 import statistics
 import subprocess
@@ -26,12 +27,14 @@ from input_ops import create_input_ops
 BATCH_SIZES = (1, 2, 8, 32, 64)
 QUICK_BATCH_SIZES = (2, 32)
 NORMS = ("batch", "group")
-STEPS = 31          # logged every 10
+STEPS = 31  # logged every 10
 IMPORT = "import trainer; trainer.tf.constant(0); trainer.keras.Model; print('imported')"
 # Images a second of the 2018 repo's own trainer and network on CIFAR-10, with TensorFlow 1.15.5, medians of two runs on
 # the machine of the README's table (AMD EPYC, 2 cores, AVX2): elsewhere the ratio says little.
-ANCESTOR = {"batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
-            "group": dict(zip(BATCH_SIZES, (33, 49, 70, 82, 90)))}
+ANCESTOR = {
+    "batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
+    "group": dict(zip(BATCH_SIZES, (33, 49, 70, 82, 90))),
+}
 
 
 def time_until(line_start, command):
@@ -49,11 +52,30 @@ def time_until(line_start, command):
 def train(flags, norm_type, batch_size):
     """Run trainer.py; returns its images a second, and the seconds until it has a run folder."""
     with tempfile.TemporaryDirectory() as train_dir:
-        seconds = time_until("run folder", [
-            sys.executable, "trainer.py", "--dataset", flags.dataset, "--data_dir", str(Path(flags.data_dir).resolve()),
-            "--model", flags.model, "--optimizer", flags.optimizer, "--norm_type", norm_type,
-            "--batch_size", str(batch_size), "--max_training_step", str(STEPS), "--train_dir", train_dir])
-        metrics, = Path(train_dir).glob("*/metrics.jsonl")
+        seconds = time_until(
+            "run folder",
+            [
+                sys.executable,
+                "trainer.py",
+                "--dataset",
+                flags.dataset,
+                "--data_dir",
+                str(Path(flags.data_dir).resolve()),
+                "--model",
+                flags.model,
+                "--optimizer",
+                flags.optimizer,
+                "--norm_type",
+                norm_type,
+                "--batch_size",
+                str(batch_size),
+                "--max_training_step",
+                str(STEPS),
+                "--train_dir",
+                train_dir,
+            ],
+        )
+        (metrics,) = Path(train_dir).glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row), seconds
 
@@ -77,15 +99,20 @@ def show(values):
 def print_table(flags, speeds, batch_sizes):
     compare = (flags.dataset, flags.model, flags.optimizer) == ("CIFAR10", "convnet", "adam")
     print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second")
-    print(f"{'batch size':>10}  " + "".join(f"{norm_type + ' norm':<30}" for norm_type in NORMS) + "group / batch"
-          + ("   times the ancestor's: batch, group" if compare else ""))
+    print(
+        f"{'batch size':>10}  "
+        + "".join(f"{norm_type + ' norm':<30}" for norm_type in NORMS)
+        + "group / batch"
+        + ("   times the ancestor's: batch, group" if compare else "")
+    )
     for batch_size in batch_sizes:
         batch, group = (speeds[norm_type, batch_size] for norm_type in NORMS)
         line = f"{batch_size:>10}  {show(batch):<30}{show(group):<30}"
         line += f"{statistics.median(g / b for g, b in zip(group, batch)):13.2f}"
         if compare:
-            line += "   " + ", ".join(f"{statistics.median(speeds[n, batch_size]) / ANCESTOR[n][batch_size]:.1f}"
-                                      for n in NORMS)
+            line += "   " + ", ".join(
+                f"{statistics.median(speeds[n, batch_size]) / ANCESTOR[n][batch_size]:.1f}" for n in NORMS
+            )
         print(line)
 
 
@@ -111,8 +138,10 @@ def main():
     print_table(flags, speeds, batch_sizes)
     pipeline, fastest = measure_pipeline(flags), max(statistics.median(rounds) for rounds in speeds.values())
     print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
-    print(f"start: {statistics.median(imports):.1f} s to import TensorFlow and all else, "
-          f"{statistics.median(starts):.1f} s more to open the data, build the network and make the run folder")
+    print(
+        f"start: {statistics.median(imports):.1f} s to import TensorFlow and all else, "
+        f"{statistics.median(starts):.1f} s more to open the data, build the network and make the run folder"
+    )
 
 
 if __name__ == "__main__":

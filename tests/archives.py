@@ -1,8 +1,9 @@
 """Tiny archives in the exact official formats, made from random images, and what a reader must find in them.
 
-    splits, class_names = archives.make("CIFAR10", folder)
-    splits["train"]        (images uint8 [N, h, w, c] or a list of JPEG files, labels [N]), in the archive's order
+splits, class_names = archives.make("CIFAR10", folder)
+splits["train"]        (images uint8 [N, h, w, c] or a list of JPEG files, labels [N]), in the archive's order
 """
+
 import gzip
 import io
 import os
@@ -18,7 +19,7 @@ from scipy.io import savemat
 
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
-WNIDS = ("n03000001", "n01000002", "n02000003", "n00500004")                # not sorted: order matters
+WNIDS = ("n03000001", "n01000002", "n02000003", "n00500004")  # not sorted: order matters
 
 
 def make(name, folder, per_class=2, seed=0):
@@ -83,10 +84,14 @@ def py2_list(items):
 
 def py2_array(array):
     """A uint8 matrix as numpy pickled it under Python 2."""
-    return (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-            + b"".join(b"J" + struct.pack("<i", size) for size in array.shape) + b"\x86"
-            + b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
-            + py2_string(array.tobytes()) + b"tb")
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+        + b"".join(b"J" + struct.pack("<i", size) for size in array.shape)
+        + b"\x86"
+        + b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        + py2_string(array.tobytes())
+        + b"tb"
+    )
 
 
 def py2_dict(**items):
@@ -109,11 +114,17 @@ def cifar10_members(per_class, rng):
     batches = [pictures(rng, 10, per_class, (32, 32, 3)) for _ in names]
     for name, (images, labels) in zip(names, batches):
         rows = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
-        members[name] = py2_dict(batch_label=py2_string(name.encode()), data=py2_array(rows),
-                                 labels=py2_list([b"K" + bytes([label]) for label in labels]),
-                                 filenames=py2_list([py2_string(b"%05d.png" % i) for i in range(len(labels))]))
-    members["batches.meta"] = py2_dict(num_cases_per_batch=b"M\x10'", num_vis=b"M\x00\x0c", label_names=py2_list(
-        [py2_string(name.encode()) for name in CIFAR10.split()]))
+        members[name] = py2_dict(
+            batch_label=py2_string(name.encode()),
+            data=py2_array(rows),
+            labels=py2_list([b"K" + bytes([label]) for label in labels]),
+            filenames=py2_list([py2_string(b"%05d.png" % i) for i in range(len(labels))]),
+        )
+    members["batches.meta"] = py2_dict(
+        num_cases_per_batch=b"M\x10'",
+        num_vis=b"M\x00\x0c",
+        label_names=py2_list([py2_string(name.encode()) for name in CIFAR10.split()]),
+    )
     members["readme.html"] = b"<meta HTTP-EQUIV='REFRESH'>"
     order = [
         "data_batch_4",
@@ -125,9 +136,11 @@ def cifar10_members(per_class, rng):
         "data_batch_5",
         "data_batch_1",
     ]
-    images, labels = ([np.concatenate(arrays) for arrays in zip(*batches[:5])])
-    return ({"cifar-10-batches-py/" + name: members[name] for name in order},
-            {"train": (images, labels), "test": batches[5]})
+    images, labels = [np.concatenate(arrays) for arrays in zip(*batches[:5])]
+    return (
+        {"cifar-10-batches-py/" + name: members[name] for name in order},
+        {"train": (images, labels), "test": batches[5]},
+    )
 
 
 def tar_gz(path, members):
@@ -148,8 +161,9 @@ def make_cifar10(folder, per_class, rng):
 def picture_file(image, mode="RGB", kind="JPEG"):
     """Return uint8 [h, w, 3] as an image file in `mode`; flat 8x8 blocks survive JPEG nearly unchanged."""
     buffer = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(buffer, kind, **({"quality": 95, "subsampling": 0} if mode == "RGB"
-                                                               and kind == "JPEG" else {}))
+    Image.fromarray(image).convert(mode).save(
+        buffer, kind, **({"quality": 95, "subsampling": 0} if mode == "RGB" and kind == "JPEG" else {})
+    )
     return buffer.getvalue()
 
 
@@ -186,9 +200,15 @@ def devkit(path, wnids, ids, truth):
     synsets = np.array(rows, [(field, "O") for field in fields]).reshape(-1, 1)
     meta = io.BytesIO()
     savemat(meta, {"synsets": synsets})
-    tar_gz(path, {"ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
-                  "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt":
-                  "".join(f"{id}\n" for id in truth).encode()})
+    tar_gz(
+        path,
+        {
+            "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(
+                f"{id}\n" for id in truth
+            ).encode(),
+        },
+    )
 
 
 def make_imagenet(folder, per_class, rng):
@@ -214,12 +234,20 @@ def make_imagenet(folder, per_class, rng):
         for i in in_tar:
             add(tar, f"ILSVRC2012_val_{i + 1:08d}.JPEG", val_jpegs[i])
     devkit(os.path.join(folder, "ILSVRC2012_devkit_t12.tar.gz"), wnids, ids, ids[val_labels])
-    return ({"train": (jpegs, train_labels), "test": ([val_jpegs[i] for i in in_tar], val_labels[in_tar])},
-            [f"name of {wnid}" for wnid in wnids])
+    return (
+        {"train": (jpegs, train_labels), "test": ([val_jpegs[i] for i in in_tar], val_labels[in_tar])},
+        [f"name of {wnid}" for wnid in wnids],
+    )
 
 
-MAKERS = {"MNIST": make_mnist, "Fashion": make_fashion, "SVHN": make_svhn, "CIFAR10": make_cifar10,
-          "TinyImageNet": make_tinyimagenet, "ImageNet": make_imagenet}
+MAKERS = {
+    "MNIST": make_mnist,
+    "Fashion": make_fashion,
+    "SVHN": make_svhn,
+    "CIFAR10": make_cifar10,
+    "TinyImageNet": make_tinyimagenet,
+    "ImageNet": make_imagenet,
+}
 
 
 def tiff_12(values):
@@ -227,17 +255,28 @@ def tiff_12(values):
     (height, width), (first, second) = values.shape, values.reshape(-1, 2).T
     data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
     tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: height, 279: len(data)}
-    return (b"II*\0" + struct.pack("<IH", 8, len(tags))
-            + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(4) + data)
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, len(tags))
+        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        + bytes(4)
+        + data
+    )
 
 
 def png_16(values):
     """Return integers [h, w, 3] as a PNG file of 16 bits a channel, which Pillow does not write."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     (height, width), rows = values.shape[:2], b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):

@@ -1,4 +1,5 @@
 """Data that several files of tests share; TensorFlow starts here as the scripts start it."""
+
 import signal
 
 import pytest
@@ -8,7 +9,7 @@ import download
 from command import import_tensorflow
 
 import_tensorflow()
-signal.signal(signal.SIGINT, signal.default_int_handler)    # shells have jobs in the background ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@
 Each reader runs in a child process of limited memory that reads file after file; a child that dies or hangs counts, and
 the file it was reading is kept.
 """
+
 import argparse
 import collections
 import contextlib
@@ -31,6 +32,7 @@ def make_own(folder):
     """An own dataset with contiguous, chunked and compressed arrays."""
     import archives
     import h5py
+
     ids, images, _ = archives.make_own(os.path.join(folder, "Mine"), num=6)
     with h5py.File(os.path.join(folder, "Mine", "data.hy"), "r+") as file:
         for id, image, filters in (
@@ -43,6 +45,7 @@ def make_own(folder):
 
 def read_own(folder):
     import datasets
+
     return [split.images() for split in datasets.create_default_splits("Mine", folder)]
 
 
@@ -50,6 +53,7 @@ def make_folder(folder):
     """Class folders of images, a TIFF file of 12 bits and a PNG file of 16 among them."""
     import archives
     from PIL import Image
+
     values = np.arange(48).reshape(6, 8)
     for i, name in enumerate(("cat", "dog")):
         os.makedirs(os.path.join(folder, "images", name))
@@ -61,6 +65,7 @@ def make_folder(folder):
 
 def read_folder(folder):
     from datasets.folder import read
+
     with contextlib.redirect_stdout(io.StringIO()):
         return list(read(os.path.join(folder, "images")).parts)
 
@@ -69,6 +74,7 @@ def make_packed(folder):
     """A packed dataset of JPEG files, in a file that anybody may have written."""
     import archives
     import download
+
     archives.make("ImageNet", os.path.join(folder, "archives"), per_class=1)
     with contextlib.redirect_stdout(io.StringIO()):
         download.prepare("ImageNet", folder, os.path.join(folder, "archives"), checksum=False)
@@ -76,22 +82,28 @@ def make_packed(folder):
 
 def read_packed(folder):
     import datasets
+
     return [split.read(range(len(split))) for split in datasets.create_default_splits("ImageNet", folder)]
 
 
 def read_known(name):
     """Return a function that reads all parts of a known dataset's archives in a folder."""
+
     def read(folder):
         module = importlib.import_module(f"datasets.{name.lower()}")
         return list(module.read(folder).parts)
+
     return read
 
 
 def make_known(name):
     """Return a function that writes tiny archives of a known dataset into a folder."""
+
     def make(folder):
         import archives
+
         archives.make(name, folder, per_class=1)
+
     return make
 
 
@@ -116,7 +128,7 @@ def mutate(data, rng):
     """Return `data` with a few bytes changed, a piece cut out, doubled or overwritten, or the end cut off."""
     data = bytearray(data)
     # Half of the changes hit the bytes that steer a reader: those at the start, and those that are not pixels.
-    steering = np.flatnonzero(np.frombuffer(bytes(data[:1 << 16]), np.uint8) < 40)
+    steering = np.flatnonzero(np.frombuffer(bytes(data[: 1 << 16]), np.uint8) < 40)
     for _ in range(int(rng.integers(1, 6))):
         place = int(rng.choice(steering)) if len(steering) and rng.random() < 0.5 else int(rng.integers(0, len(data)))
         place, length, kind = min(place, len(data) - 1), int(rng.integers(1, 64)), rng.integers(0, 8)
@@ -125,14 +137,14 @@ def mutate(data, rng):
         elif kind == 3:
             data[place] ^= 1 << int(rng.integers(0, 8))
         elif kind == 4:
-            number = int(rng.choice([0, 1, -1, 2**31 - 1, -2**31, 2**16, 2**24])) & 0xFFFFFFFF
-            data[place:place + 4] = number.to_bytes(4, "little" if rng.random() < 0.5 else "big")
+            number = int(rng.choice([0, 1, -1, 2**31 - 1, -(2**31), 2**16, 2**24])) & 0xFFFFFFFF
+            data[place : place + 4] = number.to_bytes(4, "little" if rng.random() < 0.5 else "big")
         elif kind == 5:
-            del data[place:place + length]
+            del data[place : place + length]
         elif kind == 6:
-            data[place:place] = data[place:place + length]
+            data[place:place] = data[place : place + length]
         elif rng.random() < 0.3:
-            del data[max(place, 1):]
+            del data[max(place, 1) :]
         data = data or bytearray(1)
     return bytes(data)
 
@@ -143,7 +155,7 @@ def child(name, folder, first, count, seed, report):
     path = os.path.join(folder, target)
     valid = gzip.open(path + ".valid").read() if unpack else open(path + ".valid", "rb").read()
     read_valid = os.path.join(folder, "..", "valid")
-    read(read_valid)                                                    # loads the libraries before memory is limited
+    read(read_valid)  # loads the libraries before memory is limited
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     for number in range(first, first + count):
@@ -154,10 +166,11 @@ def child(name, folder, first, count, seed, report):
         try:
             read(folder)
             outcome = "read"
-        except Exception as error:                                      # the outcome is counted, whatever it is
+        except Exception as error:  # the outcome is counted, whatever it is
             outcome = type(error).__name__
             if outcome != "UserError" or "\n" in str(error):
                 import traceback
+
                 traceback.print_exc()
         report.send((number, outcome))
 
@@ -165,7 +178,7 @@ def child(name, folder, first, count, seed, report):
 def next_outcome(receiver, process):
     """Wait for what becomes of the next file that a child reads."""
     try:
-        if not receiver.poll(60):                                       # it loads its libraries before the first file
+        if not receiver.poll(60):  # it loads its libraries before the first file
             return "child hangs"
         receiver.recv()
         return receiver.recv()[1] if receiver.poll(SECONDS) else "hang"
@@ -193,7 +206,7 @@ def fuzz(name, files, seed, keep):
             while outcome in ("read", "UserError") and number < files:
                 outcome = next_outcome(receiver, process)
                 outcomes[outcome] += 1
-                if outcome not in ("read", "UserError"):                # keep the file, and go on in a new child
+                if outcome not in ("read", "UserError"):  # keep the file, and go on in a new child
                     os.makedirs(keep, exist_ok=True)
                     shutil.copy(os.path.join(folder, READERS[name][2]), os.path.join(keep, f"{name}-{number}"))
                 number += 1

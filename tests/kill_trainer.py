@@ -5,6 +5,7 @@
 Compared are every tensor of the last checkpoint (weights, moving statistics, optimizer, step, state of dropout),
 metrics.jsonl but for its timings, and the steps of every TensorBoard scalar.
 """
+
 import argparse
 import random
 import subprocess
@@ -15,15 +16,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import scripts          # first: it quietens TensorFlow as it loads
+import scripts  # first: it quietens TensorFlow as it loads
 
 import numpy as np
 
 import download
 
 STEPS = 80
-FLAGS = ("--dataset", "Digits", "--max_batch_size", 32, "--batch_size", 8, "--max_training_step", STEPS, "--augment",
-         "--test_sample_step", 50, "--log_step", 7, "--write_summary_step", 5, "--ckpt_save_step", 3, "--seed", 5)
+FLAGS = (
+    "--dataset",
+    "Digits",
+    "--max_batch_size",
+    32,
+    "--batch_size",
+    8,
+    "--max_training_step",
+    STEPS,
+    "--augment",
+    "--test_sample_step",
+    50,
+    "--log_step",
+    7,
+    "--write_summary_step",
+    5,
+    "--ckpt_save_step",
+    3,
+    "--seed",
+    5,
+)
 
 
 def assert_same_runs(run_dir, expected_dir):
@@ -34,8 +54,10 @@ def assert_same_runs(run_dir, expected_dir):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     assert scripts.metrics(run_dir) == scripts.metrics(expected_dir)
     # images_per_second is missing where a process made its first step, which it does not time
-    shown, wanted = ([point for point in scripts.scalars(path) if point[0] not in scripts.TIMINGS]
-                     for path in (run_dir, expected_dir))
+    shown, wanted = (
+        [point for point in scripts.scalars(path) if point[0] not in scripts.TIMINGS]
+        for path in (run_dir, expected_dir)
+    )
     assert sorted(shown) == sorted(wanted), "TensorBoard events lost or doubled"
 
 
@@ -52,7 +74,7 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/")
         printed = ""
         if kills:
-            lines = rng.randint(0, 5)               # 0: while it starts; else somewhere after so many lines of log
+            lines = rng.randint(0, 5)  # 0: while it starts; else somewhere after so many lines of log
             for line in process.stdout:
                 printed += line
                 lines -= line.startswith("step")
@@ -60,11 +82,11 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
                     break
             if rng.random() < 0.5:
                 time.sleep(rng.uniform(0, longest))
-            else:                                   # as soon as a checkpoint is being written
+            else:  # as soon as a checkpoint is being written
                 while process.poll() is None and not half_written(folder):
                     pass
             process.kill()
-            kills -= process.wait() < 0             # a run that finished first was not killed
+            kills -= process.wait() < 0  # a run that finished first was not killed
         printed += process.stdout.read()
         if process.wait() >= 0:
             assert process.returncode == 0 and f"done: {STEPS} steps" in printed, printed
@@ -91,14 +113,17 @@ def main():
             data_dir, alone = folder / "data", folder / f"{norm_type}0"
             scripts.run("trainer.py", *FLAGS, *flags, "--data_dir", data_dir, "--train_dir", alone)
             left, part = arguments.kills // 2, 0
-            while left:                             # a run is over after some kills: then another one is killed
+            while left:  # a run is over after some kills: then another one is killed
                 part += 1
                 place = folder / f"{norm_type}{part}"
                 run_dir, killed_at = kill_and_continue(data_dir, place, flags, min(left, 5), rng)
                 assert_same_runs(run_dir, scripts.only_run(alone))
                 left -= len(killed_at)
-                print(f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging step "
-                      f"{', '.join(killed_at)}; ended bitwise like the run left alone", flush=True)
+                print(
+                    f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging step "
+                    f"{', '.join(killed_at)}; ended bitwise like the run left alone",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

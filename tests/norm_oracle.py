@@ -8,10 +8,25 @@ import numpy as np
 import tensorflow as tf
 
 # (shape, channels last; groups): every rank, odd sizes, a single group, a group for each channel, a single channel
-GROUP_CASES = [((4, 6), 1), ((4, 6), 2), ((5, 7), 1), ((3, 5, 6), 3), ((2, 5, 7), 7), ((3, 4, 1), 1),
-               ((2, 5, 3, 12), 4), ((1, 7, 5, 9), 3), ((2, 7, 5, 9), 9), ((2, 7, 5, 9), 1), ((3, 1, 1, 8), 4),
-               ((2, 19, 17, 64), 32), ((2, 16, 8, 6), 3), ((2, 4, 16, 16), 8), ((2, 3, 4, 5, 8), 2),
-               ((2, 2, 3, 3, 5), 5), ((1, 3, 2, 5, 6), 1)]
+GROUP_CASES = [
+    ((4, 6), 1),
+    ((4, 6), 2),
+    ((5, 7), 1),
+    ((3, 5, 6), 3),
+    ((2, 5, 7), 7),
+    ((3, 4, 1), 1),
+    ((2, 5, 3, 12), 4),
+    ((1, 7, 5, 9), 3),
+    ((2, 7, 5, 9), 9),
+    ((2, 7, 5, 9), 1),
+    ((3, 1, 1, 8), 4),
+    ((2, 19, 17, 64), 32),
+    ((2, 16, 8, 6), 3),
+    ((2, 4, 16, 16), 8),
+    ((2, 3, 4, 5, 8), 2),
+    ((2, 2, 3, 3, 5), 5),
+    ((1, 3, 2, 5, 6), 1),
+]
 BATCH_SHAPES = [(5, 7), (2, 3), (3, 5, 6), (2, 5, 3, 12), (1, 7, 5, 9), (9, 1, 1, 4), (2, 3, 4, 5, 3)]
 FORMATS = ["channels_last", "channels_first"]
 
@@ -47,16 +62,25 @@ def oracle(x, gamma, beta, dy, sets, epsilon=1e-5):
         dx[values] = dxhat / std + dvar * 2 * (x[values] - mu) / m + dmu / m
         terms = max(terms, np.abs(dxhat).max() / std)
     others = tuple(range(x.ndim - 1))
-    return {"y": xhat * gamma + beta, "dx": dx, "dgamma": (dy * xhat).sum(others), "dbeta": dy.sum(others),
-            "terms": terms}
+    return {
+        "y": xhat * gamma + beta,
+        "dx": dx,
+        "dgamma": (dy * xhat).sum(others),
+        "dbeta": dy.sum(others),
+        "terms": terms,
+    }
 
 
 def random_case(shape, dtype, seed=0):
     """x, gamma, beta and dy for [N, ..., C], none of them with mean 0 or size 1, as arrays of dtype."""
     rng = np.random.default_rng(seed)
     channels = shape[-1]
-    arrays = (rng.normal(0.5, 2.0, shape), rng.normal(1.0, 0.5, channels), rng.normal(0.3, 0.5, channels),
-              rng.normal(0.2, 1.0, shape))
+    arrays = (
+        rng.normal(0.5, 2.0, shape),
+        rng.normal(1.0, 0.5, channels),
+        rng.normal(0.3, 0.5, channels),
+        rng.normal(0.2, 1.0, shape),
+    )
     return [array.astype(dtype) for array in arrays]
 
 
@@ -78,14 +102,22 @@ def run_with_gradients(function, x, gamma, beta, dy, data_format="channels_last"
         y = function(x, gamma, beta)
     dx, dgamma, dbeta = tape.gradient(y, [x, gamma, beta], output_gradients=tf.constant(to_format(dy, data_format)))
     assert y.dtype == x.dtype and y.shape == x.shape
-    return {"y": from_format(y, data_format), "dx": from_format(dx, data_format), "dgamma": dgamma.numpy(),
-            "dbeta": dbeta.numpy()}
+    return {
+        "y": from_format(y, data_format),
+        "dx": from_format(dx, data_format),
+        "dgamma": dgamma.numpy(),
+        "dbeta": dbeta.numpy(),
+    }
 
 
 def assert_close(actual, expected, dtype):
     """Compare element by element what run_with_gradients and oracle return."""
-    scale = {"y": np.abs(expected["y"]).max(), "dx": expected["terms"], "dgamma": np.abs(expected["dgamma"]).max() + 1,
-             "dbeta": np.abs(expected["dbeta"]).max() + 1}
+    scale = {
+        "y": np.abs(expected["y"]).max(),
+        "dx": expected["terms"],
+        "dgamma": np.abs(expected["dgamma"]).max() + 1,
+        "dbeta": np.abs(expected["dbeta"]).max() + 1,
+    }
     for name, size in scale.items():
         assert actual[name].dtype == dtype, name
         error = np.abs(actual[name] - expected[name])

@@ -1,4 +1,5 @@
 """Run the scripts as users do, and read what they leave."""
+
 import json
 import os
 import subprocess
@@ -44,8 +45,11 @@ def metrics(run_dir, without=TIMINGS):
 def checkpoint(run_dir):
     """All tensors of the newest checkpoint of a run, by name."""
     reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(run_dir))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
-            if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")}
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")
+    }
 
 
 def scalars(run_dir):

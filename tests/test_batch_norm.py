@@ -1,7 +1,8 @@
 """batch_norm against float64 formulas of our own, its moving statistics, and masks.
 
-    python -m pytest tests/test_batch_norm.py
+python -m pytest tests/test_batch_norm.py
 """
+
 import keras
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def test_batch_norm_in_training_is_the_formula(shape, dtype, data_format):
     case = random_case(shape, dtype)
     mean, variance = np.full(shape[-1], 7.0, dtype), np.full(shape[-1], 3.0, dtype)
     actual = run_with_gradients(
-        lambda *args: ops.batch_norm(*args, mean, variance, True, data_format=data_format)[0], *case, data_format)
+        lambda *args: ops.batch_norm(*args, mean, variance, True, data_format=data_format)[0], *case, data_format
+    )
     assert_close(actual, oracle(*case, batch_sets(shape)), dtype)
 
 
@@ -42,12 +44,22 @@ def test_batch_norm_in_inference_is_the_formula(shape, dtype, data_format):
     rng = np.random.default_rng(1)
     mean, variance = rng.normal(size=shape[-1]).astype(dtype), rng.uniform(0.5, 2, shape[-1]).astype(dtype)
     actual = run_with_gradients(
-        lambda *args: ops.batch_norm(*args, mean, variance, False, data_format=data_format)[0], x, gamma, beta, dy,
-        data_format)
+        lambda *args: ops.batch_norm(*args, mean, variance, False, data_format=data_format)[0],
+        x,
+        gamma,
+        beta,
+        dy,
+        data_format,
+    )
     scale = 1 / np.sqrt(variance.astype("float64") + 1e-5)
     xhat, others = (x.astype("float64") - mean) * scale, tuple(range(len(shape) - 1))
-    expected = {"y": xhat * gamma + beta, "dx": dy * (gamma * scale), "dgamma": (dy * xhat).sum(others),
-                "dbeta": dy.sum(others, dtype="float64"), "terms": np.abs(dy * (gamma * scale)).max()}
+    expected = {
+        "y": xhat * gamma + beta,
+        "dx": dy * (gamma * scale),
+        "dgamma": (dy * xhat).sum(others),
+        "dbeta": dy.sum(others, dtype="float64"),
+        "terms": np.abs(dy * (gamma * scale)).max(),
+    }
     assert_close(actual, expected, dtype)
 
 
@@ -68,12 +80,16 @@ def test_moving_statistics_learn_the_mean_and_the_unbiased_variance(shape, dtype
         _, new_mean, new_variance = batch_norm(*arguments, training=True, data_format=data_format, **kwargs)
         for actual, old, new in ((new_mean, mean, batch_mean), (new_variance, variance, batch_variance)):
             assert actual.dtype == dtype
-            np.testing.assert_allclose(actual, momentum * old + (1 - momentum) * new, rtol=0,
-                                       atol=ROUNDINGS * np.finfo(dtype).eps * np.abs(new).max())
+            np.testing.assert_allclose(
+                actual,
+                momentum * old + (1 - momentum) * new,
+                rtol=0,
+                atol=ROUNDINGS * np.finfo(dtype).eps * np.abs(new).max(),
+            )
     _, same_mean, same_variance = batch_norm(*arguments, training=False, data_format=data_format)
     np.testing.assert_array_equal(same_mean, mean)
     np.testing.assert_array_equal(same_variance, variance)
-    for array, tensor in zip((x_in, gamma, beta, mean, variance), arguments):       # a pure function
+    for array, tensor in zip((x_in, gamma, beta, mean, variance), arguments):  # a pure function
         np.testing.assert_array_equal(tensor, array)
 
 
@@ -91,7 +107,7 @@ def test_batch_norm_leaves_variables_alone(dtype):
 def test_batch_norm_epsilon_counts():
     """Epsilon is 1e-5 unless given (fault 7: 1e-3 against 1e-5 for GN), in training and in inference."""
     x, gamma, beta, dy = random_case((4, 3, 3, 4), np.float32)
-    x *= 1e-3                                   # variance 4e-6, the size of epsilon
+    x *= 1e-3  # variance 4e-6, the size of epsilon
     mean, variance = np.zeros(4, "float32"), np.full(4, 4e-6, "float32")
     for kwargs, epsilon in (({}, 1e-5), ({"epsilon": 1e-3}, 1e-3), ({"epsilon": 1e-4}, 1e-4)):
         expected = oracle(x, gamma, beta, dy, batch_sets(x.shape), epsilon)["y"]
@@ -111,9 +127,10 @@ def test_batch_norm_agrees_with_keras(training, axis):
     theirs.build(x.shape)
     gamma, beta, mean, variance = (rng.uniform(0.5, 2, 6).astype("float32") for _ in range(4))
     theirs.set_weights([gamma, beta, mean, variance])
-    y, *_ = ops.batch_norm(x, gamma, beta, mean, variance, training,
-                           data_format="channels_last" if axis == -1 else "channels_first")
-    np.testing.assert_allclose(y, theirs(x, training=training), rtol=0, atol=5e-6)    # outputs of size 10
+    y, *_ = ops.batch_norm(
+        x, gamma, beta, mean, variance, training, data_format="channels_last" if axis == -1 else "channels_first"
+    )
+    np.testing.assert_allclose(y, theirs(x, training=training), rtol=0, atol=5e-6)  # outputs of size 10
 
 
 def test_batch_norm_in_inference_ignores_the_batch():
@@ -130,7 +147,7 @@ def test_masked_positions_do_not_enter_the_statistics_of_a_batch():
     rng = np.random.default_rng(0)
     x = rng.normal(3, 2, (4, 6, 5)).astype("float32")
     mask = rng.random((4, 6)) < 0.6
-    x[~mask] = 100                                          # padding
+    x[~mask] = 100  # padding
     counted = x[mask].astype(np.float64)
     layer = ops.BatchNorm(momentum=0.8)
     y = layer(x, training=True, mask=tf.constant(mask))
@@ -139,7 +156,7 @@ def test_masked_positions_do_not_enter_the_statistics_of_a_batch():
     np.testing.assert_allclose(layer.moving_mean, 0.2 * counted.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(layer.moving_variance, 0.8 + 0.2 * counted.var(axis=0, ddof=1), rtol=1e-5)
     before = layer.moving_mean.numpy()
-    layer(x, training=True, mask=tf.zeros([4, 6], tf.bool))     # a batch of padding alone teaches nothing
+    layer(x, training=True, mask=tf.zeros([4, 6], tf.bool))  # a batch of padding alone teaches nothing
     np.testing.assert_array_equal(layer.moving_mean, before)
 
 

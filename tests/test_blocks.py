@@ -1,7 +1,8 @@
 """The building blocks of model.py: convolution, norm and activation in this order, residual blocks.
 
-    python -m pytest tests/test_blocks.py
+python -m pytest tests/test_blocks.py
 """
+
 import functools
 import math
 
@@ -35,10 +36,10 @@ def test_conv2d_is_convolution_norm_activation(norm_type, activation):
     if norm_type in ("group", "layer", "instance"):
         y = ops.group_norm(y, None, None, {"group": 4, "layer": 1, "instance": 8}[norm_type]).numpy()
     elif norm_type.startswith("batch"):
-        y = y / np.sqrt(1 + 1e-5)                                       # inference: moving statistics are 0 and 1
+        y = y / np.sqrt(1 + 1e-5)  # inference: moving statistics are 0 and 1
     y = {None: y, "relu": np.maximum(y, 0), "leaky_relu": np.where(y > 0, y, 0.2 * y)}[activation]
     assert model.output.shape == (None, 4, 3, 8)
-    np.testing.assert_allclose(model(x), y, rtol=0, atol=1e-5)          # convolutions of size 4
+    np.testing.assert_allclose(model(x), y, rtol=0, atol=1e-5)  # convolutions of size 4
 
 
 def test_conv2d_options_reach_the_norm():
@@ -67,10 +68,14 @@ def test_norm_is_the_function_of_its_type(norm_type):
     model = keras.Model(inputs, inputs if norm is None else norm(inputs, "some"))
     assert chain(model) == ["some"] * (norm_type != "none")
     x, gamma, beta, _ = random_case((2, 4, 4, 8), np.float32)
-    expected = {"batch": lambda: ops.batch_norm(x, None, None, np.zeros(8), np.ones(8), False)[0],
-                "batch+renorm": lambda: keras.layers.BatchNormalization(epsilon=1e-5)(x),
-                "group": lambda: ops.group_norm(x, None, None, 4), "none": lambda: x,
-                "layer": lambda: ops.layer_norm(x, None, None), "instance": lambda: ops.instance_norm(x, None, None)}
+    expected = {
+        "batch": lambda: ops.batch_norm(x, None, None, np.zeros(8), np.ones(8), False)[0],
+        "batch+renorm": lambda: keras.layers.BatchNormalization(epsilon=1e-5)(x),
+        "group": lambda: ops.group_norm(x, None, None, 4),
+        "none": lambda: x,
+        "layer": lambda: ops.layer_norm(x, None, None),
+        "instance": lambda: ops.instance_norm(x, None, None),
+    }
     np.testing.assert_array_equal(model(x), expected[norm_type]())
 
 
@@ -83,8 +88,9 @@ def test_fc_is_a_dense_layer_with_bias():
         kernel, bias = model.get_weights()
         model.set_weights([kernel, bias + 0.5])
         y = x @ kernel + 0.5
-        np.testing.assert_allclose(model(x), y if activation is None else np.where(y > 0, y, 0.2 * y), rtol=0,
-                                   atol=1e-5)
+        np.testing.assert_allclose(
+            model(x), y if activation is None else np.where(y > 0, y, 0.2 * y), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("bottleneck", [False, True])
@@ -99,8 +105,9 @@ def test_residual_block_starts_as_its_shortcut(bottleneck, strides, filters):
     assert model.output.shape == (None, math.ceil(7 / strides), math.ceil(5 / strides), out)
     projections = [layer for layer in model.layers if "shortcut" in layer.name]
     assert bool(projections) == (strides > 1 or out != channels)
-    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)
-                    and "shortcut" not in layer.name]
+    convolutions = [
+        layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D) and "shortcut" not in layer.name
+    ]
     assert [layer.kernel_size[0] for layer in convolutions] == ([1, 3, 1] if bottleneck else [3, 3])
     assert [layer.strides[0] for layer in convolutions] == ([1, strides, 1] if bottleneck else [strides, 1])
     x = np.random.default_rng(0).normal(size=(2, 7, 5, channels)).astype("float32")

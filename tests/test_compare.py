@@ -1,7 +1,8 @@
 """figure/compare.py: the grid through the real scripts, and what its tables say of run folders.
 
-    python -m pytest tests/test_compare.py
+python -m pytest tests/test_compare.py
 """
+
 import json
 import signal
 import subprocess
@@ -27,14 +28,34 @@ GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
 
 def config(norm="batch", batch_size=2, seed=0, ws=False, **other):
     """A config.json as trainer.py writes it; `other` replaces values wherever they stand."""
-    made = {"flags": {"dataset": "SET", "norm_type": norm, "weight_standardization": ws, "group_size": None,
-                      "max_batch_size": 64, "lr_schedule": "cosine", "seed": seed, "prefix": "default",
-                      "train_dir": "somewhere", "log_step": 50, "validation": None},
-            "derived": {"model": "resnet8", "groups": 8, "batch_size": batch_size, "optimizer": "momentum",
-                        "base_learning_rate": 0.1, "peak_learning_rate": 0.1 * batch_size / 64, "augment": None,
-                        "batch_norm_momentum": 0.9 ** (batch_size / 64),
-                        "max_training_step": 100, "updates_per_step": 64 // batch_size},
-            "data": {"train": 800, "test": 100, "num_classes": 10, "class_names": ["a"]}}
+    made = {
+        "flags": {
+            "dataset": "SET",
+            "norm_type": norm,
+            "weight_standardization": ws,
+            "group_size": None,
+            "max_batch_size": 64,
+            "lr_schedule": "cosine",
+            "seed": seed,
+            "prefix": "default",
+            "train_dir": "somewhere",
+            "log_step": 50,
+            "validation": None,
+        },
+        "derived": {
+            "model": "resnet8",
+            "groups": 8,
+            "batch_size": batch_size,
+            "optimizer": "momentum",
+            "base_learning_rate": 0.1,
+            "peak_learning_rate": 0.1 * batch_size / 64,
+            "augment": None,
+            "batch_norm_momentum": 0.9 ** (batch_size / 64),
+            "max_training_step": 100,
+            "updates_per_step": 64 // batch_size,
+        },
+        "data": {"train": 800, "test": 100, "num_classes": 10, "class_names": ["a"]},
+    }
     for part in made.values():
         part |= {name: value for name, value in other.items() if name in part}
     return made
@@ -49,7 +70,8 @@ def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if evaluation:
         record = {"step": 100, "split": "test", "accuracy": accuracy} | {
-            measure: {"accuracy": value} for measure, value in evaluation.items()}
+            measure: {"accuracy": value} for measure, value in evaluation.items()
+        }
         (run_dir / "evaluation.json").write_text(json.dumps(record))
     return run_dir
 
@@ -67,17 +89,30 @@ def test_seeds_share_a_cell_and_other_settings_do_not(tmp_path):
         write_run(tmp_path, f"four{seed}", accuracy, norm="group", groups=4, seed=seed)
     write_run(tmp_path, "two", 0.553, norm="group", groups=2)
     write_run(tmp_path, "ws", 0.7, norm="group", groups=4, ws=True)
-    write_run(tmp_path, "batch", 0.5, groups=32)                # batch norm has no groups to differ in
+    write_run(tmp_path, "batch", 0.5, groups=32)  # batch norm has no groups to differ in
     write_run(tmp_path, "batch_2", 0.52, groups=8, seed=1)
     assert table_of(tmp_path) == {
-        "norm": ["batch size 2"], "---": ["---"], "batch": ["50.0 ← 51.0 → 52.0 (2 seeds)"],
-        "group (groups 2)": ["55.3 (1 seed)"], "group (groups 4)": ["60.0 ← 61.0 → 65.0"],
-        "group+ws (groups 4)": ["70.0 (1 seed)"]}
+        "norm": ["batch size 2"],
+        "---": ["---"],
+        "batch": ["50.0 ← 51.0 → 52.0 (2 seeds)"],
+        "group (groups 2)": ["55.3 (1 seed)"],
+        "group (groups 4)": ["60.0 ← 61.0 → 65.0"],
+        "group+ws (groups 4)": ["70.0 (1 seed)"],
+    }
 
 
-@pytest.mark.parametrize("setting, value", [
-    ("base_learning_rate", 0.2), ("lr_schedule", "constant"), ("optimizer", "adam"), ("augment", "crop"),
-    ("max_batch_size", 32), ("max_training_step", 50), ("validation", 20)])
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("base_learning_rate", 0.2),
+        ("lr_schedule", "constant"),
+        ("optimizer", "adam"),
+        ("augment", "crop"),
+        ("max_batch_size", 32),
+        ("max_training_step", 50),
+        ("validation", 20),
+    ],
+)
 def test_each_setting_that_changes_the_result_makes_a_row_of_its_own(setting, value, tmp_path):
     write_run(tmp_path, "one", 0.5)
     write_run(tmp_path, "other", 0.6, seed=1, **{setting: value})
@@ -140,7 +175,8 @@ def test_sentences_say_what_the_numbers_support(tmp_path):
     (table,) = results.tables(runs.read_runs([tmp_path]))
     assert results.sentences(table) == [
         "At batch size 2 group is 10.0 points above batch (2 seeds, the ranges do not overlap).",
-        "At batch size 32 group is 1.0 points below batch (2 seeds, the ranges overlap)."]
+        "At batch size 32 group is 1.0 points below batch (2 seeds, the ranges overlap).",
+    ]
 
 
 def test_ranges_that_do_not_overlap_are_seen_from_below_too(tmp_path):
@@ -148,8 +184,9 @@ def test_ranges_that_do_not_overlap_are_seen_from_below_too(tmp_path):
         write_run(tmp_path, f"b{seed}", 0.70 + 0.02 * seed, seed=seed)
         write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
     (table,) = results.tables(runs.read_runs([tmp_path]))
-    assert results.sentences(table) == ["At batch size 2 group is 10.0 points below batch (2 seeds, the ranges do not "
-                                        "overlap)."]
+    assert results.sentences(table) == [
+        "At batch size 2 group is 10.0 points below batch (2 seeds, the ranges do not overlap)."
+    ]
 
 
 def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
@@ -167,7 +204,7 @@ def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
 
 
 def test_results_and_pictures_come_from_logs_alone(tmp_path):
-    for size in (1, 2, 4, 8, 16):                               # five batch sizes were more than the old picture had
+    for size in (1, 2, 4, 8, 16):  # five batch sizes were more than the old picture had
         write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation={"reestimated": 0.4, "by_batch": 0.6})
         write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm="group")
     printed = scripts.run("figure/compare.py", "--from_logs", tmp_path)
@@ -179,9 +216,17 @@ def test_results_and_pictures_come_from_logs_alone(tmp_path):
         assert (tmp_path / name).stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("file, text", [
-    ("config.json", "{}"), ("config.json", '{"flags": 3}'), ("metrics.jsonl", '{"loss": 1}\n'),
-    ("metrics.jsonl", "nothing\n"), ("evaluation.json", "[1]"), ("evaluation.json", '{"step": ')])
+@pytest.mark.parametrize(
+    "file, text",
+    [
+        ("config.json", "{}"),
+        ("config.json", '{"flags": 3}'),
+        ("metrics.jsonl", '{"loss": 1}\n'),
+        ("metrics.jsonl", "nothing\n"),
+        ("evaluation.json", "[1]"),
+        ("evaluation.json", '{"step": '),
+    ],
+)
 def test_damaged_logs_are_named(file, text, tmp_path):
     run_dir = write_run(tmp_path, "run", 0.5)
     (run_dir / file).write_text(text)
@@ -204,14 +249,22 @@ def grid(monkeypatch, data_dir, *flags):
     return compare.make_grid(*compare.parse_flags())[0]
 
 
-@pytest.mark.parametrize("flags, steps", [
-    ((), 8 * 23), (("--epochs", 3), 3 * 23), (("--epochs", 1, "--max_batch_size", 32), 45),     # 1437 images
-    (("--max_training_step", 7), 7)])
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        ((), 8 * 23),
+        (("--epochs", 3), 3 * 23),
+        (("--epochs", 1, "--max_batch_size", 32), 45),  # 1437 images
+        (("--max_training_step", 7), 7),
+    ],
+)
 def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, data_dir, monkeypatch):
-    cells = grid(monkeypatch, data_dir, *flags, "--norm_type", "group+ws", "batch", "--batch_size", 4, 32, 2,
-                 "--seeds", 2)
+    cells = grid(
+        monkeypatch, data_dir, *flags, "--norm_type", "group+ws", "batch", "--batch_size", 4, 32, 2, "--seeds", 2
+    )
     assert [(cell.seed, cell.batch_size, cell.arm) for cell in cells] == [
-        (seed, size, arm) for seed in (0, 1) for size in (2, 32, 4) for arm in ("group+ws", "batch")]
+        (seed, size, arm) for seed in (0, 1) for size in (2, 32, 4) for arm in ("group+ws", "batch")
+    ]
     for cell in cells:
         config = cell.config
         assert config.norm_type + "+ws" * config.weight_standardization == cell.arm
@@ -228,8 +281,20 @@ def run_of(cell, step, speeds, state="finished"):
 
 def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
     """Medians where it was measured, a + b / batch size between, and only what is left to train counts."""
-    two, thirty_two, four = grid(monkeypatch, data_dir, "--norm_type", "group", "--batch_size", 2, 32, 4, "--seeds", 1,
-                                 "--max_training_step", 100)
+    two, thirty_two, four = grid(
+        monkeypatch,
+        data_dir,
+        "--norm_type",
+        "group",
+        "--batch_size",
+        2,
+        32,
+        4,
+        "--seeds",
+        1,
+        "--max_training_step",
+        100,
+    )
     found = [run_of(two, 100, [100.0, 50.0, 400.0]), run_of(thirty_two, 40, [1000.0], "unfinished")]
     seconds = compare.seconds_per_image(found)
     b = (1 / 100 - 1 / 1000) / (1 / 2 - 1 / 32)
@@ -251,23 +316,36 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
     """Other norms, groups and batch sizes do, whatever follows from them; what else differs is named."""
     flags = ("--norm_type", "batch", "group", "--seeds", 1, "--epochs", 1)
     cells = grid(monkeypatch, data_dir, *flags, "--batch_size", 2)
-    beside = [cell for change in (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
-              for cell in grid(monkeypatch, data_dir, *flags, *change)]
+    beside = [
+        cell
+        for change in (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
+        for cell in grid(monkeypatch, data_dir, *flags, *change)
+    ]
     compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
-    for change, said in ((("--groups", 4), "groups 4, where this grid has 16"),
-                         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
-                         (("--epochs", 2), "max_training_step 46, where this grid has 23")):
+    for change, said in (
+        (("--groups", 4), "groups 4, where this grid has 16"),
+        (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
+        (("--epochs", 2), "max_training_step 46, where this grid has 23"),
+    ):
         other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))
         with pytest.raises(runs.UserError, match=f"runs holds a run with {said} .*it"):
             compare.check_train_dir("runs", cells, [other])
 
 
-@pytest.mark.parametrize("norm, evaluation, needed", [
-    ("group", {}, True), ("group", {"accuracy": 0.5}, False), ("batch", {"accuracy": 0.5}, True),
-    ("batch", {"accuracy": 0.5, "by_batch": 0.6}, False)])
+@pytest.mark.parametrize(
+    "norm, evaluation, needed",
+    [
+        ("group", {}, True),
+        ("group", {"accuracy": 0.5}, False),
+        ("batch", {"accuracy": 0.5}, True),
+        ("batch", {"accuracy": 0.5, "by_batch": 0.6}, False),
+    ],
+)
 def test_batch_norm_is_evaluated_until_it_has_its_three_rows(norm, evaluation, needed):
-    of_state = [runs.Run(None, runs.Config(norm_type=norm), {}, [], {}, evaluation, state) for state in
-                ("finished", "unfinished", "diverged")]
+    of_state = [
+        runs.Run(None, runs.Config(norm_type=norm), {}, [], {}, evaluation, state)
+        for state in ("finished", "unfinished", "diverged")
+    ]
     assert [compare.needs_evaluation(found) for found in of_state] == [needed, False, False]
 
 
@@ -278,16 +356,32 @@ def test_batch_norm_is_evaluated_until_it_has_its_three_rows(norm, evaluation, n
 def compared(data_dir, tmp_path_factory):
     """A small grid, what it printed, and the flags that made it."""
     train_dir = tmp_path_factory.mktemp("compared")
-    flags = (*GRID, "--norm_type", "batch", "group+ws", "--batch_size", 8, "--seeds", 1, "--max_training_step", 6,
-             "--data_dir", data_dir, "--train_dir", train_dir)
+    flags = (
+        *GRID,
+        "--norm_type",
+        "batch",
+        "group+ws",
+        "--batch_size",
+        8,
+        "--seeds",
+        1,
+        "--max_training_step",
+        6,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        train_dir,
+    )
     return train_dir, scripts.run("figure/compare.py", *flags), flags
 
 
 def test_every_cell_is_trained_and_evaluated(compared):
     train_dir, printed, _ = compared
     found = runs.read_runs([train_dir])
-    assert [(run.arm, run.config.batch_size, run.state) for run in found] == [("batch", 8, "finished"),
-                                                                      ("group+ws", 8, "finished")]
+    assert [(run.arm, run.config.batch_size, run.state) for run in found] == [
+        ("batch", 8, "finished"),
+        ("group+ws", 8, "finished"),
+    ]
     assert set(found[0].evaluation) == set(runs.MEASURES) and set(found[1].evaluation) == {"accuracy"}
     for run in found:
         assert run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
@@ -300,8 +394,11 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
     train_dir, _, flags = compared
     group = runs.read_runs([train_dir])[1].path
     (group / "evaluation.json").unlink()
-    before = {path: path.stat().st_mtime_ns for name in ("config.json", "metrics.jsonl", "model-*", "events*v2")
-              for path in train_dir.glob(f"*/{name}")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for name in ("config.json", "metrics.jsonl", "model-*", "events*v2")
+        for path in train_dir.glob(f"*/{name}")
+    }
     assert len(before) == 10
     plan = scripts.run("figure/compare.py", *flags, "--dry_run")
     assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
@@ -314,10 +411,29 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
 
 def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     """Ctrl-C stops every run after saving it; the same command goes on with them, to one run per cell."""
-    flags = (*GRID, "--norm_type", "group", "--batch_size", 1, 2, "--seeds", 1, "--max_training_step", 400,
-             "--log_step", 5, "--jobs", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
-    process = subprocess.Popen(scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE)
+    flags = (
+        *GRID,
+        "--norm_type",
+        "group",
+        "--batch_size",
+        1,
+        2,
+        "--seeds",
+        1,
+        "--max_training_step",
+        400,
+        "--log_step",
+        5,
+        "--jobs",
+        2,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+    )
+    process = subprocess.Popen(
+        scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 120
     while sum(bool(run.rows) for run in runs.read_runs([tmp_path])) < 2:
         assert time.monotonic() < deadline and process.poll() is None
@@ -335,26 +451,52 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
 
 
 def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path):
-    flags = (*GRID, "--norm_type", "none", "group", "--batch_size", 16, "--seeds", 1, "--max_training_step", 3,
-             "--data_dir", data_dir, "--train_dir", tmp_path)
+    flags = (
+        *GRID,
+        "--norm_type",
+        "none",
+        "group",
+        "--batch_size",
+        16,
+        "--seeds",
+        1,
+        "--max_training_step",
+        3,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+    )
     printed = scripts.run("figure/compare.py", *flags, "--learning_rate", "1e30")
     assert "1 diverged" in printed
-    error = scripts.run("figure/compare.py", *flags, "--checkpoint", tmp_path / "nothing", "--train_dir",
-                        tmp_path / "other", code=1)
+    error = scripts.run(
+        "figure/compare.py", *flags, "--checkpoint", tmp_path / "nothing", "--train_dir", tmp_path / "other", code=1
+    )
     assert "2 of 2 runs failed" in error and "is no readable checkpoint" in error
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("--norm_type", "grupo"), "grupo"), (("--dataset", "NO_SUCH"), "NO_SUCH"), (("--batch_size", "3"), "3"),
-    (("--seeds", "0"), "--seeds: must be at least 1, not 0"), (("--jobs", "1000000"), "--jobs 1000000 needs"),
-    (("--batch_sise", "4"), "--batch_sise"), (("--seed", "1"), "--seeds"), (("--groups", "7"), "7 groups"),
-    (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"), (("--max_training_step", "7"), "6"),
-    (("--learning_rate", "0.5"), "base_learning_rate 0.2"), (("--from_logs", "/nowhere"), "has no effect")])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--norm_type", "grupo"), "grupo"),
+        (("--dataset", "NO_SUCH"), "NO_SUCH"),
+        (("--batch_size", "3"), "3"),
+        (("--seeds", "0"), "--seeds: must be at least 1, not 0"),
+        (("--jobs", "1000000"), "--jobs 1000000 needs"),
+        (("--batch_sise", "4"), "--batch_sise"),
+        (("--seed", "1"), "--seeds"),
+        (("--groups", "7"), "7 groups"),
+        (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"),
+        (("--max_training_step", "7"), "6"),
+        (("--learning_rate", "0.5"), "base_learning_rate 0.2"),
+        (("--from_logs", "/nowhere"), "has no effect"),
+    ],
+)
 def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared):
     train_dir, _, made_with = compared
     before = sorted(train_dir.glob("*/*"))
     known = [flag for flag in map(str, made_with)]
     if "--epochs" in flags:
-        known = known[:known.index("--max_training_step")] + known[known.index("--max_training_step") + 2:]
+        known = known[: known.index("--max_training_step")] + known[known.index("--max_training_step") + 2 :]
     assert said in scripts.run("figure/compare.py", *known, *flags, code=2)
     assert sorted(train_dir.glob("*/*")) == before

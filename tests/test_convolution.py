@@ -1,7 +1,8 @@
 """convolve, Conv2D and weight standardization against their definitions.
 
-    python -m pytest tests/test_convolution.py
+python -m pytest tests/test_convolution.py
 """
+
 import math
 
 import keras
@@ -17,22 +18,29 @@ def convolution_oracle(x, kernel, dy, strides):
     """y, dx and dkernel of a convolution with 'SAME' padding, by the definition, one output position at a time."""
     (height, width, _, filters), (_, rows, columns, _) = kernel.shape, x.shape
     outputs = [math.ceil(rows / strides[0]), math.ceil(columns / strides[1])]
-    missing = [max((outputs[0] - 1) * strides[0] + height - rows, 0),
-               max((outputs[1] - 1) * strides[1] + width - columns, 0)]
+    missing = [
+        max((outputs[0] - 1) * strides[0] + height - rows, 0),
+        max((outputs[1] - 1) * strides[1] + width - columns, 0),
+    ]
     before = [size // 2 for size in missing]
     padded = np.pad(x, [(0, 0), (before[0], missing[0]), (before[1], missing[1]), (0, 0)])
     y, dx, dkernel = np.zeros([len(x), *outputs, filters]), np.zeros_like(padded), np.zeros_like(kernel)
     for i, j in np.ndindex(*outputs):
-        window = np.s_[:, i * strides[0]:i * strides[0] + height, j * strides[1]:j * strides[1] + width]
+        window = np.s_[:, i * strides[0] : i * strides[0] + height, j * strides[1] : j * strides[1] + width]
         y[:, i, j] = np.tensordot(padded[window], kernel, 3)
         dx[window] += np.tensordot(dy[:, i, j], kernel, (1, 3))
         dkernel += np.tensordot(padded[window], dy[:, i, j], (0, 0))
-    return y, dx[:, before[0]:before[0] + rows, before[1]:before[1] + columns], dkernel
+    return y, dx[:, before[0] : before[0] + rows, before[1] : before[1] + columns], dkernel
 
 
-CONVOLUTIONS = [((1, 4, 4, 3), (4, 4, 3, 8), (2, 2), True), ((2, 5, 6, 3), (3, 2, 3, 24), (2, 3), True),
-                ((3, 3, 2, 5), (1, 1, 5, 20), (1, 1), True), ((2, 5, 5, 2), (3, 3, 2, 51), (1, 1), True),
-                ((2, 3, 3, 2), (3, 3, 2, 18), (1, 1), False), ((2, 7, 7, 3), (3, 3, 3, 4), (2, 2), False)]
+CONVOLUTIONS = [
+    ((1, 4, 4, 3), (4, 4, 3, 8), (2, 2), True),
+    ((2, 5, 6, 3), (3, 2, 3, 24), (2, 3), True),
+    ((3, 3, 2, 5), (1, 1, 5, 20), (1, 1), True),
+    ((2, 5, 5, 2), (3, 3, 2, 51), (1, 1), True),
+    ((2, 3, 3, 2), (3, 3, 2, 18), (1, 1), False),
+    ((2, 7, 7, 3), (3, 3, 3, 4), (2, 2), False),
+]
 
 
 @pytest.mark.parametrize("shape, kernel, strides, by_patches", CONVOLUTIONS)
@@ -49,12 +57,13 @@ def test_convolve_and_its_gradients_are_the_definition(shape, kernel, strides, b
             tape.watch([x, kernel])
             y = ops.convolve(x, kernel, strides)
         return y, *tape.gradient(y, [x, kernel], dy)
+
     arguments = [tf.constant(value) for value in (x, kernel, dy)]
     operations = [operation.type for operation in convolve.get_concrete_function(*arguments).graph.get_operations()]
     assert operations.count("Conv2DBackpropFilter") == (not by_patches)
     assert operations.count("ExtractImagePatches") == by_patches * (1 + (dy.size // dy.shape[3] <= 32))
     for actual, expected in zip(convolve(*arguments), convolution_oracle(x, kernel, dy, strides)):
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)        # float64, sums of up to 50 products
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)  # float64, sums of up to 50 products
 
 
 def test_convolve_has_second_derivatives():
@@ -66,6 +75,7 @@ def test_convolve_has_second_derivatives():
             tape.watch([x, kernel])
             y = tf.reduce_sum(ops.convolve(x, kernel, (2, 2)) ** 3)
         return tf.concat([tf.reshape(gradient, [-1]) for gradient in tape.gradient(y, [x, kernel])], 0)
+
     for i in (0, 1):
         theoretical, numerical = tf.test.compute_gradient(tf.function(gradients), [x, kernel], delta=1e-5)
         np.testing.assert_allclose(theoretical[i], numerical[i], rtol=1e-6, atol=1e-6)
@@ -81,15 +91,25 @@ def test_convolve_takes_empty_and_unknown_batches(shape):
         with tf.GradientTape() as tape:
             y = ops.convolve(x, kernel, (2, 2))
         return tape.gradient(y, kernel)
+
     x = np.ones([1 if size is None and i else size or 0 for i, size in enumerate(shape)], np.float32)
-    expected = convolution_oracle(x.astype(np.float64), np.ones([3, 3, 3, 64]),
-                                  np.ones([len(x), -(-x.shape[1] // 2), 2, 64]), (2, 2))[2]
+    expected = convolution_oracle(
+        x.astype(np.float64), np.ones([3, 3, 3, 64]), np.ones([len(x), -(-x.shape[1] // 2), 2, 64]), (2, 2)
+    )[2]
     np.testing.assert_array_equal(gradient(x), expected)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"padding": "same"}, {"padding": "same", "strides": (2, 1)},
-                                       {"padding": "valid", "strides": 2}, {"padding": "same", "dilation_rate": 2},
-                                       {"padding": "same", "groups": 2}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"padding": "same"},
+        {"padding": "same", "strides": (2, 1)},
+        {"padding": "valid", "strides": 2},
+        {"padding": "same", "dilation_rate": 2},
+        {"padding": "same", "groups": 2},
+    ],
+)
 def test_conv2d_layer_is_that_of_keras(arguments):
     """Conv2D gives what keras.layers.Conv2D gives, gradients included, for all arguments."""
     x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype("float32")
@@ -109,7 +129,7 @@ def test_conv2d_layer_is_that_of_keras(arguments):
 def test_standardized_weights_have_mean_0_and_variance_1_by_fan_in(shape, dtype):
     """Each filter alone is centred and scaled over its inputs, and points where it did (arXiv 1903.10520)."""
     kernel = np.random.default_rng(0).normal(0.3, 2, shape)
-    kernel[..., 0] *= 10                                                # filters of different sizes
+    kernel[..., 0] *= 10  # filters of different sizes
     weights = ops.standardize_weights(tf.constant(kernel, dtype))
     assert weights.dtype == dtype and weights.shape == shape
     weights, fan_in, inputs = weights.numpy().astype("float64"), math.prod(shape[:-1]), tuple(range(len(shape) - 1))
@@ -117,7 +137,7 @@ def test_standardized_weights_have_mean_0_and_variance_1_by_fan_in(shape, dtype)
     tolerance = ROUNDINGS * np.finfo(dtype).eps
     np.testing.assert_allclose(weights, expected, rtol=0, atol=tolerance)
     np.testing.assert_allclose(weights.mean(inputs), 0, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(weights.var(inputs) * fan_in, 1, rtol=0, atol=1e-6 + 10 * tolerance)     # epsilon
+    np.testing.assert_allclose(weights.var(inputs) * fan_in, 1, rtol=0, atol=1e-6 + 10 * tolerance)  # epsilon
 
 
 def test_standardized_weights_of_a_constant_filter_are_0():
@@ -128,25 +148,29 @@ def test_standardized_weights_of_a_constant_filter_are_0():
 def test_standardized_weights_gradient():
     """The gradient passes through the mean and variance of each filter, and so does the second one."""
     kernel = tf.constant(np.random.default_rng(0).normal(size=(2, 3, 2, 3)))
-    for function in (lambda k: ops.standardize_weights(k) ** 3,
-                     lambda k: gradients_of_cube(ops.standardize_weights, [k])):            # and once more
+    for function in (
+        lambda k: ops.standardize_weights(k) ** 3,
+        lambda k: gradients_of_cube(ops.standardize_weights, [k]),
+    ):  # and once more
         theoretical, numerical = tf.test.compute_gradient(tf.function(function), [kernel], delta=1e-5)
-        np.testing.assert_allclose(theoretical[0], numerical[0], rtol=1e-7, atol=1e-8)      # step^2 of a difference
+        np.testing.assert_allclose(theoretical[0], numerical[0], rtol=1e-7, atol=1e-8)  # step^2 of a difference
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_standardized_convolution_is_the_convolution_with_standardized_weights(policy):
     """StandardizedConv2D keeps Conv2D's arguments and stored kernel; only the kernel in use is standardized."""
     x = np.random.default_rng(0).normal(size=(2, 9, 7, 4)).astype("float32")
-    layer = ops.StandardizedConv2D(6, (3, 2), strides=2, padding="same", bias_initializer="ones", activation="relu",
-                                   dtype=policy)
+    layer = ops.StandardizedConv2D(
+        6, (3, 2), strides=2, padding="same", bias_initializer="ones", activation="relu", dtype=policy
+    )
     y = layer(x)
     kernel = tf.cast(layer.kernel, layer.compute_dtype)
     expected = tf.nn.relu(tf.nn.conv2d(tf.cast(x, kernel.dtype), ops.standardize_weights(kernel), 2, "SAME") + 1)
     assert y.dtype == layer.compute_dtype and layer.kernel.dtype == "float32"
     # outputs of size 4: float32 roundings of another order of summing, one rounding of 8 digits in bfloat16
-    np.testing.assert_allclose(tf.cast(y, tf.float32), tf.cast(expected, tf.float32), rtol=0,
-                               atol=1e-5 if policy == "float32" else 4 * 2 ** -8)
+    np.testing.assert_allclose(
+        tf.cast(y, tf.float32), tf.cast(expected, tf.float32), rtol=0, atol=1e-5 if policy == "float32" else 4 * 2**-8
+    )
     plain = keras.layers.Conv2D(6, (3, 2), strides=2, padding="same", activation="relu")
     plain.build(x.shape)
     plain.set_weights(layer.get_weights())

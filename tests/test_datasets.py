@@ -1,4 +1,5 @@
 """The readers against tiny archives in the official formats, element by element; hostile archives; own datasets."""
+
 import gzip
 import io
 import os
@@ -37,6 +38,7 @@ def packed(name, tmp_path, **kwargs):
 
 # --- what the readers find --------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", ["MNIST", "Fashion", "SVHN", "CIFAR10"])
 def test_images_and_labels_are_those_of_the_archive(name, tmp_path):
     splits, class_names, found = packed(name, tmp_path, per_class=3)
@@ -60,7 +62,8 @@ def test_cifar_pixels_are_channel_row_column_in_the_archive(tmp_path):
     members, _ = archives.cifar10_members(1, np.random.default_rng(0))
     image = np.arange(3072, dtype=np.int64).reshape(1, 3072) % 251
     members["cifar-10-batches-py/test_batch"] = archives.py2_dict(
-        data=archives.py2_array(image.astype(np.uint8)), labels=archives.py2_list([b"K\x07"]))
+        data=archives.py2_array(image.astype(np.uint8)), labels=archives.py2_list([b"K\x07"])
+    )
     archives.tar_gz(tmp_path / CIFAR, members)
     *_, (split, images, labels, _) = cifar10.read(tmp_path).parts
     assert split == 1 and images.shape == (1, 32, 32, 3) and labels.tolist() == [7]
@@ -74,8 +77,8 @@ def test_tinyimagenet_maps_val_labels_by_file_name(tmp_path):
         images, labels = splits[split]
         np.testing.assert_array_equal(dataset.labels, labels)
         assert dataset.image_shape == (64, 64, 3)
-        rest = slice(1, None) if split == "train" else slice(None)             # train image 0 is gray
-        assert np.abs(dataset.images()[rest].astype(int) - images[rest]).max() <= 6     # JPEG, quality 95
+        rest = slice(1, None) if split == "train" else slice(None)  # train image 0 is gray
+        assert np.abs(dataset.images()[rest].astype(int) - images[rest]).max() <= 6  # JPEG, quality 95
     assert found[1].ids[:3] == ["val_0.JPEG", "val_1.JPEG", "val_2.JPEG"]
     gray = found[0].images()[0]
     assert (gray == gray[..., :1]).all()
@@ -89,8 +92,8 @@ def test_imagenet_index_is_the_rank_of_the_wnid(tmp_path):
     np.testing.assert_array_equal(test.labels, splits["test"][1])
     assert test.read(np.arange(len(test))) == splits["test"][0]
     jpegs = train.read(np.arange(len(train)))
-    assert jpegs[3:] == splits["train"][0][3:] and jpegs[1] == splits["train"][0][1]     # RGB and gray as they are
-    for i in (0, 2):                                                           # CMYK and PNG are JPEG in RGB now
+    assert jpegs[3:] == splits["train"][0][3:] and jpegs[1] == splits["train"][0][1]  # RGB and gray as they are
+    for i in (0, 2):  # CMYK and PNG are JPEG in RGB now
         image = Image.open(io.BytesIO(jpegs[i]))
         original = Image.open(io.BytesIO(splits["train"][0][i])).convert("RGB")
         assert image.format == "JPEG" and image.mode == "RGB"
@@ -102,6 +105,7 @@ def test_imagenet_index_is_the_rank_of_the_wnid(tmp_path):
 
 def test_digits_are_those_of_scikit_learn(tmp_path):
     from sklearn.datasets import load_digits
+
     download.prepare("Digits", tmp_path)
     train, test = datasets.create_default_splits("Digits", tmp_path)
     assert len(train) == 1437 and len(test) == 360
@@ -110,10 +114,11 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
         rows = [int(id.split("_")[1]) for id in split.ids]
         np.testing.assert_array_equal(split.images()[..., 0], np.floor(original.images[rows] * 255 / 16 + 0.5))
         np.testing.assert_array_equal(split.labels, original.target[rows])
-    assert next(digits.read().parts)[3] == train.ids                            # the same split every time
+    assert next(digits.read().parts)[3] == train.ids  # the same split every time
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
+
 
 def test_read_takes_any_order_with_repeats(tmp_path):
     splits, _, (train, _) = packed("CIFAR10", tmp_path, per_class=2)
@@ -122,7 +127,7 @@ def test_read_takes_any_order_with_repeats(tmp_path):
         np.testing.assert_array_equal(train.read(positions), images[positions])
         np.testing.assert_array_equal(train.read([4, 5, 6]), images[4:7])
         assert train.read(np.array([], int)).shape == (0, 32, 32, 3)
-        train.images()                                                         # and once more from memory
+        train.images()  # and once more from memory
     with pytest.raises(IndexError):
         train.read([100])
 
@@ -135,6 +140,7 @@ def test_read_from_many_threads(tmp_path):
         for positions in np.random.default_rng(seed).integers(0, len(train), (20, 16)):
             if not np.array_equal(train.read(positions), splits["train"][0][positions]):
                 wrong.append(positions)
+
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
@@ -164,11 +170,18 @@ def test_max_examples_are_spread_over_the_split(tmp_path):
 
 def peak_memory(code, *args):
     """Run `code` in a process of its own; return by how many bytes its memory peaked above what its imports took."""
-    code = ("import sys, datasets, download, h5py\nfrom PIL import Image\n"
-            "def peak():\n    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
-            f"before = peak()\n{code}\nprint(peak() - before)")
-    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, check=False,
-                            cwd=os.path.dirname(datasets.DATA_DIR))
+    code = (
+        "import sys, datasets, download, h5py\nfrom PIL import Image\n"
+        "def peak():\n    return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024\n"
+        f"before = peak()\n{code}\nprint(peak() - before)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=os.path.dirname(datasets.DATA_DIR),
+    )
     assert result.returncode == 0, result.stderr
     return int(result.stdout.splitlines()[-1])
 
@@ -246,16 +259,20 @@ def virtual_packed(file, name):
 
 def claim(**kwargs):
     """A change that lets an array claim far more than the file holds."""
+
     def change(file, name):
         del file[name]
         file.create_dataset(name, **kwargs)
+
     return change
 
 
 def other(value):
     """A change of an array to what value(array) gives."""
+
     def change(file, name):
         replace(file, name, value(file[name][()]))
+
     return change
 
 
@@ -362,22 +379,32 @@ def test_a_class_name_that_claims_gigabytes(tmp_path):
     with h5py.File(path) as file:
         place = file["class_names"].id.get_offset()
     data = bytearray(path.read_bytes())
-    data[place:place + 4] = struct.pack("<I", 1 << 29)
+    data[place : place + 4] = struct.pack("<I", 1 << 29)
     path.write_bytes(data)
-    code = ("try:\n    datasets.create_default_splits('Digits', sys.argv[1])\n"
-            "except datasets.UserError as error:\n    assert 'class_names' in str(error)")
+    code = (
+        "try:\n    datasets.create_default_splits('Digits', sys.argv[1])\n"
+        "except datasets.UserError as error:\n    assert 'class_names' in str(error)"
+    )
     assert peak_memory(code, tmp_path) < 50e6
 
 
 def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
-    code = ("import sys, datasets, download; "
-            "sys.exit(str({'tensorflow', 'scipy', 'sklearn', 'imageio', 'PIL'} & set(sys.modules)))")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
-                            cwd=os.path.dirname(datasets.DATA_DIR))
+    code = (
+        "import sys, datasets, download; "
+        "sys.exit(str({'tensorflow', 'scipy', 'sklearn', 'imageio', 'PIL'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=os.path.dirname(datasets.DATA_DIR),
+    )
     assert result.stderr.strip() == "set()"
 
 
 # --- hostile archives -------------------------------------------------------------------------------------------------
+
 
 def refused(read, *words):
     """Check that reading raises a UserError in one line with all of `words`."""
@@ -390,11 +417,13 @@ def refused(read, *words):
 
 
 CIFAR_MEMBERS = {
-    "path traversal": ({"name": "../../evil"}, "leads out"), "absolute path": ({"name": "/tmp/evil"}, "leads out"),
+    "path traversal": ({"name": "../../evil"}, "leads out"),
+    "absolute path": ({"name": "/tmp/evil"}, "leads out"),
     "symbolic link": ({"name": "link", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "link"),
     "hard link": ({"name": "link", "type": tarfile.LNKTYPE, "linkname": "readme.html"}, "link"),
     "device": ({"name": "null", "type": tarfile.CHRTYPE}, "device"),
-    "huge member": ({"name": "cifar-10-batches-py/data_batch_1", "size": 1 << 40}, "claims 1099511627776 bytes")}
+    "huge member": ({"name": "cifar-10-batches-py/data_batch_1", "size": 1 << 40}, "claims 1099511627776 bytes"),
+}
 
 
 @pytest.mark.parametrize("kind", CIFAR_MEMBERS)
@@ -542,9 +571,15 @@ def test_damaged_archives(tmp_path, name, file, damage):
     archives.make(name, tmp_path)
     data = (tmp_path / file).read_bytes()
     end = {"all but a byte": -1 if not file.endswith(".tar") else -20_000}.get(damage)
-    (tmp_path / file).write_bytes({"empty": b"", "first half": data[:len(data) // 2], "all but a byte": data[:end],
-                                   "html": b"<html>" + b" " * 2000,
-                                   "a byte lost": data[:len(data) // 2] + data[len(data) // 2 + 1:]}[damage])
+    (tmp_path / file).write_bytes(
+        {
+            "empty": b"",
+            "first half": data[: len(data) // 2],
+            "all but a byte": data[:end],
+            "html": b"<html>" + b" " * 2000,
+            "a byte lost": data[: len(data) // 2] + data[len(data) // 2 + 1 :],
+        }[damage]
+    )
     reader = {"CIFAR10": cifar10, "MNIST": mnist, "SVHN": svhn, "TinyImageNet": tinyimagenet, "ImageNet": imagenet}[
         name
     ]
@@ -617,17 +652,23 @@ def test_mat_with_an_unknown_element_type_does_not_reach_scipy(tmp_path):
     archives.make("SVHN", tmp_path)
     savemat(tmp_path / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((4, 1))})
     data = (tmp_path / "test_32x32.mat").read_bytes()
-    tag = struct.pack("<II", 2, 32 * 32 * 3 * 4)                               # the pixels: type uint8
+    tag = struct.pack("<II", 2, 32 * 32 * 3 * 4)  # the pixels: type uint8
     (tmp_path / "test_32x32.mat").write_bytes(data.replace(tag, struct.pack("<II", 132, 32 * 32 * 3 * 4)))
     refused(lambda: svhn.read(tmp_path), "element of type 132")
 
 
-@pytest.mark.parametrize("add, said", [
-    (("../../evil", b""), "leads out"), (("/etc/evil", b""), "leads out"), (("big", bytes((1 << 23) + 1)), "claims"),
-    (("tiny-imagenet-200/train/n00500004/images/x.JPEG", b"\xff\xd8 no image"), "x.JPEG"),
-    (("tiny-imagenet-200/train/n99999999/images/y.JPEG", b""), "y.JPEG"),
-    (("tiny-imagenet-200/val/images/val_99.JPEG", b""), "val_99.JPEG"),
-    (("tiny-imagenet-200/val/images/val_0.JPEG", archives.picture_file(np.zeros((64, 63, 3), np.uint8))), "64x63")])
+@pytest.mark.parametrize(
+    "add, said",
+    [
+        (("../../evil", b""), "leads out"),
+        (("/etc/evil", b""), "leads out"),
+        (("big", bytes((1 << 23) + 1)), "claims"),
+        (("tiny-imagenet-200/train/n00500004/images/x.JPEG", b"\xff\xd8 no image"), "x.JPEG"),
+        (("tiny-imagenet-200/train/n99999999/images/y.JPEG", b""), "y.JPEG"),
+        (("tiny-imagenet-200/val/images/val_99.JPEG", b""), "val_99.JPEG"),
+        (("tiny-imagenet-200/val/images/val_0.JPEG", archives.picture_file(np.zeros((64, 63, 3), np.uint8))), "64x63"),
+    ],
+)
 def test_hostile_members_of_a_zip(tmp_path, add, said):
     archives.make("TinyImageNet", tmp_path)
     with pytest.warns(UserWarning) if add[0].endswith("val_0.JPEG") else open(os.devnull):
@@ -648,10 +689,16 @@ def test_a_link_in_a_zip(tmp_path):
 
 def bomb_png():
     """A PNG that claims 50,000 x 50,000 pixels."""
+
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 50000, 50000, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b""))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", 50000, 50000, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -678,13 +725,14 @@ def test_hostile_images_of_imagenet(tmp_path, name, jpeg, said):
 def test_imagenet_devkit_that_does_not_fit(tmp_path):
     archives.make("ImageNet", tmp_path)
     path, wnids = tmp_path / "ILSVRC2012_devkit_t12.tar.gz", sorted(archives.WNIDS)
-    archives.devkit(path, wnids, [1, 2, 3, 4], [1, 2, 5] + [1] * 5)            # 5 is the inner node
+    archives.devkit(path, wnids, [1, 2, 3, 4], [1, 2, 5] + [1] * 5)  # 5 is the inner node
     refused(lambda: imagenet.read(tmp_path), "5 is the ILSVRC2012_ID of no class")
     archives.devkit(path, wnids[:3], [1, 2, 3], [1] * 8)
     refused(lambda: imagenet.read(tmp_path), "n03000001.tar", "the devkit does not name")
 
 
 # --- own datasets in the ancestor's layout ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("file", ["data.hy", "data.hdf5"])
 @pytest.mark.parametrize(
@@ -729,9 +777,11 @@ def replace(file, name, value):
 
 def in_file(change):
     """A change of the open HDF5 file, given its first id."""
+
     def apply(folder, ids):
         with h5py.File(folder / "data.hy", "r+") as file:
             change(file, ids[0])
+
     return apply
 
 
@@ -742,17 +792,21 @@ def in_text(name, lines):
 
 def split_files(train, test):
     """A change that writes both split files."""
+
     def apply(folder, ids):
         in_text("id_train.txt", train)(folder, ids)
         in_text("id_test.txt", test)(folder, ids)
+
     return apply
 
 
 def all_labels(value):
     """A change of every label."""
+
     def change(file, id):
         for name in file:
             replace(file, name + "/label", value)
+
     return in_file(change)
 
 
@@ -770,9 +824,11 @@ def virtual(file, id):
 
 def huge(**kwargs):
     """A change that lets an image claim far more than the file holds."""
+
     def change(file, id):
         del file[id]["image"]
         file[id].create_dataset("image", dtype=np.uint8, **kwargs)
+
     return in_file(change)
 
 
@@ -781,14 +837,15 @@ def deflate_bomb(file, id):
     data = file[id].create_dataset(
         "image", (1 << 15, 1 << 15, 3), np.uint8, chunks=(1 << 13, 1 << 13, 1), compression="gzip"
     )
-    data[:1 << 13, :1 << 13, 0] = 0
+    data[: 1 << 13, : 1 << 13, 0] = 0
 
 
 def chunk_bomb(file, id):
     """A few bytes that HDF5 would make room for a gigabyte to unpack."""
     del file[id]["image"]
-    data = file[id].create_dataset("image", (8, 8, 3), np.uint8, maxshape=(None,) * 3,
-                                   chunks=(1 << 10, 1 << 10, 1 << 10), compression="gzip")
+    data = file[id].create_dataset(
+        "image", (8, 8, 3), np.uint8, maxshape=(None,) * 3, chunks=(1 << 10, 1 << 10, 1 << 10), compression="gzip"
+    )
     data.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(1000)))
 
 

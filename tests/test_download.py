@@ -1,4 +1,5 @@
 """download.py against a real server on the loopback, killed, run twice at once, and on a full disk."""
+
 import gzip
 import hashlib
 import http.server
@@ -56,7 +57,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         body = data[start:]
-        self.wfile.write(body[:len(body) // 2] if fault in ("drop", "stall", "short", "no range drop") else body)
+        self.wfile.write(body[: len(body) // 2] if fault in ("drop", "stall", "short", "no range drop") else body)
         if fault == "stall":
             self.wfile.flush()
             server.released.wait(30)
@@ -86,16 +87,26 @@ def own_mirrors(server, monkeypatch):
     """Let CIFAR10 and MNIST know only this server, as two mirrors, and the hashes of its files."""
     for module in (cifar10, mnist):
         monkeypatch.setattr(module, "MIRRORS", (server.url + "/", server.url.replace("127.0.0.1", "localhost") + "/"))
-        monkeypatch.setattr(module, "FILES", {
-            file: (len(server.files["/" + file]), kind, hashlib.new(kind, server.files["/" + file]).hexdigest())
-            for file, (_, kind, _) in module.FILES.items()})
+        monkeypatch.setattr(
+            module,
+            "FILES",
+            {
+                file: (len(server.files["/" + file]), kind, hashlib.new(kind, server.files["/" + file]).hexdigest())
+                for file, (_, kind, _) in module.FILES.items()
+            },
+        )
     monkeypatch.setattr(download, "RETRY_WAIT", 0.0)
 
 
 def call(*args, **kwargs):
     """Run download.py, and return the finished process."""
-    return subprocess.run([sys.executable, os.path.join(ROOT, "download.py"), *map(str, args)], text=True, timeout=60,
-                          capture_output=True, **kwargs)
+    return subprocess.run(
+        [sys.executable, os.path.join(ROOT, "download.py"), *map(str, args)],
+        text=True,
+        timeout=60,
+        capture_output=True,
+        **kwargs,
+    )
 
 
 def one_line(result, code):
@@ -107,10 +118,26 @@ def one_line(result, code):
 
 # --- the network ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("faults, requests", [
-    ([], 1), ([404], 2), ([403], 2), ([500], 2), (["html"], 2), (["wrong"], 2), (["redirect"], 2), (["drop"], 2),
-    (["drop", "drop", "drop", "drop"], 5), (["short"], 2), (["drop", "no range"], 2), (["drop", 500], 3),
-    (["no range drop", "wrong", "no range"], 3), ([404, "drop", "no range drop"], 4)])
+
+@pytest.mark.parametrize(
+    "faults, requests",
+    [
+        ([], 1),
+        ([404], 2),
+        ([403], 2),
+        ([500], 2),
+        (["html"], 2),
+        (["wrong"], 2),
+        (["redirect"], 2),
+        (["drop"], 2),
+        (["drop", "drop", "drop", "drop"], 5),
+        (["short"], 2),
+        (["drop", "no range"], 2),
+        (["drop", 500], 3),
+        (["no range drop", "wrong", "no range"], 3),
+        ([404, "drop", "no range drop"], 4),
+    ],
+)
 def test_the_right_file_in_the_end(server, own_mirrors, tmp_path, faults, requests):
     server.faults["/" + FILE] = list(faults)
     download.prepare("CIFAR10", tmp_path / "data", keep_archives=True)
@@ -137,12 +164,20 @@ def test_a_slow_mirror_is_left_for_the_next(server, own_mirrors, tmp_path, monke
     monkeypatch.setattr(download, "SLOW_RATE", 1e15)
     monkeypatch.setattr(download, "RECEIVED", 4096)
     download.prepare("CIFAR10", tmp_path)
-    assert [start for _, start in server.requests] == [0, 4096]            # the second mirror takes over
+    assert [start for _, start in server.requests] == [0, 4096]  # the second mirror takes over
 
 
-@pytest.mark.parametrize("fault, said", [
-    (404, "status 404"), (403, "status 403"), (500, "status 500"), ("html", "a web page"), ("wrong", "sha256"),
-    ("no range drop", "Connection broken")])
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (404, "status 404"),
+        (403, "status 403"),
+        (500, "status 500"),
+        ("html", "a web page"),
+        ("wrong", "sha256"),
+        ("no range drop", "Connection broken"),
+    ],
+)
 def test_no_mirror_has_it(server, own_mirrors, tmp_path, fault, said):
     server.faults["/" + FILE] = [fault] * 1000
     with pytest.raises(WorldError) as error:
@@ -196,7 +231,7 @@ def test_killed_while_fetching_and_started_again(server, tmp_path):
     process.wait()
     have = part.stat().st_size
     assert have <= half and sorted(os.listdir(tmp_path / "cifar10")) == [".lock", FILE + ".part"]
-    part.write_bytes(server.files["/" + FILE][:1000])                       # as if more had reached the disk
+    part.write_bytes(server.files["/" + FILE][:1000])  # as if more had reached the disk
     result = call(*args)
     assert result.returncode == 0 and server.requests[-1] == ("/" + FILE, 1000), result.stderr
     assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
@@ -206,12 +241,21 @@ def test_killed_while_fetching_and_started_again(server, tmp_path):
 def test_interrupted_while_fetching(server, tmp_path, waits_for):
     """Ctrl-C ends it at once, with what has come kept for the next run, however long the server or the lock takes."""
     server.faults["/" + FILE] = ["stall"]
-    command = [sys.executable, os.path.join(ROOT, "download.py"), "--dataset", "CIFAR10", "--mirror", server.url,
-               "--no_checksum", "--data_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "download.py"),
+        "--dataset",
+        "CIFAR10",
+        "--mirror",
+        server.url,
+        "--no_checksum",
+        "--data_dir",
+        str(tmp_path),
+    ]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     part, half = tmp_path / "cifar10" / (FILE + ".part"), len(server.files["/" + FILE]) // 2
     wait_for(lambda: part.exists() and server.requests)
-    time.sleep(0.1)                                                     # until it waits for the bytes that do not come
+    time.sleep(0.1)  # until it waits for the bytes that do not come
     process = first
     if waits_for == "the lock":
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -242,8 +286,17 @@ def wait_for(condition):
 
 def test_two_at_once(server, tmp_path):
     server.faults["/" + FILE] = ["stall"]
-    command = [sys.executable, os.path.join(ROOT, "download.py"), "--dataset", "CIFAR10", "--mirror", server.url,
-               "--no_checksum", "--data_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "download.py"),
+        "--dataset",
+        "CIFAR10",
+        "--mirror",
+        server.url,
+        "--no_checksum",
+        "--data_dir",
+        str(tmp_path),
+    ]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: server.requests)
     second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -252,18 +305,27 @@ def test_two_at_once(server, tmp_path):
     assert "packed in" in first.communicate(timeout=60)[0]
     assert "packed already" in second.communicate(timeout=60)[0]
     assert first.returncode == second.returncode == 0
-    assert len(server.requests) == 2                                    # the stalled one and its continuation
+    assert len(server.requests) == 2  # the stalled one and its continuation
 
 
 # --- archives that the user places ------------------------------------------------------------------------------------
+
 
 def test_archive_dir_with_another_hash(tmp_path):
     archives.make("CIFAR10", tmp_path / "archives" / "cifar10")
     line = one_line(call("--dataset", "CIFAR10", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path), 2)
     found = hashlib.sha256((tmp_path / "archives" / "cifar10" / FILE).read_bytes()).hexdigest()
     assert found in line and cifar10.FILES[FILE][2] in line and "--no_checksum" in line
-    result = call("--datasets", "CIFAR10", "Digits", "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path,
-                  "--no_checksum")
+    result = call(
+        "--datasets",
+        "CIFAR10",
+        "Digits",
+        "--archive_dir",
+        tmp_path / "archives",
+        "--data_dir",
+        tmp_path,
+        "--no_checksum",
+    )
     assert result.returncode == 0 and "warning" in result.stdout and found in result.stdout
     assert os.listdir(tmp_path / "archives" / "cifar10") == [FILE]
     assert datasets.is_prepared("Digits", tmp_path)
@@ -315,6 +377,7 @@ def test_mistakes_of_the_user(args, said, tmp_path, monkeypatch, capsys):
 
 # --- packing ----------------------------------------------------------------------------------------------------------
 
+
 def big_archives(folder):
     """Write MNIST archives of a size that takes a moment to pack; returns the flags that pack them beside `folder`."""
     archives.make("MNIST", folder)
@@ -342,9 +405,11 @@ def test_killed_while_packing(tmp_path, moment):
 
 def limit_files(size):
     """Let no file grow beyond `size` bytes: writing more fails as on a full disk (the signal would kill otherwise)."""
+
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
     return limit
 
 
@@ -370,6 +435,7 @@ def test_a_failure_while_packing_keeps_the_old_file(tmp_path):
     def parts():
         yield next(digits.read().parts)
         raise UserError("the archive is broken")
+
     with pytest.raises(UserError, match="the archive is broken"):
         hdf5.write(tmp_path / "digits", digits.read()._replace(parts=parts()))
     assert (tmp_path / "digits" / "data.hdf5").read_bytes() == before
@@ -386,6 +452,7 @@ def test_a_file_without_the_mark_is_packed_again(tmp_path):
 
 
 # --- folders of images ------------------------------------------------------------------------------------------------
+
 
 def image_folders(folder, sizes=((10, 12),)):
     """Write six images a class, of many kinds."""
@@ -463,8 +530,16 @@ def test_floats_from_0_to_1_are_scaled(tmp_path):
     np.testing.assert_array_equal(one_image(tmp_path, values, "0.tif"), gray([[0, 64, 128], [191, 255, 255]]))
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (255, "from 0.0 to 255.0"), (-0.5, "from -0.5 to 0.0"), (np.nan, "nan"), (np.inf, "inf"), (1.5, "from 0.0 to 1.5")])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (255, "from 0.0 to 255.0"),
+        (-0.5, "from -0.5 to 0.0"),
+        (np.nan, "nan"),
+        (np.inf, "inf"),
+        (1.5, "from 0.0 to 1.5"),
+    ],
+)
 def test_other_floats_are_refused(tmp_path, wrong, said):
     values = np.zeros((4, 5), np.float32)
     values[2, 3] = wrong
@@ -492,8 +567,10 @@ def drawing(mode):
     return image.convert(mode)
 
 
-@pytest.mark.parametrize("mode, name", [
-    ("RGBA", "0.png"), ("LA", "0.png"), ("P", "0.png"), ("RGBA", "0.webp"), ("PA", "0.tif"), ("GIF", "0.gif")])
+@pytest.mark.parametrize(
+    "mode, name",
+    [("RGBA", "0.png"), ("LA", "0.png"), ("P", "0.png"), ("RGBA", "0.webp"), ("PA", "0.tif"), ("GIF", "0.gif")],
+)
 def test_transparent_images_lie_on_white(tmp_path, mode, name):
     image = drawing(mode)
     image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
@@ -521,8 +598,10 @@ def test_deep_images_are_scaled_by_the_highest_value_of_all(tmp_path, capsys, bi
     assert f"the highest value is {high - 3}: all are read as {bits}-bit images, 0 to {high}" in capsys.readouterr().out
     train, test = datasets.create_default_splits("Deep", tmp_path)
     found = [split.images()[:, 0, 0, 0].tolist() for split in (train, test)]
-    assert found == [[round(255 * value / high) for value in (0, high // 2)],
-                     [round(255 * value / high) for value in (high // 4, high - 3)]]
+    assert found == [
+        [round(255 * value / high) for value in (0, high // 2)],
+        [round(255 * value / high) for value in (high // 4, high - 3)],
+    ]
 
 
 def test_files_that_say_how_deep_they_are(tmp_path, capsys):
@@ -551,7 +630,7 @@ def test_deep_color_is_read_if_it_is_bright_enough(tmp_path):
 
 def test_images_are_upright(tmp_path):
     image, exif = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40), Image.Exif()
-    exif[0x0112] = 6                                                    # the camera was turned: show it clockwise by 90
+    exif[0x0112] = 6  # the camera was turned: show it clockwise by 90
     image.save(tmp_path / "0.png", exif=exif)
     found = one_image(tmp_path, (tmp_path / "0.png").read_bytes())
     np.testing.assert_array_equal(found, gray(np.arange(6).reshape(2, 3)[::-1].T * 40))
@@ -575,11 +654,12 @@ def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
     assert (np.bincount(train.labels) + np.bincount(test.labels, minlength=7)).tolist() == list(numbers)
     assert {id.split("/", 1)[1] for id in train.ids} & {id.split("/", 1)[1] for id in test.ids} == set()
     assert test.labels.tolist() == sorted(test.labels) and train.ids == sorted(train.ids)
-    assert [id for id in test.ids if "class3" in id] == ["test/class3/000.png", "test/class3/004.png"]   # in all runs
+    assert [id for id in test.ids if "class3" in id] == ["test/class3/000.png", "test/class3/004.png"]  # in all runs
 
 
-@pytest.mark.parametrize("numbers, said", [
-    ((1, 1, 1), "no class of"), ((3, 0, 4), "class1"), ((5,), "1 class folder"), ((0, 0), "class0")])
+@pytest.mark.parametrize(
+    "numbers, said", [((1, 1, 1), "no class of"), ((3, 0, 4), "class1"), ((5,), "1 class folder"), ((0, 0), "class0")]
+)
 def test_folders_that_are_no_dataset(tmp_path, numbers, said):
     many_images(tmp_path / "images", numbers)
     with pytest.raises(UserError) as error:
@@ -595,18 +675,21 @@ def test_another_way_of_packing_is_refused(tmp_path, capsys, monkeypatch):
     def again(*args):
         download.prepare_folder("Pets", *args, data_dir=tmp_path)
         return capsys.readouterr().out
+
     assert "packed in" in again(tmp_path / "images", None, [8, 6])
     assert "packed already" in again(tmp_path / "images", None, [8, 6])
     monkeypatch.chdir(tmp_path)
-    assert "packed already" in again("others/../images/", None, (8, 6))         # the same folder
-    for args, said in (((tmp_path / "images", None, [16, 6]), "--image_size 8 6, not 16 6"),
-                       ((tmp_path / "images", None, None), "--image_size 8 6, not none"),
-                       ((tmp_path / "others", None, [8, 6]), f"--image_dir {tmp_path}/images, not {tmp_path}/others"),
-                       ((tmp_path / "images", "others", [8, 6]), f"--test_image_dir none, not {tmp_path}/others")):
+    assert "packed already" in again("others/../images/", None, (8, 6))  # the same folder
+    for args, said in (
+        ((tmp_path / "images", None, [16, 6]), "--image_size 8 6, not 16 6"),
+        ((tmp_path / "images", None, None), "--image_size 8 6, not none"),
+        ((tmp_path / "others", None, [8, 6]), f"--image_dir {tmp_path}/images, not {tmp_path}/others"),
+        ((tmp_path / "images", "others", [8, 6]), f"--test_image_dir none, not {tmp_path}/others"),
+    ):
         with pytest.raises(UserError) as error:
             again(*args)
         assert said in str(error.value) and f"delete {tmp_path}/Pets/data.hdf5" in str(error.value)
-    with h5py.File(tmp_path / "Pets" / "data.hdf5", "r+") as file:              # as it was written before
+    with h5py.File(tmp_path / "Pets" / "data.hdf5", "r+") as file:  # as it was written before
         del file.attrs["recipe"]
     assert "packed already" in again(tmp_path / "others", None, [16, 6])
     assert datasets.create_default_splits("Pets", tmp_path)[0].image_shape == (8, 6, 3)
@@ -614,8 +697,10 @@ def test_another_way_of_packing_is_refused(tmp_path, capsys, monkeypatch):
     assert "16x6x3" in again(tmp_path / "others", None, [16, 6])
 
 
-@pytest.mark.parametrize("place", ["images/class1/caf\udce9.png", "images/caf\udce9/0.png", "images/class1/\udce9.txt",
-                                   "images/class1/a\nb.png"])
+@pytest.mark.parametrize(
+    "place",
+    ["images/class1/caf\udce9.png", "images/caf\udce9/0.png", "images/class1/\udce9.txt", "images/class1/a\nb.png"],
+)
 def test_a_name_that_cannot_be_an_id(tmp_path, place):
     many_images(tmp_path / "images", (5, 5))
     os.makedirs(os.path.dirname(tmp_path / place), exist_ok=True)
@@ -635,7 +720,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path):
 def test_no_more_than_that_line_is_said_of_a_broken_image(tmp_path):
     image_folders(tmp_path / "images")
     data = bytearray(archives.tiff_12(np.zeros((10, 12), int)))
-    data[90] = 12                                                       # samples per pixel, of which Pillow would log
+    data[90] = 12  # samples per pixel, of which Pillow would log
     (tmp_path / "images" / "dog" / "0.tif").write_bytes(data)
     assert "0.tif" in one_line(call("--dataset", "Pets", "--image_dir", tmp_path / "images", "--data_dir", tmp_path), 2)
 

@@ -1,4 +1,5 @@
 """evaler.py: the whole split, in inference mode, the same number that the trainer printed."""
+
 import contextlib
 import io
 import json
@@ -26,8 +27,24 @@ def batch_run(data_dir, tmp_path_factory):
     """A short run with batch norm, and what evaler.py printed of it."""
     train_dir = tmp_path_factory.mktemp("batch_run")
     common = ("--dataset", "Digits", "--data_dir", data_dir, "--train_dir", train_dir)
-    scripts.run("trainer.py", *common, "--model", "resnet8", "--norm_type", "batch", "--batch_size", 4,
-                "--max_batch_size", 32, "--max_training_step", 12, "--learning_rate", 0.01, "--ckpt_save_step", 5)
+    scripts.run(
+        "trainer.py",
+        *common,
+        "--model",
+        "resnet8",
+        "--norm_type",
+        "batch",
+        "--batch_size",
+        4,
+        "--max_batch_size",
+        32,
+        "--max_training_step",
+        12,
+        "--learning_rate",
+        0.01,
+        "--ckpt_save_step",
+        5,
+    )
     printed = scripts.run("evaler.py", *common, "--batch_statistics", "reestimate")
     return scripts.only_run(train_dir), printed
 
@@ -70,8 +87,19 @@ def test_summaries_and_mistakes_are_pictures(batch_run):
 
 def test_checkpoint_and_split_can_be_chosen(batch_run, data_dir):
     run_dir, _ = batch_run
-    printed = scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--split", "train",
-                          "--checkpoint", run_dir / "model-5", "--batch_size", 100)
+    printed = scripts.run(
+        "evaler.py",
+        "--dataset",
+        "Digits",
+        "--data_dir",
+        data_dir,
+        "--split",
+        "train",
+        "--checkpoint",
+        run_dir / "model-5",
+        "--batch_size",
+        100,
+    )
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert (result["images"], result["step"], result["split"]) == (1437, 5, "train")
     assert "step 5" in printed and "Digits train" in printed
@@ -95,8 +123,12 @@ def test_statistics_of_the_first_norm_are_those_of_its_input(data_dir, digits):
     norm = next(layer for layer in model.layers if isinstance(layer, ops.BatchNorm))
     stem = keras.Model(model.input, norm.input)
     steps = len(train) // evaler.EVALUATION_BATCH
-    outputs = np.concatenate([stem(images).numpy() for images, _ in
-                              create_input_ops(train, evaler.EVALUATION_BATCH, True, seed=3, last_step=steps)])
+    outputs = np.concatenate(
+        [
+            stem(images).numpy()
+            for images, _ in create_input_ops(train, evaler.EVALUATION_BATCH, True, seed=3, last_step=steps)
+        ]
+    )
     outputs = outputs.astype(np.float64).reshape(-1, outputs.shape[-1])
     np.testing.assert_allclose(norm.moving_mean.numpy(), outputs.mean(axis=0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(norm.moving_variance.numpy(), outputs.var(axis=0), rtol=1e-4)
@@ -111,10 +143,10 @@ def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_n
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Dropout(0.5), norm])
     evaler.reestimate_batch_statistics(model, digits[0], seed=3)
     batches = create_input_ops(digits[0], 2, True, seed=3, last_step=50)
-    images = np.stack([images.numpy() for images, _ in batches]).astype(np.float64)         # [50, 2, 8, 8, 1]
+    images = np.stack([images.numpy() for images, _ in batches]).astype(np.float64)  # [50, 2, 8, 8, 1]
     means, within = images.mean(axis=(1, 2, 3)), images.var(axis=(1, 2, 3), ddof=1)
     between = ((means - images.mean()) ** 2).mean(axis=0)
-    assert between > 0.003 * within.mean()       # 300 times the tolerance below
+    assert between > 0.003 * within.mean()  # 300 times the tolerance below
     np.testing.assert_allclose(norm.moving_mean.numpy(), [images.mean()], rtol=1e-5)
     np.testing.assert_allclose(norm.moving_variance.numpy(), within.mean(axis=0) + between, rtol=1e-5)
     assert norm.momentum == 0.7 and not norm.use_batch_statistics
@@ -135,8 +167,17 @@ def test_the_network_computes_in_the_dtype_of_the_run(dtype):
 def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir, digits):
     """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves."""
     run_dir, _ = batch_run
-    scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--train_dir", run_dir,
-                "--batch_statistics", "batch")
+    scripts.run(
+        "evaler.py",
+        "--dataset",
+        "Digits",
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        run_dir,
+        "--batch_statistics",
+        "batch",
+    )
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert result["by_batch"]["batch_size"] == 4 and result["by_batch"]["images"] == 360
     config, _ = runs.read_config(run_dir)
@@ -149,7 +190,7 @@ def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir,
     for old, weight in zip(before, model.weights):
         np.testing.assert_array_equal(weight.numpy(), old)
     for start in range(0, 360, 4):
-        rows = order[start:start + 4]
+        rows = order[start : start + 4]
         logits = model(test.images()[rows].astype(np.float32) / 255, training=True)
         correct += int((np.argmax(logits, axis=1) == test.labels[rows]).sum())
     assert again["accuracy"] == result["by_batch"]["accuracy"] == correct / 360 != result["accuracy"]
@@ -161,7 +202,7 @@ def test_top5_accuracy_where_there_are_many_classes():
     x, labels = np.random.default_rng(0).normal(size=(300, 4)).astype("float32"), np.arange(300, dtype=np.int32) % 100
     logits = model(x).numpy()
     best = np.argsort(-logits, axis=1)[:, :5]
-    batches = [(x[i:i + 128], labels[i:i + 128]) for i in range(0, 300, 128)]
+    batches = [(x[i : i + 128], labels[i : i + 128]) for i in range(0, 300, 128)]
     result = evaler.evaluate(evaler.make_predictor(model), batches, labels, 100)
     assert result["top5_accuracy"] == (best == labels[:, None]).any(axis=1).mean() > result["accuracy"]
     assert "top-5 accuracy" in capture(evaler.print_result, "SET", result, [])
@@ -178,34 +219,42 @@ def capture(function, *arguments):
 
 def test_evaluate_by_hand():
     """Five examples in batches of two, one class without examples."""
-    logits = np.log([[.7, .2, .1], [.1, .8, .1], [.3, .4, .3], [.2, .2, .6], [.5, .4, .1]])
+    logits = np.log([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.4, 0.3], [0.2, 0.2, 0.6], [0.5, 0.4, 0.1]])
     labels = np.array([0, 1, 0, 0, 1])
 
     def predict(rows, _):
-        return (tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], tf.gather(logits, rows)),
-                tf.argmax(tf.gather(logits, rows), axis=1), tf.ones([len(rows)], tf.bool))
+        return (
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], tf.gather(logits, rows)),
+            tf.argmax(tf.gather(logits, rows), axis=1),
+            tf.ones([len(rows)], tf.bool),
+        )
 
     batches = [(np.array(rows), None) for rows in ([0, 1], [2, 3], [4])]
     result = evaler.evaluate(predict, batches, labels, 3)
     assert result["accuracy"] == 2 / 5 and result["images"] == 5
     assert result["per_class_accuracy"] == [1 / 3, 1 / 2, None]
-    assert result["loss"] == pytest.approx(-np.log([.7, .8, .3, .2, .4]).mean())
+    assert result["loss"] == pytest.approx(-np.log([0.7, 0.8, 0.3, 0.2, 0.4]).mean())
     assert result["confusion"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("images, shape", [((3, 4, 5, 3), (1, 8, 10, 3)), ((70, 2, 2, 1), (1, 16, 16, 1)),
-                                           ((1, 6, 6, 2), (1, 6, 6, 1))])
+@pytest.mark.parametrize(
+    "images, shape", [((3, 4, 5, 3), (1, 8, 10, 3)), ((70, 2, 2, 1), (1, 16, 16, 1)), ((1, 6, 6, 2), (1, 6, 6, 1))]
+)
 def test_image_grids(images, shape):
     images = np.zeros(images) + np.arange(images[0]).reshape(-1, 1, 1, 1)
     grid = summaries.image_grid(images.astype(np.uint8))
     assert grid.shape == shape
-    assert grid[0, 0, -1, 0] == int(np.ceil(np.sqrt(min(64, len(images))))) - 1      # the last picture of the first row
+    assert grid[0, 0, -1, 0] == int(np.ceil(np.sqrt(min(64, len(images))))) - 1  # the last picture of the first row
 
 
 def test_floats_of_any_range_become_pictures():
     """0 is black and 1 is white unless the values go beyond: a dark image stays dark."""
-    for images, expected in (([0.0, 0.2, 1.0], [0, 51, 255]), ([0.0, 0.4], [0, 102]), ([-1.0, 0.0, 4.0], [0, 51, 255]),
-                             ([0.0, 51.0, 255.0], [0, 51, 255])):
+    for images, expected in (
+        ([0.0, 0.2, 1.0], [0, 51, 255]),
+        ([0.0, 0.4], [0, 102]),
+        ([-1.0, 0.0, 4.0], [0, 51, 255]),
+        ([0.0, 51.0, 255.0], [0, 51, 255]),
+    ):
         shown = summaries.to_uint8(np.array(images, np.float32))
         assert shown.dtype == np.uint8 and shown.tolist() == expected
     assert summaries.to_uint8(np.array([3, 200], np.uint8)).tolist() == [3, 200]
@@ -214,8 +263,9 @@ def test_floats_of_any_range_become_pictures():
 def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
     """Rows are labels: 8 of 10 and 3 of 4 are right, the third label has no images."""
     shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(
-        axes, values, **options))
+    monkeypatch.setattr(
+        Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(axes, values, **options)
+    )
     picture = summaries.confusion_image(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
     np.testing.assert_allclose(shown, [[[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]]], rtol=1e-12)
     assert picture.shape == (1, 650, 700, 3) and picture.dtype == np.uint8
@@ -250,11 +300,13 @@ def test_mistakes_of_all_kinds_are_named(batch_run, data_dir, tmp_path):
     config = json.loads((run_dir / "config.json").read_text())
     config["derived"]["model"] = "resnet14"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    for flags, said in ((("--train_dir", tmp_path / "empty"), "no run of Digits"),
-                        (("--train_dir", tmp_path / "damaged"), "is damaged"),
-                        (("--checkpoint", tmp_path / "a[1]"), "reads the path of a checkpoint as a pattern"),
-                        (("--checkpoint", run_dir / "model-77"), "model-77 is no readable checkpoint"),
-                        (("--checkpoint", tmp_path / "other" / "model-12"), "is of another model")):
+    for flags, said in (
+        (("--train_dir", tmp_path / "empty"), "no run of Digits"),
+        (("--train_dir", tmp_path / "damaged"), "is damaged"),
+        (("--checkpoint", tmp_path / "a[1]"), "reads the path of a checkpoint as a pattern"),
+        (("--checkpoint", run_dir / "model-77"), "model-77 is no readable checkpoint"),
+        (("--checkpoint", tmp_path / "other" / "model-12"), "is of another model"),
+    ):
         with pytest.raises(evaler.UserError, match=said):
             evaler.main(digits + [str(flag) for flag in flags])
     assert "--batch_size: must be at least 1, not 0" in scripts.run("evaler.py", *digits, "--batch_size", 0, code=2)
@@ -278,6 +330,16 @@ def test_reestimation_needs_batch_norm(data_dir, tmp_path):
     run_dir.mkdir()
     config = runs.Config(dataset="Digits", norm_type="group", model="resnet8")
     runs.write_config(run_dir, config, config, {"train": 0, "test": 0})
-    assert "batch norm" in scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--checkpoint",
-                                       run_dir, "--batch_statistics", "reestimate", code=2)
+    assert "batch norm" in scripts.run(
+        "evaler.py",
+        "--dataset",
+        "Digits",
+        "--data_dir",
+        data_dir,
+        "--checkpoint",
+        run_dir,
+        "--batch_statistics",
+        "reestimate",
+        code=2,
+    )
     assert datasets.is_prepared("Digits", data_dir)

@@ -1,7 +1,8 @@
 """figure/: what the benchmarks compare is what they say, and they run as users run them.
 
-    python -m pytest tests/test_figure.py
+python -m pytest tests/test_figure.py
 """
+
 import re
 import sys
 
@@ -19,8 +20,10 @@ def test_contenders_compute_the_same():
     """Group norm, Keras' and the transpose formula: the same outputs and gradients, or the ratios mean nothing."""
     shape = (2, 6, 5, 16)
     x, gamma, beta, dy = norm_speed.draw_inputs(shape, 0.5)
-    results = {name: norm_speed.with_gradients(function)(x, gamma, beta, dy)
-               for name, function in norm_speed.contenders(shape).items()}
+    results = {
+        name: norm_speed.with_gradients(function)(x, gamma, beta, dy)
+        for name, function in norm_speed.contenders(shape).items()
+    }
     for name in ("Keras", "transpose"):
         for ours, theirs in zip(results["group"], results[name]):
             np.testing.assert_allclose(ours, tf.convert_to_tensor(theirs), rtol=0, atol=1e-4)
@@ -40,15 +43,24 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_a_step_is_measured_in_a_process_of_its_own():
-    times = norm_speed.in_own_process({"kind": "step", "model": "resnet8", "size": 8, "batch_size": 8, "rounds": 2,
-                                       "variants": ["batch", "group", "none"]})
+    times = norm_speed.in_own_process(
+        {
+            "kind": "step",
+            "model": "resnet8",
+            "size": 8,
+            "batch_size": 8,
+            "rounds": 2,
+            "variants": ["batch", "group", "none"],
+        }
+    )
     assert set(times) == {"batch", "group", "none"}
     assert all(len(of_rounds) == 2 and 0 < min(of_rounds) for of_rounds in times.values())
 
 
 def test_throughput_runs_the_trainer(data_dir):
-    printed = run("figure/throughput.py", "--quick", "--dataset", "Digits", "--model", "resnet8", "--data_dir",
-                  data_dir)
+    printed = run(
+        "figure/throughput.py", "--quick", "--dataset", "Digits", "--model", "resnet8", "--data_dir", data_dir
+    )
     rows = re.findall(r"^ +(\d+) +([\d.]+) \[.*\] +([\d.]+) \[.*\] +([\d.]+)$", printed, re.MULTILINE)
     assert [row[0] for row in rows] == ["2", "32"]
     for _, batch, group, ratio in rows:

@@ -1,7 +1,8 @@
 """group_norm, layer_norm and instance_norm against float64 formulas of our own.
 
-    python -m pytest tests/test_group_norm.py
+python -m pytest tests/test_group_norm.py
 """
+
 import keras
 import numpy as np
 import pytest
@@ -47,8 +48,9 @@ def test_oracle_agrees_with_numerical_differentiation(sets):
 def test_group_norm_is_the_formula(shape, groups, dtype, data_format):
     """Output and all three gradients are those of the paper's equations, in either layout, at ranks 2 to 5."""
     case = random_case(shape, dtype)
-    actual = run_with_gradients(lambda *args: ops.group_norm(*args, groups, data_format=data_format), *case,
-                                data_format)
+    actual = run_with_gradients(
+        lambda *args: ops.group_norm(*args, groups, data_format=data_format), *case, data_format
+    )
     assert_close(actual, oracle(*case, group_sets(shape, groups)), dtype)
 
 
@@ -65,10 +67,11 @@ def test_group_norm_epsilon_counts():
     """Epsilon is added to the variance, is 1e-5 unless given, and is not lost where the variance is small."""
     shape, groups = (2, 3, 3, 4), 2
     x, gamma, beta, dy = random_case(shape, np.float64)
-    x *= 1e-3                                   # variance 4e-6, the size of epsilon
+    x *= 1e-3  # variance 4e-6, the size of epsilon
     for kwargs, epsilon in (({}, 1e-5), ({"epsilon": 1e-3}, 1e-3), ({"epsilon": 1e-7}, 1e-7)):
-        actual = run_with_gradients(lambda *args, kwargs=kwargs: ops.group_norm(*args, groups, **kwargs), x, gamma,
-                                    beta, dy)
+        actual = run_with_gradients(
+            lambda *args, kwargs=kwargs: ops.group_norm(*args, groups, **kwargs), x, gamma, beta, dy
+        )
         assert_close(actual, oracle(x, gamma, beta, dy, group_sets(shape, groups), epsilon), "float64")
 
 
@@ -78,9 +81,14 @@ def test_group_norm_takes_32_groups_unless_told():
     np.testing.assert_array_equal(ops.group_norm(x, gamma, beta), ops.group_norm(x, gamma, beta, 32))
 
 
-@pytest.mark.parametrize("function", [lambda x, g, b: ops.group_norm(x, g, b, 3),
-                                      lambda x, g, b: ops.batch_norm(x, g, b, tf.zeros(6), tf.ones(6), True)[0],
-                                      lambda x, g, b: ops.batch_norm(x, g, b, tf.zeros(6), tf.ones(6), False)[0]])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, g, b: ops.group_norm(x, g, b, 3),
+        lambda x, g, b: ops.batch_norm(x, g, b, tf.zeros(6), tf.ones(6), True)[0],
+        lambda x, g, b: ops.batch_norm(x, g, b, tf.zeros(6), tf.ones(6), False)[0],
+    ],
+)
 def test_gamma_and_beta_may_be_left_out(function):
     """None for gamma is a scale of 1, None for beta an offset of 0."""
     x, gamma, beta, _ = random_case((4, 3, 5, 6), np.float32)
@@ -98,15 +106,16 @@ def test_groups_channels_and_examples_never_mix(shape, data_format):
     groups, size = 4, 3
 
     def results(x):
-        return run_with_gradients(lambda *args: ops.group_norm(*args, groups, data_format=data_format), x, gamma,
-                                  beta, dy, data_format)
+        return run_with_gradients(
+            lambda *args: ops.group_norm(*args, groups, data_format=data_format), x, gamma, beta, dy, data_format
+        )
 
     plain = results(x)
     for g in range(groups):
         moved = x.copy()
-        moved[1, ..., g * size:(g + 1) * size] += 1e6
+        moved[1, ..., g * size : (g + 1) * size] += 1e6
         elsewhere = np.ones(shape, bool)
-        elsewhere[1, ..., g * size:(g + 1) * size] = False
+        elsewhere[1, ..., g * size : (g + 1) * size] = False
         changed = results(moved)
         for name in ("y", "dx"):
             np.testing.assert_array_equal(changed[name][elsewhere], plain[name][elsewhere])
@@ -135,8 +144,10 @@ def test_layer_and_instance_norm_pass_epsilon_on(function):
         np.testing.assert_allclose(function(x, gamma, beta, *args), expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("shape, groups, axis", [((2, 5, 3, 12), 4, -1), ((2, 12, 5, 3), 4, 1), ((3, 7, 8), 8, -1),
-                                                 ((4, 6), 2, -1), ((2, 3, 4, 5, 6), 1, -1)])
+@pytest.mark.parametrize(
+    "shape, groups, axis",
+    [((2, 5, 3, 12), 4, -1), ((2, 12, 5, 3), 4, 1), ((3, 7, 8), 8, -1), ((4, 6), 2, -1), ((2, 3, 4, 5, 6), 1, -1)],
+)
 def test_group_norm_agrees_with_keras(shape, groups, axis):
     """Where keras.layers.GroupNormalization is right, with epsilon 1e-5, the results are the same."""
     rng = np.random.default_rng(0)
@@ -144,9 +155,10 @@ def test_group_norm_agrees_with_keras(shape, groups, axis):
     theirs = keras.layers.GroupNormalization(groups, axis=axis, epsilon=1e-5)
     theirs.build(shape)
     theirs.set_weights([rng.normal(1, 0.5, shape[axis]), rng.normal(0, 0.5, shape[axis])])
-    y = ops.group_norm(x, *theirs.get_weights(), groups,
-                       data_format="channels_last" if axis == -1 else "channels_first")
-    np.testing.assert_allclose(y, theirs(x), rtol=0, atol=5e-6)       # outputs of size 5, about 10 float32 roundings
+    y = ops.group_norm(
+        x, *theirs.get_weights(), groups, data_format="channels_last" if axis == -1 else "channels_first"
+    )
+    np.testing.assert_allclose(y, theirs(x), rtol=0, atol=5e-6)  # outputs of size 5, about 10 float32 roundings
 
 
 @pytest.mark.parametrize("shape, groups", [((4, 16, 16, 64), 8), ((2, 32, 32, 32), 32), ((8, 8, 8, 32), 1)])
@@ -162,9 +174,24 @@ def test_large_mean_keeps_its_digits(shape, groups):
     assert ours <= 1.5 * theirs, f"{ours:.3g} against {theirs:.3g} of Keras"
 
 
-@pytest.mark.parametrize("positions, channels, fold", [
-    (1024, 16, 8), (256, 32, 4), (64, 64, 2), (49, 64, 1), (28 * 28, 16, 8), (6, 16, 2), (64, 128, 1),   # 128 a row
-    (4096, 256, 4), (112 * 112, 64, 16), (65536, 3, 64), (16384, 1, 128), (1, 16, 1), (64, 512, 1)])    # 1024 a column
+@pytest.mark.parametrize(
+    "positions, channels, fold",
+    [
+        (1024, 16, 8),
+        (256, 32, 4),
+        (64, 64, 2),
+        (49, 64, 1),
+        (28 * 28, 16, 8),
+        (6, 16, 2),
+        (64, 128, 1),  # 128 a row
+        (4096, 256, 4),
+        (112 * 112, 64, 16),
+        (65536, 3, 64),
+        (16384, 1, 128),
+        (1, 16, 1),
+        (64, 512, 1),
+    ],
+)  # 1024 a column
 def test_positions_lie_side_by_side_where_rows_are_short_or_columns_long(positions, channels, fold):
     assert ops._fold(positions, channels) == fold
 
@@ -176,8 +203,10 @@ def test_large_images_do_not_depend_on_the_batch():
     dy = rng.normal(0.2, 1.0, x.shape).astype("float32")
     gamma, beta = rng.normal(1, 0.5, 24).astype("float32"), rng.normal(0, 0.5, 24).astype("float32")
     batch = run_with_gradients(lambda *args: ops.group_norm(*args, 8), x, gamma, beta, dy)
-    alone = [run_with_gradients(lambda *args: ops.group_norm(*args, 8), x[i:i + 1], gamma, beta, dy[i:i + 1])
-             for i in (0, 2)]
+    alone = [
+        run_with_gradients(lambda *args: ops.group_norm(*args, 8), x[i : i + 1], gamma, beta, dy[i : i + 1])
+        for i in (0, 2)
+    ]
     for i, single in zip((0, 2), alone):
         for name in ("y", "dx"):
             assert np.abs(batch[name][i] - single[name][0]).max() <= 1e-6, name
@@ -194,8 +223,10 @@ def test_an_example_is_the_same_in_every_batch(shape, groups):
         np.testing.assert_allclose(batch[name][1], alone[name][0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm_type, jit_compile", [("group", False), ("group", True), ("batch", False),
-                                                    ("batch", True), ("layer", False), ("instance", False)])
+@pytest.mark.parametrize(
+    "norm_type, jit_compile",
+    [("group", False), ("group", True), ("batch", False), ("batch", True), ("layer", False), ("instance", False)],
+)
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_batch_height_and_width_may_be_unknown(norm_type, data_format, jit_compile):
     """One graph serves every batch size and image size, compiled or not (the ancestor's #1 and #8: it crashed)."""
@@ -207,11 +238,14 @@ def test_batch_height_and_width_may_be_unknown(norm_type, data_format, jit_compi
             return ops.batch_norm(x, gamma, beta, zeros, ones, True, data_format=data_format)[0]
         if norm_type == "group":
             return ops.group_norm(x, gamma, beta, 3, data_format=data_format)
-        return {"layer": ops.layer_norm, "instance": ops.instance_norm}[norm_type](x, gamma, beta,
-                                                                                   data_format=data_format)
+        return {"layer": ops.layer_norm, "instance": ops.instance_norm}[norm_type](
+            x, gamma, beta, data_format=data_format
+        )
 
-    @tf.function(input_signature=[tf.TensorSpec(signature), tf.TensorSpec([6]), tf.TensorSpec([6]),
-                                  tf.TensorSpec(signature)], jit_compile=jit_compile)
+    @tf.function(
+        input_signature=[tf.TensorSpec(signature), tf.TensorSpec([6]), tf.TensorSpec([6]), tf.TensorSpec(signature)],
+        jit_compile=jit_compile,
+    )
     def step(x, gamma, beta, dy):
         with tf.GradientTape() as tape:
             tape.watch([x, gamma, beta])
@@ -222,19 +256,27 @@ def test_batch_height_and_width_may_be_unknown(norm_type, data_format, jit_compi
     for shape in ((2, 5, 3, channels), (1, 4, 7, channels), (5, 2, 2, channels)):
         x, gamma, beta, dy = random_case(shape, np.float32)
         y, dx, dgamma, dbeta = step(to_format(x, data_format), gamma, beta, to_format(dy, data_format))
-        actual = {"y": from_format(y, data_format), "dx": from_format(dx, data_format), "dgamma": dgamma.numpy(),
-                  "dbeta": dbeta.numpy()}
+        actual = {
+            "y": from_format(y, data_format),
+            "dx": from_format(dx, data_format),
+            "dgamma": dgamma.numpy(),
+            "dbeta": dbeta.numpy(),
+        }
         sets = batch_sets(shape) if norm_type == "batch" else group_sets(shape, groups)
         assert_close(actual, oracle(x, gamma, beta, dy, sets), "float32")
 
 
-@pytest.mark.parametrize("shape, in_graph", [((0, 12), False), ((0, 5, 12), False), ((0, 5, 3, 12), False),
-                                             ((0, 5, 3, 12), True), ((0, 2, 5, 3, 12), False)])
+@pytest.mark.parametrize(
+    "shape, in_graph",
+    [((0, 12), False), ((0, 5, 12), False), ((0, 5, 3, 12), False), ((0, 5, 3, 12), True), ((0, 2, 5, 3, 12), False)],
+)
 def test_empty_batch_gives_an_empty_result(shape, in_graph):
     """No examples, as in the last shard of a split: no error, an empty output and gradients of 0."""
     x, gamma, beta, dy = random_case(shape, np.float32)
-    functions = [lambda *args: ops.group_norm(*args, 4),
-                 lambda *args: ops.batch_norm(*args, tf.zeros(12), tf.ones(12), False)[0]]
+    functions = [
+        lambda *args: ops.group_norm(*args, 4),
+        lambda *args: ops.batch_norm(*args, tf.zeros(12), tf.ones(12), False)[0],
+    ]
     for function in functions:
         actual = run_with_gradients(tf.function(function) if in_graph else function, x, gamma, beta, dy)
         assert actual["y"].shape == shape and actual["dx"].shape == shape
@@ -253,8 +295,11 @@ def test_half_precision_is_rounded_only_once(norm_type, dtype, digits, data_form
     gamma, beta = tf.constant(gamma), tf.constant(beta)
     with tf.GradientTape() as tape:
         tape.watch([x, gamma, beta])
-        y = (ops.group_norm(x, gamma, beta, 4, data_format=data_format) if norm_type == "group" else
-             ops.batch_norm(x, gamma, beta, zeros, ones, True, data_format=data_format)[0])
+        y = (
+            ops.group_norm(x, gamma, beta, 4, data_format=data_format)
+            if norm_type == "group"
+            else ops.batch_norm(x, gamma, beta, zeros, ones, True, data_format=data_format)[0]
+        )
     dx, dgamma, dbeta = tape.gradient(y, [x, gamma, beta], output_gradients=dy)
     assert y.dtype == dx.dtype == dtype and dgamma.dtype == dbeta.dtype == "float32"
 
@@ -263,15 +308,17 @@ def test_half_precision_is_rounded_only_once(norm_type, dtype, digits, data_form
     for name, actual in (("y", y), ("dx", dx), ("dgamma", dgamma.numpy()), ("dbeta", dbeta.numpy())):
         assert np.isfinite(actual).all(), name
         expected = exact[name]
-        allowed = 1e-5 * max(np.abs(expected).max(), 1e-3)              # of float32 sums of 1,000 terms
+        allowed = 1e-5 * max(np.abs(expected).max(), 1e-3)  # of float32 sums of 1,000 terms
         if name in ("y", "dx"):
-            allowed = allowed + 2.0 ** -digits * np.abs(expected) + 2.0 ** -25      # and of subnormal float16
+            allowed = allowed + 2.0**-digits * np.abs(expected) + 2.0**-25  # and of subnormal float16
         assert (np.abs(actual - expected) <= allowed).all(), name
 
 
-SECOND = {"group": lambda x, gamma, beta: ops.group_norm(x, gamma, beta, 2),
-          "batch training": lambda *args: ops.batch_norm(*args, np.linspace(-1, 1, 4), np.full(4, 2.0), True)[0],
-          "batch inference": lambda *args: ops.batch_norm(*args, np.linspace(-1, 1, 4), np.full(4, 2.0), False)[0]}
+SECOND = {
+    "group": lambda x, gamma, beta: ops.group_norm(x, gamma, beta, 2),
+    "batch training": lambda *args: ops.batch_norm(*args, np.linspace(-1, 1, 4), np.full(4, 2.0), True)[0],
+    "batch inference": lambda *args: ops.batch_norm(*args, np.linspace(-1, 1, 4), np.full(4, 2.0), False)[0],
+}
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
@@ -282,7 +329,7 @@ def test_second_derivatives(norm_type, argument):
 
     @tf.function
     def first(value):
-        return gradients_of_cube(SECOND[norm_type], arguments[:argument] + [value] + arguments[argument + 1:])
+        return gradients_of_cube(SECOND[norm_type], arguments[:argument] + [value] + arguments[argument + 1 :])
 
     theoretical, numerical = tf.test.compute_gradient(first, [arguments[argument]], delta=1e-5)
     # derivatives of size 100 by central differences of step 1e-5
@@ -298,14 +345,18 @@ def test_second_derivatives_in_eager_mode(norm_type, dtype):
 
     def exact_dx(x):
         y = oracle(x, gamma, beta, x, sets)["y"]
-        return oracle(x, gamma, beta, 3 * y ** 2, sets)["dx"]
+        return oracle(x, gamma, beta, 3 * y**2, sets)["dx"]
 
     expected = (exact_dx(x + 1e-5 * direction) - exact_dx(x - 1e-5 * direction)) / 2e-5
     x, gamma, beta, direction = (tf.constant(array, dtype) for array in (x, gamma, beta, direction))
     with tf.GradientTape() as outer:
         outer.watch(x)
-        dx = gradients_of_cube(SECOND[norm_type], [x, gamma, beta])[:tf.size(x)]
+        dx = gradients_of_cube(SECOND[norm_type], [x, gamma, beta])[: tf.size(x)]
         product = tf.reduce_sum(dx * tf.reshape(direction, [-1]))
     # of size 100, in float32 with ROUNDINGS, in float64 with what a central difference leaves
-    np.testing.assert_allclose(outer.gradient(product, x), expected, rtol=0,
-                               atol=np.abs(expected).max() * (ROUNDINGS * 2 ** -23 if dtype == "float32" else 1e-8))
+    np.testing.assert_allclose(
+        outer.gradient(product, x),
+        expected,
+        rtol=0,
+        atol=np.abs(expected).max() * (ROUNDINGS * 2**-23 if dtype == "float32" else 1e-8),
+    )

@@ -1,4 +1,5 @@
 """Batches are what their step says: shuffled, augmented, whole at test time, the same wherever a run starts."""
+
 import io
 
 import h5py
@@ -74,15 +75,15 @@ def test_the_shuffle_is_a_true_one(examples):
     correlations = (found - (examples - 1) / 2) / np.std(np.arange(examples)) @ ranks / examples
     assert np.abs(correlations).max() < 5 / np.sqrt(examples - 1)
     assert abs(correlations.mean()) < 5 / np.sqrt(runs * (examples - 1))
-    neighbours = (np.diff(found) == 1).sum()                # how many followers stay behind their neighbour: Poisson
+    neighbours = (np.diff(found) == 1).sum()  # how many followers stay behind their neighbour: Poisson
     expected = runs * (examples - 1) / examples
     assert abs(neighbours - expected) < 5 * np.sqrt(expected)
-    share, whole = 1 / 5, examples - examples % 8           # five classes in order, batches of 8: hypergeometric
+    share, whole = 1 / 5, examples - examples % 8  # five classes in order, batches of 8: hypergeometric
     counts = (found[:, :whole] * 5 // examples == 0).reshape(runs, -1, 8).sum(axis=2)
     variance = 8 * share * (1 - share) * (examples - 8) / (examples - 1)
     assert abs(counts.var() / variance - 1) < 5 * np.sqrt(2 / counts.size)
-    assert (counts.var(axis=1) / variance).max() < 1 + 6 * np.sqrt(2 / counts.shape[1])     # in each epoch too
-    assert abs(counts.mean() - 8 * share) < 5 * np.sqrt(variance / counts.size) + 8 * (examples % 8) / examples ** 1.5
+    assert (counts.var(axis=1) / variance).max() < 1 + 6 * np.sqrt(2 / counts.shape[1])  # in each epoch too
+    assert abs(counts.mean() - 8 * share) < 5 * np.sqrt(variance / counts.size) + 8 * (examples % 8) / examples**1.5
     start = np.bincount(found[:, 0] * 5 // examples, minlength=5)
     assert np.abs(start - runs / 5).max() < 5 * np.sqrt(runs / 5)
 
@@ -95,7 +96,7 @@ def test_no_two_epochs_are_alike():
 
 def test_batches_over_the_end_of_an_epoch_are_full(numbered):
     train, _ = numbered
-    batches = numbers(input_ops.create_input_ops(train, 10, True, seed=0, last_step=27))     # ten epochs
+    batches = numbers(input_ops.create_input_ops(train, 10, True, seed=0, last_step=27))  # ten epochs
     assert {len(batch) for batch in batches} == {10}
     assert np.bincount(np.concatenate(batches)).tolist() == [10] * 27
 
@@ -142,13 +143,13 @@ def test_flip_and_crop_against_all_the_pictures_it_may_make():
     allowed = {}
     for row in range(9):
         for column in range(9):
-            crop = padded[row:row + 32, column:column + 32]
+            crop = padded[row : row + 32, column : column + 32]
             allowed[crop.tobytes()] = (row, column, False)
             allowed[np.ascontiguousarray(crop[:, ::-1]).tobytes()] = (row, column, True)
     made = input_ops.flip_and_crop(tf.constant(np.tile(image, (3000, 1, 1, 1))), [1, 2]).numpy()
     found = [allowed[crop.tobytes()] for crop in made]
     assert len(set(found)) == 2 * 9 * 9
-    assert 0.45 < np.mean([mirrored for _, _, mirrored in found]) < 0.55     # 5 standard deviations of 3000 draws
+    assert 0.45 < np.mean([mirrored for _, _, mirrored in found]) < 0.55  # 5 standard deviations of 3000 draws
 
 
 def test_flip_and_crop_draws_by_its_seed_alone():
@@ -164,7 +165,7 @@ def test_augmentation_is_drawn_anew_by_seed_and_step(tmp_path):
     own_data(tmp_path / "SAME", [image] * 37, np.arange(37) % 2, 2)
     train, _ = datasets.create_default_splits("SAME", str(tmp_path))
     padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
-    crops = {padded[row:row + 8, column:column + 8].tobytes() for row in range(3) for column in range(3)}
+    crops = {padded[row : row + 8, column : column + 8].tobytes() for row in range(3) for column in range(3)}
     mirrored = {np.frombuffer(crop, np.uint8).reshape(8, 8)[:, ::-1].tobytes() for crop in crops}
 
     def pictures(augment, seed=0, step=0):
@@ -199,7 +200,7 @@ def test_encoded_images_are_cut_from_the_centre(imagenet):
         picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BILINEAR)
         left, top = ((side - 224) // 2 for side in picture.size)
         expected = np.asarray(picture.crop((left, top, left + 224, top + 224))) / 255
-        assert np.abs(image - expected).mean() < 0.02        # two decoders and two ways to interpolate
+        assert np.abs(image - expected).mean() < 0.02  # two decoders and two ways to interpolate
 
 
 def test_encoded_images_are_cropped_by_seed_and_step(imagenet):
@@ -222,6 +223,7 @@ def test_encoded_images_keep_their_labels_in_any_order(imagenet):
 
 def test_encoded_images_are_mirrored_half_of_the_time(imagenet):
     """The same crops with and without: each is either the same or its mirror image."""
+
     def made(augment):
         batches = input_ops.create_input_ops(imagenet[0], 8, True, augment, seed=1, last_step=8)
         return np.concatenate([images for images, _ in batches])
@@ -231,7 +233,7 @@ def test_encoded_images_are_mirrored_half_of_the_time(imagenet):
         same = np.array_equal(flipped, plain)
         assert same or np.array_equal(flipped, plain[:, ::-1])
         mirrored += not same
-    assert 12 <= mirrored <= 52             # 5 standard deviations of 64 draws
+    assert 12 <= mirrored <= 52  # 5 standard deviations of 64 draws
 
 
 def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path):
@@ -239,11 +241,21 @@ def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path
     jpeg = archives.picture_file(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     with h5py.File(tmp_path / "data.hdf5", "w") as file:
         file["jpeg"] = np.frombuffer(jpeg * 8, np.uint8)
-        train = Dataset([str(i) for i in range(8)], "SAME", labels=np.arange(8) % 2, class_names=["a", "b"],
-                        image=file["jpeg"], rows=np.arange(8), offset=np.arange(9) * len(jpeg))
-        crops = [image.tobytes() for seed in (0, 1)
-                 for images, _ in input_ops.create_input_ops(train, 4, True, "crop", seed, last_step=6)
-                 for image in images.numpy()]
+        train = Dataset(
+            [str(i) for i in range(8)],
+            "SAME",
+            labels=np.arange(8) % 2,
+            class_names=["a", "b"],
+            image=file["jpeg"],
+            rows=np.arange(8),
+            offset=np.arange(9) * len(jpeg),
+        )
+        crops = [
+            image.tobytes()
+            for seed in (0, 1)
+            for images, _ in input_ops.create_input_ops(train, 4, True, "crop", seed, last_step=6)
+            for image in images.numpy()
+        ]
     assert len(crops) == len(set(crops)) == 48
 
 
@@ -255,10 +267,10 @@ def test_encoded_images_are_crops_of_8_to_100_percent_of_the_area():
     for number in range(200):
         image = input_ops.random_resized_crop(tf.constant(jpeg), tf.constant([7, number]), flip=False).numpy()
         red, green = image[..., 0].mean(axis=0), image[..., 1].mean(axis=1)
-        assert red[0] < red[-1] and green[0] < green[-1]                       # not mirrored
+        assert red[0] < red[-1] and green[0] < green[-1]  # not mirrored
         width, height = np.ptp(red) + 1, np.ptp(green) + 1
-        found.append((width * height / 256 ** 2, width / height))
+        found.append((width * height / 256**2, width / height))
     area, aspect = np.array(found).T
-    assert 0.07 < area.min() < 0.15 and 0.8 < area.max() <= 1.01           # the edges are read to about a pixel
+    assert 0.07 < area.min() < 0.15 and 0.8 < area.max() <= 1.01  # the edges are read to about a pixel
     assert 0.3 < np.mean(area < 0.5) < 0.7
     assert 0.72 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.39

@@ -1,7 +1,8 @@
 """The Keras layers on the norms: the arguments of Keras, weights, policies, saving.
 
-    python -m pytest tests/test_layers.py
+python -m pytest tests/test_layers.py
 """
+
 import inspect
 
 import keras
@@ -36,7 +37,7 @@ def test_layers_take_the_arguments_of_keras(ours, theirs):
         assert config[name] == reference[name], name
         assert default[name] == (1e-5 if name == "epsilon" else reference[name]), name
     for name in set(constructor(theirs)) - set(taken):
-        with pytest.raises(ValueError, match=name):         # refused, not silently without effect
+        with pytest.raises(ValueError, match=name):  # refused, not silently without effect
             ours(**{name: constructor(theirs)[name]})
 
 
@@ -50,13 +51,29 @@ def test_positional_arguments_are_those_of_keras(ours, theirs):
 @pytest.mark.parametrize("layer_class", LAYERS)
 def test_config_round_trip(layer_class):
     """from_config(get_config()) is the same layer, whatever was set."""
-    kwargs = {"axis": 1, "epsilon": 3e-4, "center": True, "scale": True, "beta_initializer": "ones",
-              "gamma_initializer": keras.initializers.Constant(3.0), "beta_regularizer": "l1",
-              "gamma_regularizer": keras.regularizers.L2(0.5), "beta_constraint": "non_neg",
-              "gamma_constraint": keras.constraints.MaxNorm(2.0), "name": "some_norm", "dtype": "mixed_bfloat16"}
-    kwargs |= {"groups": 4} if layer_class is ops.GroupNorm else {
-        "momentum": 0.5, "moving_mean_initializer": "ones",
-        "moving_variance_initializer": keras.initializers.Constant(2.0)}
+    kwargs = {
+        "axis": 1,
+        "epsilon": 3e-4,
+        "center": True,
+        "scale": True,
+        "beta_initializer": "ones",
+        "gamma_initializer": keras.initializers.Constant(3.0),
+        "beta_regularizer": "l1",
+        "gamma_regularizer": keras.regularizers.L2(0.5),
+        "beta_constraint": "non_neg",
+        "gamma_constraint": keras.constraints.MaxNorm(2.0),
+        "name": "some_norm",
+        "dtype": "mixed_bfloat16",
+    }
+    kwargs |= (
+        {"groups": 4}
+        if layer_class is ops.GroupNorm
+        else {
+            "momentum": 0.5,
+            "moving_mean_initializer": "ones",
+            "moving_variance_initializer": keras.initializers.Constant(2.0),
+        }
+    )
     layer = layer_class(**kwargs)
     config = layer.get_config()
     copy = layer_class.from_config(config)
@@ -74,8 +91,11 @@ def test_axis_1_is_channels_first(layer_class, shape):
     """axis=1 is the layer on [N, C, ...]; the axis of the channels counted from the end is the same as -1."""
     x = np.random.default_rng(0).normal(0.5, 2, shape).astype("float32")
     options = {"groups": 4} if layer_class is ops.GroupNorm else {}
-    last, first, counted = layer_class(**options), layer_class(axis=1, **options), layer_class(axis=len(shape) - 1,
-                                                                                               **options)
+    last, first, counted = (
+        layer_class(**options),
+        layer_class(axis=1, **options),
+        layer_class(axis=len(shape) - 1, **options),
+    )
     weights = None
     for layer, data_format in ((last, "channels_last"), (first, "channels_first"), (counted, "channels_last")):
         layer.build(to_format(x, data_format).shape)
@@ -86,7 +106,7 @@ def test_axis_1_is_channels_first(layer_class, shape):
         expected = last(x, **({"training": training} if layer_class is ops.BatchNorm else {}))
         for layer, data_format in ((first, "channels_first"), (counted, "channels_last")):
             y = layer(to_format(x, data_format), **({"training": training} if layer_class is ops.BatchNorm else {}))
-            np.testing.assert_allclose(from_format(y, data_format), expected, rtol=0, atol=1e-5)    # of size 10
+            np.testing.assert_allclose(from_format(y, data_format), expected, rtol=0, atol=1e-5)  # of size 10
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
@@ -101,7 +121,7 @@ def test_center_and_scale_choose_the_weights(layer_class):
             names = [weight.name for weight in layer.trainable_weights]
             assert sorted(names) == ["beta"] * center + ["gamma"] * scale
     layer = layer_class(gamma_initializer=keras.initializers.Constant(3.0), beta_initializer="ones")
-    np.testing.assert_allclose(layer(x), 3 * expected.numpy() + 1, rtol=0, atol=1e-5)           # of size 10
+    np.testing.assert_allclose(layer(x), 3 * expected.numpy() + 1, rtol=0, atol=1e-5)  # of size 10
 
 
 @pytest.mark.parametrize("groups, same_as", [(-1, 12), (1, 1), (3, 3)])
@@ -119,8 +139,12 @@ def test_group_norm_layer_is_the_function(groups, same_as):
 def test_batch_norm_layer_is_the_function_and_moves_only_in_training():
     """training=True normalizes by the batch and moves the statistics; False, and nothing said, do neither."""
     x, gamma, beta, _ = random_case((3, 5, 4, 6), np.float32)
-    layer = ops.BatchNorm(momentum=0.75, epsilon=1e-4, moving_mean_initializer=keras.initializers.Constant(0.25),
-                          moving_variance_initializer=keras.initializers.Constant(2.0))
+    layer = ops.BatchNorm(
+        momentum=0.75,
+        epsilon=1e-4,
+        moving_mean_initializer=keras.initializers.Constant(0.25),
+        moving_variance_initializer=keras.initializers.Constant(2.0),
+    )
     layer.build(x.shape)
     layer.gamma.assign(gamma)
     layer.beta.assign(beta)
@@ -151,8 +175,10 @@ def test_frozen_batch_norm_uses_and_keeps_its_statistics():
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
-@pytest.mark.parametrize("policy, dtype", [("mixed_float16", "float16"), ("mixed_bfloat16", "bfloat16"),
-                                           ("float32", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize(
+    "policy, dtype",
+    [("mixed_float16", "float16"), ("mixed_bfloat16", "bfloat16"), ("float32", "float32"), ("float64", "float64")],
+)
 def test_weights_are_float32_under_mixed_policies(layer_class, policy, dtype):
     """Half precision computes, float32 learns (keras#22586, addons#2550: NaN); float64 stays float64."""
     x = (1e4 * np.random.default_rng(0).normal(size=(8, 16, 16, 32))).astype("float32")
@@ -162,20 +188,24 @@ def test_weights_are_float32_under_mixed_policies(layer_class, policy, dtype):
     assert all(weight.dtype == ("float64" if policy == "float64" else "float32") for weight in layer.weights)
     assert all(np.isfinite(weight).all() for weight in layer.get_weights())
     y = tf.cast(y, tf.float32).numpy()
-    assert np.isfinite(y).all() and abs(y.std() - 1) < 0.01           # bfloat16 has 2 to 3 decimal digits
+    assert np.isfinite(y).all() and abs(y.std() - 1) < 0.01  # bfloat16 has 2 to 3 decimal digits
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
 def test_regularizers_and_constraints_have_effect(layer_class):
     """gamma and beta are penalized by their own regularizers, and held by their own constraints as they learn."""
     x = np.random.default_rng(0).normal(size=(4, 3, 3, 32)).astype("float32")
-    layer = layer_class(gamma_regularizer=keras.regularizers.L2(0.5), beta_regularizer=keras.regularizers.L1(0.25),
-                        beta_initializer=keras.initializers.Constant(2.0), gamma_constraint=keras.constraints.NonNeg(),
-                        beta_constraint=keras.constraints.MaxNorm(1.5))
+    layer = layer_class(
+        gamma_regularizer=keras.regularizers.L2(0.5),
+        beta_regularizer=keras.regularizers.L1(0.25),
+        beta_initializer=keras.initializers.Constant(2.0),
+        gamma_constraint=keras.constraints.NonNeg(),
+        beta_constraint=keras.constraints.MaxNorm(1.5),
+    )
     layer(x)
     assert sorted(float(loss) for loss in layer.losses) == [0.5 * 32, 0.25 * 2 * 32]
     keras.optimizers.SGD(1.0).apply([tf.fill([32], 5.0), tf.zeros([32])], [layer.gamma, layer.beta])
-    np.testing.assert_array_equal(layer.gamma.numpy(), np.zeros(32))                        # 1 - 5 is held at 0
+    np.testing.assert_array_equal(layer.gamma.numpy(), np.zeros(32))  # 1 - 5 is held at 0
     np.testing.assert_allclose(np.linalg.norm(layer.beta.numpy()), 1.5, rtol=1e-5)
 
 
@@ -187,7 +217,7 @@ def small_model():
     x = keras.layers.ReLU()(x)
     x = ops.Conv2D(12, 3)(x)
     x = ops.GroupNorm(4, beta_regularizer="l2")(x)
-    x = keras.layers.ReLU()(x)              # else the next norm subtracts again what the last one adds
+    x = keras.layers.ReLU()(x)  # else the next norm subtracts again what the last one adds
     x = ops.GroupNorm(-1)(x)
     return keras.Model(inputs, keras.layers.Dense(5)(keras.layers.Flatten()(x)))
 

@@ -1,7 +1,8 @@
 """model.py: the networks' structure, sizes and starting weights, their inference mode, and the command line.
 
-    python -m pytest tests/test_model.py
+python -m pytest tests/test_model.py
 """
+
 import collections
 import functools
 import math
@@ -19,7 +20,7 @@ import ops
 
 REPO = Path(models.__file__).parent
 NORMS = (ops.GroupNorm, ops.BatchNorm, keras.layers.BatchNormalization)
-LAYER_OF = {"batch": ops.BatchNorm, "batch+renorm": keras.layers.BatchNormalization}      # GroupNorm for the others
+LAYER_OF = {"batch": ops.BatchNorm, "batch+renorm": keras.layers.BatchNormalization}  # GroupNorm for the others
 ACTIVATIONS = (keras.layers.ReLU, keras.layers.LeakyReLU)
 
 
@@ -32,8 +33,12 @@ def built(name, shape, classes, norm_type):
 def structure(model):
     """[(layer, the layers it takes from, the layers that take from it)] of a functional model."""
     made_by = {id(layer.output): layer for layer in model.layers}
-    sources = {layer.name: [made_by[id(tensor)] for tensor in keras.tree.flatten(layer.input) if layer.input is not
-                            layer.output] for layer in model.layers}
+    sources = {
+        layer.name: [
+            made_by[id(tensor)] for tensor in keras.tree.flatten(layer.input) if layer.input is not layer.output
+        ]
+        for layer in model.layers
+    }
     takers = collections.defaultdict(list)
     for layer in model.layers:
         for source in sources[layer.name]:
@@ -55,7 +60,7 @@ def randomize(model, seed=0):
     for weight in model.weights:
         value = rng.normal(0, math.sqrt(2 / max(1, math.prod(weight.shape[:-1]))), weight.shape)
         if len(weight.shape) == 1:
-            value = rng.uniform(0.5, 1.5, weight.shape)             # gamma, beta, mean, variance, bias
+            value = rng.uniform(0.5, 1.5, weight.shape)  # gamma, beta, mean, variance, bias
         weight.assign(value)
     return model
 
@@ -105,8 +110,10 @@ def test_parameters_are_those_published(name, shape, classes, number):
     assert model.input.shape == (None, *shape) and model.output.shape == (None, classes)
     assert model.output.dtype == "float32" and model.name == name
     if name != "convnet":
-        projections = sum(convolution.kernel_size == (1, 1) and "shortcut" in convolution.name
-                          for convolution in of_type(model, keras.layers.Conv2D))
+        projections = sum(
+            convolution.kernel_size == (1, 1) and "shortcut" in convolution.name
+            for convolution in of_type(model, keras.layers.Conv2D)
+        )
         assert len(of_type(model, keras.layers.Conv2D)) - projections == int(name.removeprefix("resnet")) - 1
         assert projections == {"resnet50": 4, "resnet101": 4, "resnet18": 3, "resnet34": 3}.get(name, 2)
 
@@ -132,10 +139,18 @@ def test_inner_names_build(name):
     assert count(model.trainable_weights) == small_resnet_parameters((int(name.removeprefix("resnet")) - 2) // 6, 10)
 
 
-@pytest.mark.parametrize("shape, name", [((32, 32, 3), "resnet20"), ((28, 28, 1), "resnet20"),
-                                         ((64, 64, 3), "resnet20"), ((65, 64, 3), "resnet50"),
-                                         ((64, 65, 3), "resnet50"), ((224, 224, 3), "resnet50"),
-                                         ((None, None, 3), "resnet50")])
+@pytest.mark.parametrize(
+    "shape, name",
+    [
+        ((32, 32, 3), "resnet20"),
+        ((28, 28, 1), "resnet20"),
+        ((64, 64, 3), "resnet20"),
+        ((65, 64, 3), "resnet50"),
+        ((64, 65, 3), "resnet50"),
+        ((224, 224, 3), "resnet50"),
+        ((None, None, 3), "resnet50"),
+    ],
+)
 def test_default_model_is_chosen_by_the_image(shape, name):
     """Images of up to 64 pixels a side get the net for small images, others, and unknown sizes, the large one."""
     assert models.default_model(shape) == name
@@ -154,8 +169,11 @@ def test_default_groups():
 # name, image shape, classes and norm_type of the nets to walk through; several are those of PARAMETERS
 WALKED = [("resnet8", (32, 32, 3), 10, norm_type) for norm_type in models.NORM_TYPES]
 WALKED += [("convnet", (32, 32, 3), 10, norm_type) for norm_type in ("batch", "group", "none")]
-WALKED += [("resnet18", (224, 224, 3), 1000, "batch"), ("resnet50", (224, 224, 3), 1000, "batch"),
-           ("resnet50", (None, None, 1), 10, "group")]
+WALKED += [
+    ("resnet18", (224, 224, 3), 1000, "batch"),
+    ("resnet50", (224, 224, 3), 1000, "batch"),
+    ("resnet50", (None, None, 1), 10, "group"),
+]
 
 
 @pytest.mark.parametrize("name, shape, classes, norm_type", WALKED)
@@ -173,8 +191,8 @@ def test_convolution_norm_activation_each_once(name, shape, classes, norm_type):
         if isinstance(layer, NORMS):
             assert isinstance(sources[0], keras.layers.Conv2D), layer.name
             assert len(takers) == 1 and isinstance(takers[0], ACTIVATIONS + (keras.layers.Add,)), layer.name
-            assert layer.epsilon == 1e-5, layer.name                    # fault 7: the same for BN and GN
-        if isinstance(layer, keras.layers.Add):                         # ... plus the shortcut, then relu
+            assert layer.epsilon == 1e-5, layer.name  # fault 7: the same for BN and GN
+        if isinstance(layer, keras.layers.Add):  # ... plus the shortcut, then relu
             assert len(sources) == 2 and len(takers) == 1 and isinstance(takers[0], keras.layers.ReLU)
         if isinstance(layer, keras.layers.Dense):
             assert layer.use_bias
@@ -183,10 +201,14 @@ def test_convolution_norm_activation_each_once(name, shape, classes, norm_type):
     assert slopes == ({0.2} if name == "convnet" else {0.0}) and len(activations) <= len(norms) + 3
 
 
-@pytest.mark.parametrize("name, shape, classes, sizes", [
-    ("resnet8", (32, 32, 3), 10, [(32, 16), (16, 32), (8, 64)]),
-    ("resnet18", (224, 224, 3), 1000, [(56, 64), (28, 128), (14, 256), (7, 512)]),
-    ("resnet50", (224, 224, 3), 1000, [(56, 256), (28, 512), (14, 1024), (7, 2048)])])
+@pytest.mark.parametrize(
+    "name, shape, classes, sizes",
+    [
+        ("resnet8", (32, 32, 3), 10, [(32, 16), (16, 32), (8, 64)]),
+        ("resnet18", (224, 224, 3), 1000, [(56, 64), (28, 128), (14, 256), (7, 512)]),
+        ("resnet50", (224, 224, 3), 1000, [(56, 256), (28, 512), (14, 1024), (7, 2048)]),
+    ],
+)
 def test_sizes_of_the_stages(name, shape, classes, sizes):
     """The stages have the sides and channels of table 1 and section 4.2 of arXiv 1512.03385, 3x3 pooling of stride 2
     included, which no count of parameters shows."""
@@ -197,8 +219,9 @@ def test_sizes_of_the_stages(name, shape, classes, sizes):
     assert [(pool.pool_size, pool.strides) for pool in pools] == [((3, 3), (2, 2))] * (name != "resnet8")
 
 
-@pytest.mark.parametrize("name, shape, classes, norm_type", [
-    case for case in WALKED if case[0] != "convnet" and case[3] != "none"])
+@pytest.mark.parametrize(
+    "name, shape, classes, norm_type", [case for case in WALKED if case[0] != "convnet" and case[3] != "none"]
+)
 def test_the_last_gamma_of_each_block_starts_at_0(name, shape, classes, norm_type):
     """arXiv 1803.08494, section 4.1: gamma is 0 in the last norm of each residual block and 1 elsewhere, beta 0."""
     model = built(name, shape, classes, norm_type)
@@ -208,7 +231,7 @@ def test_the_last_gamma_of_each_block_starts_at_0(name, shape, classes, norm_typ
     zeros = 0
     for layer, sources, takers in graph:
         if isinstance(layer, NORMS):
-            into_block = sources_of[sources[0].name][0]                 # what the convolution before the norm takes
+            into_block = sources_of[sources[0].name][0]  # what the convolution before the norm takes
             # a projection shortcut also ends at the Add, but takes the block's input, which the block takes too
             last = isinstance(takers[0], keras.layers.Add) and len(takers_of[into_block.name]) == 1
             start = np.full(layer.gamma.shape, 0.0 if last else 1.0)
@@ -223,7 +246,7 @@ def test_the_last_gamma_of_each_block_starts_at_0(name, shape, classes, norm_typ
 def test_every_network_starts_near_the_loss_of_a_guess(name, norm_type):
     """log(10), with norms and without: resnet50 without a norm started at 308, resnet110 at 1.4e9."""
     if name == "resnet110" and norm_type not in ("none", "group"):
-        return                                          # as deep as it gets: the two that differ most will do
+        return  # as deep as it gets: the two that differ most will do
     keras.utils.set_random_seed(0)
     side = 64 if name == "resnet50" else 32
     model = models.create_model(name, (side, side, 3), 10, norm_type)
@@ -264,7 +287,7 @@ def test_he_initialisation():
             kernel = layer.kernel.numpy()
             if layer.name == "logits":
                 assert abs(kernel.std() / 0.01 - 1) < 0.2
-            elif kernel.size >= 30_000:                 # the variance of so many draws is within 5 %, at 6 sigma
+            elif kernel.size >= 30_000:  # the variance of so many draws is within 5 %, at 6 sigma
                 fan_in = math.prod(kernel.shape[:-1])
                 assert abs(kernel.var() * fan_in / 2 - 1) < 0.05, layer.name
                 assert abs(kernel.mean()) < 6 * math.sqrt(2 / fan_in / kernel.size), layer.name
@@ -281,15 +304,22 @@ def test_channels_of_a_network_are_those_of_its_norms(name):
     assert sorted(models.channels_of(name)) == sorted({layer.channels for layer in norms})
 
 
-@pytest.mark.parametrize("name, options, groups", [
-    ("resnet8", {}, lambda channels: 16), ("resnet18", {}, lambda channels: 32), ("convnet", {}, lambda channels: 32),
-    ("resnet8", {"groups": 4}, lambda channels: 4), ("resnet18", {"groups": 16}, lambda channels: 16),
-    ("resnet8", {"groups": 1}, lambda channels: 1),
-    ("resnet8", {"group_size": 4}, lambda channels: channels // 4),
-    ("resnet18", {"group_size": 64}, lambda channels: channels // 64),
-    ("resnet8", {"groups": 4, "group_size": 16}, lambda channels: channels // 16),
-    ("resnet8", {"norm_type": "layer"}, lambda channels: 1),
-    ("resnet8", {"norm_type": "instance"}, lambda channels: channels)])
+@pytest.mark.parametrize(
+    "name, options, groups",
+    [
+        ("resnet8", {}, lambda channels: 16),
+        ("resnet18", {}, lambda channels: 32),
+        ("convnet", {}, lambda channels: 32),
+        ("resnet8", {"groups": 4}, lambda channels: 4),
+        ("resnet18", {"groups": 16}, lambda channels: 16),
+        ("resnet8", {"groups": 1}, lambda channels: 1),
+        ("resnet8", {"group_size": 4}, lambda channels: channels // 4),
+        ("resnet18", {"group_size": 64}, lambda channels: channels // 64),
+        ("resnet8", {"groups": 4, "group_size": 16}, lambda channels: channels // 16),
+        ("resnet8", {"norm_type": "layer"}, lambda channels: 1),
+        ("resnet8", {"norm_type": "instance"}, lambda channels: channels),
+    ],
+)
 def test_groups_of_every_norm(name, options, groups):
     """groups, group_size or the default reach every norm of the model, never clamped to the channels (fault 8)."""
     norms = of_type(models.create_model(name, (32, 32, 3), 10, **{"norm_type": "group", **options}), NORMS)
@@ -299,14 +329,17 @@ def test_groups_of_every_norm(name, options, groups):
         assert (layer.channels if given == -1 else given) == groups(layer.channels), layer.name
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("resnet20", {"groups": 7}, ["16 channels", "7 groups", "1, 2, 4, 8, 16"]),
-    ("resnet20", {"groups": 32}, ["16 channels", "32 groups", "1, 2, 4, 8, 16"]),
-    ("resnet18", {"groups": 128}, ["64 channels", "128 groups", "1, 2, 4, 8, 16, 32, 64"]),
-    ("resnet20", {"group_size": 5}, ["16 channels", "5", "1, 2, 4, 8, 16"]),
-    ("resnet20", {"group_size": 32}, ["16 channels", "32", "1, 2, 4, 8, 16"]),
-    ("convnet", {"norm_type": "instance", "shape": (16, 16, 3)}, ["512", "single value"]),
-])
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("resnet20", {"groups": 7}, ["16 channels", "7 groups", "1, 2, 4, 8, 16"]),
+        ("resnet20", {"groups": 32}, ["16 channels", "32 groups", "1, 2, 4, 8, 16"]),
+        ("resnet18", {"groups": 128}, ["64 channels", "128 groups", "1, 2, 4, 8, 16, 32, 64"]),
+        ("resnet20", {"group_size": 5}, ["16 channels", "5", "1, 2, 4, 8, 16"]),
+        ("resnet20", {"group_size": 32}, ["16 channels", "32", "1, 2, 4, 8, 16"]),
+        ("convnet", {"norm_type": "instance", "shape": (16, 16, 3)}, ["512", "single value"]),
+    ],
+)
 def test_groups_that_do_not_fit_are_refused(name, options, words):
     """One norm that cannot be split stops the model with the numbers that are wrong and those that are right."""
     shape = options.pop("shape", (32, 32, 3))
@@ -319,8 +352,9 @@ def test_groups_that_do_not_fit_are_refused(name, options, words):
 def test_weight_standardization_and_momentum_reach_every_layer():
     """weight_standardization is that of every convolution, momentum that of every batch norm."""
     for standardized in (False, True):
-        model = models.create_model("resnet8", (32, 32, 3), 10, "batch", weight_standardization=standardized,
-                                    momentum=0.7)
+        model = models.create_model(
+            "resnet8", (32, 32, 3), 10, "batch", weight_standardization=standardized, momentum=0.7
+        )
         kinds = {isinstance(layer, ops.StandardizedConv2D) for layer in of_type(model, keras.layers.Conv2D)}
         assert kinds == {standardized}
         assert {layer.momentum for layer in of_type(model, ops.BatchNorm)} == {0.7}
@@ -346,10 +380,10 @@ def test_predictions_in_inference_are_each_images_own(name, norm_type):
     together = model(x, training=False).numpy()
     assert together.shape == (5, 10) and np.isfinite(together).all()
     scale = np.abs(together).max()
-    np.testing.assert_array_equal(model(x, training=False), together)           # and dropout is off
-    np.testing.assert_array_equal(model(x), together)                           # inference unless asked
+    np.testing.assert_array_equal(model(x, training=False), together)  # and dropout is off
+    np.testing.assert_array_equal(model(x), together)  # inference unless asked
     for i in (0, 4):
-        alone = model(x[i:i + 1], training=False).numpy()
+        alone = model(x[i : i + 1], training=False).numpy()
         # float32 sums of convolutions over another number of images, through up to 8 layers
         np.testing.assert_allclose(alone[0], together[i], rtol=0, atol=1e-5 * scale)
     other = model(np.concatenate([x[:1], 100 * images(4, seed=1)]), training=False).numpy()
@@ -439,9 +473,15 @@ REFUSED = ("--groups", "7", "--norm_type", "group")
 @pytest.fixture(scope="module", autouse=True)
 def processes():
     """`python model.py` with TABLE and with REFUSED, both at work while the other tests run."""
-    running = {arguments: subprocess.Popen([sys.executable, str(REPO / "model.py"), *arguments], text=True,
-                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for arguments in (TABLE, REFUSED)}
+    running = {
+        arguments: subprocess.Popen(
+            [sys.executable, str(REPO / "model.py"), *arguments],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for arguments in (TABLE, REFUSED)
+    }
     yield running
     for process in running.values():
         process.kill()
@@ -453,8 +493,17 @@ def test_command_prints_the_table(processes):
     stdout, stderr = processes[TABLE].communicate(timeout=300)
     assert processes[TABLE].returncode == 0 and stderr == ""
     # 25,557,032 that are trained, and 2 statistics for each of 26,560 channels
-    for words in ("Total params: 25,610,152", "25,557,032", "53,120", "(None, 112, 112, 64)", "(None, 7, 7, 2048)",
-                  "(None, 1000)", "Conv2D", "BatchNorm", "logits"):
+    for words in (
+        "Total params: 25,610,152",
+        "25,557,032",
+        "53,120",
+        "(None, 112, 112, 64)",
+        "(None, 7, 7, 2048)",
+        "(None, 1000)",
+        "Conv2D",
+        "BatchNorm",
+        "logits",
+    ):
         assert words in stdout, words
 
 
@@ -465,22 +514,25 @@ def test_command_refuses_in_one_line(processes):
     assert stderr.count("\n") == 1 and "7 groups" in stderr and "1, 2, 4, 8, 16" in stderr
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ("--groups 7 --norm_type group", ["16 channels", "7 groups", "1, 2, 4, 8, 16"]),
-    ("--group_size 5 --norm_type group", ["16 channels", "groups of 5", "1, 2, 4, 8, 16"]),
-    ("--groups 4 --norm_type batch", ["--groups 4", "--norm_type batch", "--norm_type group"]),
-    ("--groups 4", ["--groups 4", "--norm_type batch", "--norm_type group"]),
-    ("--group_size 4 --norm_type none", ["--group_size 4", "--norm_type none"]),
-    ("--groups 4 --group_size 4 --norm_type group", ["--groups 4", "--group_size 4"]),
-    ("--groups 0 --norm_type group", ["--groups", "0"]),
-    ("--group_size -3 --norm_type group", ["--group_size", "-3"]),
-    ("--image_size 0 0 3", ["--image_size", "[0, 0, 3]"]),
-    ("--classes 1", ["--classes", "1"]),
-    ("--model resnet9", ["resnet9", "resnet8", "resnet50"]),
-    ("--norm_type weight", ["weight", "batch", "group"]),
-    ("--groups four --norm_type group", ["--groups", "four"]),
-    ("--model convnet --norm_type instance --image_size 16 16 3", ["512 channels", "single value"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--groups 7 --norm_type group", ["16 channels", "7 groups", "1, 2, 4, 8, 16"]),
+        ("--group_size 5 --norm_type group", ["16 channels", "groups of 5", "1, 2, 4, 8, 16"]),
+        ("--groups 4 --norm_type batch", ["--groups 4", "--norm_type batch", "--norm_type group"]),
+        ("--groups 4", ["--groups 4", "--norm_type batch", "--norm_type group"]),
+        ("--group_size 4 --norm_type none", ["--group_size 4", "--norm_type none"]),
+        ("--groups 4 --group_size 4 --norm_type group", ["--groups 4", "--group_size 4"]),
+        ("--groups 0 --norm_type group", ["--groups", "0"]),
+        ("--group_size -3 --norm_type group", ["--group_size", "-3"]),
+        ("--image_size 0 0 3", ["--image_size", "[0, 0, 3]"]),
+        ("--classes 1", ["--classes", "1"]),
+        ("--model resnet9", ["resnet9", "resnet8", "resnet50"]),
+        ("--norm_type weight", ["weight", "batch", "group"]),
+        ("--groups four --norm_type group", ["--groups", "four"]),
+        ("--model convnet --norm_type instance --image_size 16 16 3", ["512 channels", "single value"]),
+    ],
+)
 def test_wrong_flags_end_in_one_line(arguments, words, monkeypatch, capfd):
     """A wrong flag ends `python model.py` with exit code 2 and one line with the value; a flag has an effect."""
     monkeypatch.setattr(sys, "argv", ["model.py", *arguments.split()])
@@ -495,8 +547,7 @@ def test_wrong_flags_end_in_one_line(arguments, words, monkeypatch, capfd):
 
 def test_flags_reach_the_model(monkeypatch, capfd):
     """--model, --norm_type, --group_size, --classes, --image_size and --weight_standardization are used."""
-    flags = ("--model resnet8 --norm_type group --group_size 4 --classes 7 --image_size 20 24 1 "
-             "--weight_standardization")
+    flags = "--model resnet8 --norm_type group --group_size 4 --classes 7 --image_size 20 24 1 --weight_standardization"
     monkeypatch.setattr(sys, "argv", ["model.py", *flags.split()])
     runpy.run_path(str(REPO / "model.py"), run_name="__main__")
     stdout, stderr = capfd.readouterr()

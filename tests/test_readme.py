@@ -1,7 +1,8 @@
 """README.md's numbers are those of the committed logs, its commands are known, and it names files that are there.
 
-    python -m pytest tests/test_readme.py
+python -m pytest tests/test_readme.py
 """
+
 import re
 import shlex
 import sys
@@ -19,7 +20,7 @@ import trainer
 
 README = (scripts.REPO / "README.md").read_text()
 STUDIES = sorted(path.name for path in (scripts.REPO / "figure" / "studies").iterdir() if path.is_dir())
-IN_README = [name for name in STUDIES if name != "recipe"]          # the recipe's table stands beside its logs
+IN_README = [name for name in STUDIES if name != "recipe"]  # the recipe's table stands beside its logs
 
 
 @pytest.mark.parametrize("name", STUDIES)

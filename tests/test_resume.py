@@ -1,4 +1,5 @@
 """An interrupted run ends exactly like an uninterrupted one."""
+
 import random
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ def test_rows_and_events_after_the_checkpoint_are_dropped(tmp_path):
             tf.summary.scalar("loss/loss", 1.0 / step)
     writer.close()
     (events,) = tmp_path.glob("events*")
-    shutil.copy(events, tmp_path / (events.name + ".again"))         # as if an earlier trim was killed half-way
+    shutil.copy(events, tmp_path / (events.name + ".again"))  # as if an earlier trim was killed half-way
     events.write_bytes(events.read_bytes()[:-7])
     rows = "".join(f'{{"step": {step}}}\n' for step in range(1, 6))
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 6, "los')
@@ -55,8 +56,20 @@ def test_a_finished_run_stays_as_it_is(data_dir, tmp_path):
 def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, tmp_path):
     """A limit on the size of files stands for the full disk: no checkpoint fits, which ends the run in one line, and
     nothing is left that would count as one."""
-    flags = ("--dataset", "Digits", "--model", "resnet8", "--max_training_step", 4, "--ckpt_save_step", 1,
-             "--data_dir", data_dir, "--train_dir", tmp_path)
+    flags = (
+        "--dataset",
+        "Digits",
+        "--model",
+        "resnet8",
+        "--max_training_step",
+        4,
+        "--ckpt_save_step",
+        1,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+    )
     limited = ["prlimit", "--fsize=400000", *scripts.command("trainer.py", *flags)]
     done = subprocess.run(limited, capture_output=True, text=True, cwd="/", timeout=300)
     assert done.returncode == 1, done.stderr

@@ -1,4 +1,5 @@
 """trainer.py, as users run it and step by step against independent formulas."""
+
 import json
 import math
 import os
@@ -40,8 +41,9 @@ def machinery(data_dir, *flags):
     model = evaler.build_model(config, train.image_shape, train.num_classes)
     optimizer = trainer.Optimizer(config.optimizer, [v.value for v in model.trainable_variables])
     totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-    step = trainer.make_train_step(model, optimizer, totals, config.batch_size, config.updates_per_step,
-                                   config.weight_decay, config.jit_compile)
+    step = trainer.make_train_step(
+        model, optimizer, totals, config.batch_size, config.updates_per_step, config.weight_decay, config.jit_compile
+    )
     return config, model, optimizer, totals, step
 
 
@@ -57,9 +59,32 @@ def random_batch(count, seed=0):
 def finished(data_dir, tmp_path_factory):
     """A run of 9 steps that logged, tested and saved at intervals which do not divide 9, and what it printed."""
     train_dir = tmp_path_factory.mktemp("finished")
-    printed = scripts.run("trainer.py", *SMALL, "--norm_type", "group", "--batch_size", 8, "--max_training_step", 9,
-                          "--log_step", 2, "--write_summary_step", 4, "--test_sample_step", 5, "--ckpt_save_step", 4,
-                          "--learning_rate", 0.01, "--prefix", "mine", "--data_dir", data_dir, "--train_dir", train_dir)
+    printed = scripts.run(
+        "trainer.py",
+        *SMALL,
+        "--norm_type",
+        "group",
+        "--batch_size",
+        8,
+        "--max_training_step",
+        9,
+        "--log_step",
+        2,
+        "--write_summary_step",
+        4,
+        "--test_sample_step",
+        5,
+        "--ckpt_save_step",
+        4,
+        "--learning_rate",
+        0.01,
+        "--prefix",
+        "mine",
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        train_dir,
+    )
     return scripts.only_run(train_dir), printed
 
 
@@ -71,9 +96,14 @@ def test_run_folder(finished):
     assert config["flags"]["seed"] == 0 and config["flags"]["batch_size"] == 8
     assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 16
     assert config["versions"]["tensorflow"] == tf.__version__
-    assert config["data"] | {"class_names": 0} == {"train": 1437, "test": 360, "image_shape": [8, 8, 1],
-                                                   "num_classes": 10, "class_names": 0,
-                                                   "made_from": "the original archives"}
+    assert config["data"] | {"class_names": 0} == {
+        "train": 1437,
+        "test": 360,
+        "image_shape": [8, 8, 1],
+        "num_classes": 10,
+        "class_names": 0,
+        "made_from": "the original archives",
+    }
 
 
 def test_metrics_have_a_row_each_interval_and_the_end(finished):
@@ -95,8 +125,11 @@ def test_the_last_step_is_saved(finished):
     """Fault 10."""
     assert tf.train.latest_checkpoint(finished[0]).endswith("model-9")
     assert scripts.checkpoint(finished[0])["step/.ATTRIBUTES/VARIABLE_VALUE"] == 9
-    assert {path.name for path in finished[0].glob("model-*.index")} == {"model-4.index", "model-8.index",
-                                                                         "model-9.index"}
+    assert {path.name for path in finished[0].glob("model-*.index")} == {
+        "model-4.index",
+        "model-8.index",
+        "model-9.index",
+    }
 
 
 def test_tensorboard_serves_the_ancestors_tags(finished):
@@ -104,27 +137,50 @@ def test_tensorboard_serves_the_ancestors_tags(finished):
     import socket
     import sys
     import urllib.request
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", str(finished[0].parent), "--port",
-                               str(port), "--host", "127.0.0.1", "--load_fast", "false", "--reload_interval", "1"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--logdir",
+            str(finished[0].parent),
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+            "--load_fast",
+            "false",
+            "--reload_interval",
+            "1",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
     def get(path):
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/plugin/{path}", timeout=5) as answer:
             return json.load(answer)
 
     run_name = finished[0].name
-    wanted = {"loss/accuracy", "loss/loss", "test_loss/accuracy", "test_loss/loss", "learning_rate",
-              "images_per_second"}
+    wanted = {
+        "loss/accuracy",
+        "loss/loss",
+        "test_loss/accuracy",
+        "test_loss/loss",
+        "learning_rate",
+        "images_per_second",
+    }
     try:
         deadline, tags = time.monotonic() + 60, {}
         while not (wanted <= tags.keys()):
             assert time.monotonic() < deadline, f"TensorBoard shows {sorted(tags)}"
             try:
                 tags = get("scalars/tags").get(run_name, {})
-            except OSError:         # it is still starting
+            except OSError:  # it is still starting
                 time.sleep(0.2)
         for tag in wanted:
             points = get(f"scalars/scalars?run={run_name}&tag={tag}")
@@ -150,17 +206,27 @@ def gradients_of_mean_loss(model, images, labels):
 
 
 def clipped(gradients):
-    norm = math.sqrt(sum((gradient ** 2).sum() for gradient in gradients))
+    norm = math.sqrt(sum((gradient**2).sum() for gradient in gradients))
     return [gradient * min(1.0, 20 / norm) for gradient in gradients]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
-@pytest.mark.parametrize("scale", [1.0, 1e4])       # 1e4: gradients beyond the clipping norm of 20
+@pytest.mark.parametrize("scale", [1.0, 1e4])  # 1e4: gradients beyond the clipping norm of 20
 def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
     """Fault 5: one optimizer, one set of slots. Clipped gradients with L2 decay, in float64 by the definitions."""
     config, model, updater, totals, step = machinery(
-        data_dir, "--norm_type", "group", "--optimizer", optimizer, "--weight_decay", 0.01, "--batch_size", 16,
-        "--max_batch_size", 16)
+        data_dir,
+        "--norm_type",
+        "group",
+        "--optimizer",
+        optimizer,
+        "--weight_decay",
+        0.01,
+        "--batch_size",
+        16,
+        "--max_batch_size",
+        16,
+    )
     model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * scale)
     weights = [variable.numpy().astype(np.float64) for variable in model.trainable_variables]
     m, v = ([np.zeros_like(w) for w in weights] for _ in range(2))
@@ -178,7 +244,7 @@ def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
             else:
                 m[k] = 0.9 * m[k] + 0.1 * g
                 v[k] = 0.999 * v[k] + 0.001 * g * g
-                rate = 0.003 * math.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t)
+                rate = 0.003 * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
                 weights[k] = weights[k] - rate * m[k] / (np.sqrt(v[k]) + 1e-8)
         for variable, expected in zip(model.trainable_variables, weights):
             # Adam divides by the gradient's own size, so a gradient that is rounding alone may move by the whole rate
@@ -191,12 +257,12 @@ def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
 def test_totals_are_the_sums_of_losses_right_predictions_and_images(data_dir):
     """Of two steps at rate 0, against the logits in float64."""
     _, model, _, totals, step = machinery(data_dir, "--norm_type", "group", "--max_batch_size", 16)
-    model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * 100)         # predictions of all kinds
+    model.get_layer("logits").kernel.assign(model.get_layer("logits").kernel * 100)  # predictions of all kinds
     expected = np.zeros(3)
     for seed in (1, 2):
         images, labels = random_batch(16, seed)
         logits, rows = model(images, training=True).numpy().astype(np.float64), np.arange(16)
-        labels_of = np.where(rows % 3 == 0, logits.argmax(axis=1), labels)                  # some of them right
+        labels_of = np.where(rows % 3 == 0, logits.argmax(axis=1), labels)  # some of them right
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[rows, labels_of]
         expected += losses.sum(), (logits.argmax(axis=1) == labels_of).sum(), 16
         step(images, tf.constant(labels_of, tf.int32))
@@ -209,13 +275,14 @@ def test_weight_decay_pulls_every_weight_to_zero(data_dir):
     images, labels = random_batch(16)
     after = []
     for decay in (0, 0.25):
-        _, model, updater, _, step = machinery(data_dir, "--norm_type", "group", "--optimizer", "momentum",
-                                               "--weight_decay", decay, "--max_batch_size", 16)
+        _, model, updater, _, step = machinery(
+            data_dir, "--norm_type", "group", "--optimizer", "momentum", "--weight_decay", decay, "--max_batch_size", 16
+        )
         before = [variable.numpy() for variable in model.trainable_variables]
         updater.learning_rate.assign(1.0)
         step(images, labels)
         after.append([variable.numpy() for variable in model.trainable_variables])
-    assert math.sqrt(sum((weight ** 2).sum() for weight in before)) * 0.25 < 10         # far from being clipped
+    assert math.sqrt(sum((weight**2).sum() for weight in before)) * 0.25 < 10  # far from being clipped
     for variable, weight, without, with_decay in zip(model.trainable_variables, before, *after):
         np.testing.assert_allclose(without - with_decay, 0.25 * weight, rtol=1e-5, atol=1e-5, err_msg=variable.path)
 
@@ -224,8 +291,9 @@ def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
     """Fault 4: four updates of 8 images are what one call does, and equal four steps of 8 images."""
     images, labels = random_batch(32)
     _, model, updater, totals, step = machinery(data_dir, "--norm_type", "batch", "--batch_size", 8)
-    _, other, other_updater, other_totals, other_step = machinery(data_dir, "--norm_type", "batch", "--batch_size", 8,
-                                                                  "--max_batch_size", 8)
+    _, other, other_updater, other_totals, other_step = machinery(
+        data_dir, "--norm_type", "batch", "--batch_size", 8, "--max_batch_size", 8
+    )
     for norm, other_norm in zip(model.layers, other.layers):
         if hasattr(norm, "momentum"):
             other_norm.momentum = norm.momentum
@@ -233,7 +301,7 @@ def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
         each.learning_rate.assign(1e-3)
     step(images, labels)
     for i in range(4):
-        other_step(images[8 * i:8 * i + 8], labels[8 * i:8 * i + 8])
+        other_step(images[8 * i : 8 * i + 8], labels[8 * i : 8 * i + 8])
     for variable, expected in zip(model.variables, other.variables):
         np.testing.assert_array_equal(variable.numpy(), expected.numpy(), err_msg=variable.path)
     np.testing.assert_array_equal(totals.numpy(), other_totals.numpy())
@@ -251,10 +319,16 @@ def test_schedules():
     assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.001
 
 
-@pytest.mark.parametrize("flags, scaling, share", [
-    (("--optimizer", "momentum"), "linear", 2 / 32), (("--optimizer", "adam"), "square root", math.sqrt(2 / 32)),
-    ((), "linear", 2 / 32), (("--model", "convnet"), "square root", math.sqrt(2 / 32)),
-    (("--optimizer", "adam", "--no_adjust_learning_rate"), "none", 1)])
+@pytest.mark.parametrize(
+    "flags, scaling, share",
+    [
+        (("--optimizer", "momentum"), "linear", 2 / 32),
+        (("--optimizer", "adam"), "square root", math.sqrt(2 / 32)),
+        ((), "linear", 2 / 32),
+        (("--model", "convnet"), "square root", math.sqrt(2 / 32)),
+        (("--optimizer", "adam", "--no_adjust_learning_rate"), "none", 1),
+    ],
+)
 def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir):
     """Linear for momentum, as resnets have it by default, square root for Adam, as convnet does."""
     config, _, _ = configuration(data_dir, "--batch_size", 2, "--learning_rate", 0.5, *flags)
@@ -262,9 +336,17 @@ def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir)
     assert config.peak_learning_rate == pytest.approx(0.5 * share, rel=1e-12)
 
 
-@pytest.mark.parametrize("dataset, augment, optimizer", [
-    ("MNIST", None, "momentum"), ("CIFAR10", "flip+crop", "momentum"), ("Fashion", "flip+crop", "momentum"),
-    ("SVHN", None, "momentum"), ("ImageNet", "flip+crop", "momentum"), ("OWN", None, "momentum")])
+@pytest.mark.parametrize(
+    "dataset, augment, optimizer",
+    [
+        ("MNIST", None, "momentum"),
+        ("CIFAR10", "flip+crop", "momentum"),
+        ("Fashion", "flip+crop", "momentum"),
+        ("SVHN", None, "momentum"),
+        ("ImageNet", "flip+crop", "momentum"),
+        ("OWN", None, "momentum"),
+    ],
+)
 def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
     config = trainer.derive(trainer.parse_flags(["--dataset", dataset])[0], digits[0])
@@ -274,9 +356,15 @@ def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     assert config.max_training_step == epochs * math.ceil(1437 / 64)
 
 
-@pytest.mark.parametrize("flags, augment", [
-    (("--augment",), "flip+crop"), (("--augment", "crop"), "crop"), (("--augment", "flip+crop"), "flip+crop"),
-    ((), None)])
+@pytest.mark.parametrize(
+    "flags, augment",
+    [
+        (("--augment",), "flip+crop"),
+        (("--augment", "crop"), "crop"),
+        (("--augment", "flip+crop"), "flip+crop"),
+        ((), None),
+    ],
+)
 def test_augmentations(flags, augment, data_dir):
     assert configuration(data_dir, *flags)[0].augment == augment
 
@@ -320,8 +408,9 @@ def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
     model = evaler.build_model(config, train.image_shape, train.num_classes)
     before = {variable.path: variable.numpy().copy() for variable in model.variables}
     predict = evaler.make_predictor(model)
-    results = [evaler.evaluate(predict, evaler.create_input_ops(test, size, False), test.labels, 10)
-               for size in (360, 7)]
+    results = [
+        evaler.evaluate(predict, evaler.create_input_ops(test, size, False), test.labels, 10) for size in (360, 7)
+    ]
     assert results[0]["images"] == results[1]["images"] == 360
     assert results[0]["accuracy"] == results[1]["accuracy"]
     np.testing.assert_allclose(results[0]["losses"], results[1]["losses"], rtol=1e-4, atol=1e-5)
@@ -361,8 +450,21 @@ def main_of(monkeypatch):
 
 def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch):
     """A signal in a test stops it between batches; the run goes on and ends like one left alone, that row included."""
-    flags = (*SMALL, "--norm_type", "batch", "--batch_size", 8, "--max_training_step", 6, "--log_step", 2,
-             "--test_sample_step", 3, "--data_dir", data_dir)
+    flags = (
+        *SMALL,
+        "--norm_type",
+        "batch",
+        "--batch_size",
+        8,
+        "--max_training_step",
+        6,
+        "--log_step",
+        2,
+        "--test_sample_step",
+        3,
+        "--data_dir",
+        data_dir,
+    )
     main_of(*flags, "--train_dir", tmp_path / "alone")
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "Interruption", StoppedInTest)
@@ -398,12 +500,28 @@ def watched(data_dir, tmp_path_factory):
             finite, loss = train_step(images, labels)
             steps.append((images.numpy(), labels.numpy(), float(loss)))
             return finite, loss
+
         return step
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(trainer, "make_train_step", make_watched)
-        run_here(monkeypatch, *SMALL, "--norm_type", "group", "--augment", "--seed", 5, "--max_training_step", 5,
-                 "--log_step", 2, "--data_dir", data_dir, "--train_dir", train_dir)
+        run_here(
+            monkeypatch,
+            *SMALL,
+            "--norm_type",
+            "group",
+            "--augment",
+            "--seed",
+            5,
+            "--max_training_step",
+            5,
+            "--log_step",
+            2,
+            "--data_dir",
+            data_dir,
+            "--train_dir",
+            train_dir,
+        )
     return scripts.only_run(train_dir), weights, steps
 
 
@@ -428,8 +546,12 @@ def test_a_run_trains_on_augmented_images_of_its_seed(watched, digits):
 
 
 def test_a_run_starts_from_the_weights_of_its_seed(watched, data_dir):
-    weights = {seed: [variable.numpy() for variable in
-                      machinery(data_dir, "--norm_type", "group", "--seed", seed)[1].variables] for seed in (0, 5)}
+    weights = {
+        seed: [
+            variable.numpy() for variable in machinery(data_dir, "--norm_type", "group", "--seed", seed)[1].variables
+        ]
+        for seed in (0, 5)
+    }
     for found, expected in zip(watched[1], weights[5], strict=True):
         np.testing.assert_array_equal(found, expected)
     assert (weights[0][0] != weights[5][0]).any()
@@ -470,8 +592,10 @@ def test_threads_are_set_for_the_images_of_an_update_before_the_network_is_built
 @pytest.mark.parametrize("script", ["trainer", "evaler", "model", "input_ops", "datasets", "download", "compare"])
 def test_flags_are_parsed_before_tensorflow_loads(script):
     """--help and wrong flags take a fraction of a second; TensorFlow takes five."""
-    code = (f"import sys; sys.path.insert(0, 'figure'); import {script}; "
-            f"print([name for name in ('tensorflow', 'keras') if name in sys.modules])")
+    code = (
+        f"import sys; sys.path.insert(0, 'figure'); import {script}; "
+        f"print([name for name in ('tensorflow', 'keras') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=scripts.REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -510,17 +634,31 @@ def test_the_configuration_says_what_made_the_run(finished):
 
 def test_hparams_has_every_setting_that_is_not_its_default(finished):
     from tensorboard.plugins.hparams import plugin_data_pb2
+
     shown = {}
     for path in finished[0].glob("events.out.tfevents.*"):
         for event in scripts.events(path):
             for value in event.summary.value:
                 if value.tag == "_hparams_/session_start_info":
                     content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                    shown = {name: getattr(held, held.WhichOneof("kind"))
-                             for name, held in content.session_start_info.hparams.items()}
-    assert shown == {"dataset": "Digits", "norm_type": "group", "batch_size": 8, "learning_rate": 0.01, "seed": 0,
-                     "model": "resnet8", "optimizer": "momentum", "weight_standardization": False,
-                     "max_batch_size": 32, "max_training_step": 9, "test_sample_step": 5, "ckpt_save_step": 4}
+                    shown = {
+                        name: getattr(held, held.WhichOneof("kind"))
+                        for name, held in content.session_start_info.hparams.items()
+                    }
+    assert shown == {
+        "dataset": "Digits",
+        "norm_type": "group",
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "seed": 0,
+        "model": "resnet8",
+        "optimizer": "momentum",
+        "weight_standardization": False,
+        "max_batch_size": 32,
+        "max_training_step": 9,
+        "test_sample_step": 5,
+        "ckpt_save_step": 4,
+    }
 
 
 def test_the_first_line_comes_before_tensorflow_and_says_what_comes(finished):
@@ -532,18 +670,37 @@ def test_the_first_line_comes_before_tensorflow_and_says_what_comes(finished):
 
 def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, tmp_path):
     """Fault 10: all variables of the model, and a fresh optimizer; at a rate of nearly 0 the accuracy stays."""
-    scripts.run("trainer.py", *SMALL, "--norm_type", "group", "--max_training_step", 1, "--learning_rate", 1e-30,
-                "--checkpoint", finished[0], "--data_dir", data_dir, "--train_dir", tmp_path)
-    assert scripts.metrics(scripts.only_run(tmp_path))[-1]["test_loss/accuracy"] == \
-        scripts.metrics(finished[0])[-1]["test_loss/accuracy"]
+    scripts.run(
+        "trainer.py",
+        *SMALL,
+        "--norm_type",
+        "group",
+        "--max_training_step",
+        1,
+        "--learning_rate",
+        1e-30,
+        "--checkpoint",
+        finished[0],
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+    )
+    assert (
+        scripts.metrics(scripts.only_run(tmp_path))[-1]["test_loss/accuracy"]
+        == scripts.metrics(finished[0])[-1]["test_loss/accuracy"]
+    )
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("--norm_type", "layer"), "--norm_type group, not layer"),         # the same names and shapes of variables
-    (("--norm_type", "group", "--groups", 4), "--groups 16, not 4"),
-    (("--norm_type", "group", "--weight_standardization"), "--weight_standardization False, not True"),
-    (("--norm_type", "group", "--model", "resnet14"), "--model resnet8, not resnet14"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--norm_type", "layer"), "--norm_type group, not layer"),  # the same names and shapes of variables
+        (("--norm_type", "group", "--groups", 4), "--groups 16, not 4"),
+        (("--norm_type", "group", "--weight_standardization"), "--weight_standardization False, not True"),
+        (("--norm_type", "group", "--model", "resnet14"), "--model resnet8, not resnet14"),
+    ],
+)
 def test_checkpoint_of_another_network_is_refused(flags, said, finished, data_dir):
     config, _, _ = configuration(data_dir, *flags)
     for checkpoint in (finished[0], finished[0] / "model-9"):
@@ -566,7 +723,7 @@ def test_other_ways_to_compute_learn_the_same(flag, norm_type, data_dir, digits)
     finally:
         keras.mixed_precision.set_dtype_policy("float32")
     assert losses[0][-1] < losses[0][0]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)         # bfloat16 has 3 digits
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)  # bfloat16 has 3 digits
 
 
 def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
@@ -582,8 +739,22 @@ def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
             file[f"{i}/label"] = np.eye(2)[i % 2]
     (folder / "id.txt").write_text("".join(f"{i}\n" for i in range(60)))
     common = ("--dataset", "MY_SHAPES", "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
-    scripts.run("trainer.py", *common, "--norm_type", "group", "--model", "resnet8", "--batch_size", 4,
-                "--max_batch_size", 8, "--max_training_step", 40, "--learning_rate", 0.1)
+    scripts.run(
+        "trainer.py",
+        *common,
+        "--norm_type",
+        "group",
+        "--model",
+        "resnet8",
+        "--batch_size",
+        4,
+        "--max_batch_size",
+        8,
+        "--max_training_step",
+        40,
+        "--learning_rate",
+        0.1,
+    )
     printed = scripts.run("evaler.py", *common)
     assert "12 images" in printed and "accuracy 100.00 %" in printed
 
@@ -607,10 +778,27 @@ def test_a_signal_saves_and_says_how_to_go_on(stop, data_dir, tmp_path):
 @pytest.mark.parametrize("lines, signals", [("run folder", 1), ("step", 2)])
 def test_a_signal_before_the_first_step_and_a_second_one_end_the_process_at_once(lines, signals, data_dir, tmp_path):
     """Steps that take long: nothing is waited for, where there is nothing to save or the user insists."""
-    flags = ("--dataset", "Digits", "--model", "resnet110", "--max_batch_size", 1024, "--max_training_step", 1000,
-             "--log_step", 1, "--test_sample_step", 1000, "--data_dir", data_dir, "--train_dir", tmp_path)
-    process = subprocess.Popen(scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.PIPE)
+    flags = (
+        "--dataset",
+        "Digits",
+        "--model",
+        "resnet110",
+        "--max_batch_size",
+        1024,
+        "--max_training_step",
+        1000,
+        "--log_step",
+        1,
+        "--test_sample_step",
+        1000,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+    )
+    process = subprocess.Popen(
+        scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
+    )
     for line in process.stdout:
         if line.startswith(lines):
             break
@@ -626,9 +814,25 @@ def test_a_signal_before_the_first_step_and_a_second_one_end_the_process_at_once
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
-    error = scripts.run("trainer.py", *SMALL, "--norm_type", "none", "--optimizer", "momentum", "--learning_rate", 1e9,
-                        "--max_training_step", 50, "--ckpt_save_step", 1, "--data_dir", data_dir, "--train_dir",
-                        tmp_path, code=1)
+    error = scripts.run(
+        "trainer.py",
+        *SMALL,
+        "--norm_type",
+        "none",
+        "--optimizer",
+        "momentum",
+        "--learning_rate",
+        1e9,
+        "--max_training_step",
+        50,
+        "--ckpt_save_step",
+        1,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+        code=1,
+    )
     run_dir = scripts.only_run(tmp_path)
     last = scripts.checkpoint(run_dir)
     step = int(last["step/.ATTRIBUTES/VARIABLE_VALUE"])
@@ -644,10 +848,24 @@ def test_runs_of_the_same_second_get_folders_of_their_own(data_dir, tmp_path):
 
 def test_two_trainers_and_an_evaler_at_once(data_dir, tmp_path):
     """Two runs of the same flags side by side, of which one is evaluated while it trains."""
-    flags = (*SMALL, "--max_training_step", 60, "--log_step", 1, "--ckpt_save_step", 1, "--test_sample_step", 1000,
-             "--data_dir", data_dir, "--train_dir", tmp_path)
-    both = [subprocess.Popen(scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True)
-            for _ in range(2)]
+    flags = (
+        *SMALL,
+        "--max_training_step",
+        60,
+        "--log_step",
+        1,
+        "--ckpt_save_step",
+        1,
+        "--test_sample_step",
+        1000,
+        "--data_dir",
+        data_dir,
+        "--train_dir",
+        tmp_path,
+    )
+    both = [
+        subprocess.Popen(scripts.command("trainer.py", *flags), stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for line in both[0].stdout:
         if line.startswith("step  2"):
             break
@@ -667,10 +885,12 @@ def test_two_trainers_and_an_evaler_at_once(data_dir, tmp_path):
 
 def test_small_updates_take_one_thread_an_operation():
     """Up to 16 images of 32 by 32; TensorFlow's choice (0) above, and where the size of the images is not known."""
-    script = ("import command, tensorflow as tf\n"
-              "for images, shape in ((17, (32, 32, 3)), (64, (None, None, 3)), (16, (32, 32, 3))):\n"
-              "    command.set_threads(images, shape)\n"
-              "    print(tf.config.threading.get_intra_op_parallelism_threads())\n")
+    script = (
+        "import command, tensorflow as tf\n"
+        "for images, shape in ((17, (32, 32, 3)), (64, (None, None, 3)), (16, (32, 32, 3))):\n"
+        "    command.set_threads(images, shape)\n"
+        "    print(tf.config.threading.get_intra_op_parallelism_threads())\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=scripts.REPO, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "0", "1"]
 
@@ -684,25 +904,40 @@ def test_onednn_is_on_unless_the_user_says_no(given):
     if given:
         environment["TF_ENABLE_ONEDNN_OPTS"] = given
     script = "import model, os; model.ops.EPSILON; print(os.environ.get('TF_ENABLE_ONEDNN_OPTS'))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=scripts.REPO, env=environment, capture_output=True,
-                          text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=scripts.REPO, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == then
 
 
 # ------------------------------------------------------------------------------------------------ wrong flags
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("--batch_size", "3"), "3"), (("--batch_size", "64"), "64"), (("--batch_size", "0"), "0"),
-    (("--learning_rate", "-1"), "-1"), (("--learning_rate", "nan"), "nan"), (("--groups", "8"), "--norm_type group"),
-    (("--norm_type", "group", "--groups", "4", "--group_size", "4"), "--group_size 4"),
-    (("--augment", "--no_augment"), "--no_augment"), (("--seed", "-1"), "-1"), (("--log_step", "0"), "0"),
-    (("--warmup_steps", "20", "--max_training_step", "10"), "20"), (("--prefix", "a/b"), "a/b"),
-    (("--max_training_step", "0"), "0"), (("--weight_decay", "-0.1"), "-0.1"),
-    (("--resume", "somewhere"), "--model resnet8"), (("--validation", "0"), "0"), (("--augment", "flip"), "flip"),
-    (("--prefix", "lr[1]"), "lr[1]"), (("--train_dir", "runs*"), "runs*"),
-    (("--prefix", "\udcff"), "is not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--batch_size", "3"), "3"),
+        (("--batch_size", "64"), "64"),
+        (("--batch_size", "0"), "0"),
+        (("--learning_rate", "-1"), "-1"),
+        (("--learning_rate", "nan"), "nan"),
+        (("--groups", "8"), "--norm_type group"),
+        (("--norm_type", "group", "--groups", "4", "--group_size", "4"), "--group_size 4"),
+        (("--augment", "--no_augment"), "--no_augment"),
+        (("--seed", "-1"), "-1"),
+        (("--log_step", "0"), "0"),
+        (("--warmup_steps", "20", "--max_training_step", "10"), "20"),
+        (("--prefix", "a/b"), "a/b"),
+        (("--max_training_step", "0"), "0"),
+        (("--weight_decay", "-0.1"), "-0.1"),
+        (("--resume", "somewhere"), "--model resnet8"),
+        (("--validation", "0"), "0"),
+        (("--augment", "flip"), "flip"),
+        (("--prefix", "lr[1]"), "lr[1]"),
+        (("--train_dir", "runs*"), "runs*"),
+        (("--prefix", "\udcff"), "is not UTF-8"),
+    ],
+)
 def test_wrong_flags_are_named(flags, said, capsys):
     with pytest.raises((trainer.UserError, SystemExit)) as error:
         trainer.parse_flags([*SMALL, *flags])
@@ -716,12 +951,19 @@ def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flags):
         trainer.parse_flags(["--resume", "somewhere", *flags])
 
 
-@pytest.mark.parametrize("flags, said", [
-    (("--norm_type", "group", "--groups", "7"), "16 channels cannot be split into 7 groups"),
-    (("--dataset", "NO_SUCH"), "NO_SUCH"), (("--norm_type", "grupo"), "grupo"), (("--batch", "2"), "--batch"),
-    (("--checkpoint", "/nowhere/model-1"), "/nowhere/model-1"), (("--train_dir", "/proc/no"), "/proc/no"),
-    (("--model", "resnet18", "--batch_size", "1"), "a single value per channel"), (("--validation", "1437"), "1437"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--norm_type", "group", "--groups", "7"), "16 channels cannot be split into 7 groups"),
+        (("--dataset", "NO_SUCH"), "NO_SUCH"),
+        (("--norm_type", "grupo"), "grupo"),
+        (("--batch", "2"), "--batch"),
+        (("--checkpoint", "/nowhere/model-1"), "/nowhere/model-1"),
+        (("--train_dir", "/proc/no"), "/proc/no"),
+        (("--model", "resnet18", "--batch_size", "1"), "a single value per channel"),
+        (("--validation", "1437"), "1437"),
+    ],
+)
 def test_wrong_flags_end_in_one_line(flags, said, data_dir, tmp_path):
     error = scripts.run("trainer.py", *SMALL, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", *flags, code=2)
     assert said in error

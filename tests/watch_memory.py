@@ -4,6 +4,7 @@
 
 Prints the resident memory along the way, and how much it grew after the first 1,000 updates; exit code 1 above 50 MB.
 """
+
 import argparse
 import re
 import subprocess
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import scripts
 
 UPDATES_A_STEP = 64
-LIMIT = 50      # MB
+LIMIT = 50  # MB
 
 
 def resident_megabytes(pid):
@@ -32,19 +33,44 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         scripts.run("download.py", "--dataset", "Digits", "--data_dir", folder)
         process = subprocess.Popen(
-            scripts.command("trainer.py", "--dataset", "Digits", "--model", "resnet8", "--batch_size", 1,
-                            "--norm_type", arguments.norm_type, "--max_batch_size", UPDATES_A_STEP,
-                            "--max_training_step", steps, "--log_step", 4, "--write_summary_step", 4,
-                            "--test_sample_step", 20, "--ckpt_save_step", 20, "--data_dir", folder,
-                            "--train_dir", folder + "/runs"), stdout=subprocess.PIPE, text=True)
+            scripts.command(
+                "trainer.py",
+                "--dataset",
+                "Digits",
+                "--model",
+                "resnet8",
+                "--batch_size",
+                1,
+                "--norm_type",
+                arguments.norm_type,
+                "--max_batch_size",
+                UPDATES_A_STEP,
+                "--max_training_step",
+                steps,
+                "--log_step",
+                4,
+                "--write_summary_step",
+                4,
+                "--test_sample_step",
+                20,
+                "--ckpt_save_step",
+                20,
+                "--data_dir",
+                folder,
+                "--train_dir",
+                folder + "/runs",
+            ),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         samples = []
         for line in process.stdout:
             step = re.match(r"step +(\d+)/", line)
-            if step and int(step[1]) < steps:               # at the last one it may already have ended
+            if step and int(step[1]) < steps:  # at the last one it may already have ended
                 samples.append((int(step[1]) * UPDATES_A_STEP, resident_megabytes(process.pid)))
         assert process.wait() == 0
     early = [memory for updates, memory in samples if updates <= 1000][-1]
-    for updates, memory in samples[::max(1, len(samples) // 10)] + samples[-1:]:
+    for updates, memory in samples[:: max(1, len(samples) // 10)] + samples[-1:]:
         print(f"{updates:>7} updates  {memory:8.1f} MB")
     growth = max(memory for updates, memory in samples if updates > 1000) - early
     print(f"growth after the first 1000 updates: {growth:.1f} MB (limit {LIMIT})")
