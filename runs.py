@@ -369,35 +369,14 @@ def check_same_network(config: Config, checkpoint) -> None:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Make a folder what it was when `step` was saved: the steps after it are done again."""
+    """Make a folder what it was when `step` was saved: the steps after it are done again.
+
+    TensorBoard's events stay: summaries.Log marks where it goes on, and TensorBoard drops what was written after that.
+    """
     for leftover in run_dir.glob("model-*temp*"):  # of a checkpoint whose writing was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     path = run_dir / "metrics.jsonl"
     write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
-    drop_events_after(run_dir, step or -1)
-
-
-def drop_events_after(run_dir, step):
-    """Drop the TensorBoard events after `step`, and what a kill left half-written, from a run folder's event files."""
-    files = sorted(path for path in run_dir.glob("events.out.tfevents.*") if not path.name.endswith(".evaluation"))
-    kept = {}  # a record that an interrupted trim left in two files counts once
-    for path in files:
-        try:
-            for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                event = tf.compat.v1.Event.FromString(record)
-                if event.step <= step and not event.file_version:
-                    kept[record] = None
-        except tf.errors.DataLossError:
-            pass  # the end of the file was never written
-    if files:
-        part = run_dir / "events.part"
-        with tf.io.TFRecordWriter(str(part)) as writer:
-            writer.write(tf.compat.v1.Event(file_version="brain.Event:2").SerializeToString())
-            for record in kept:
-                writer.write(record)
-        part.replace(files[0])
-        for path in files[1:]:
-            path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------ reading it again

@@ -31,6 +31,7 @@ class Log:
         self.path = run_dir / "metrics.jsonl"
         self.file = open(self.path, "a")
         self.writer = tf.summary.create_file_writer(str(run_dir))
+        mark_start(self.writer, first_step)
         if first_step == 0:
             with self.writer.as_default(step=0):
                 write_hparams(config, runs.flags_given(run_dir))
@@ -142,6 +143,13 @@ class Log:
         self.bar.close()
         self.writer.close()
         self.file.close()
+
+
+def mark_start(writer, first_step):
+    """Tell TensorBoard that a session starts here: it drops what an earlier one wrote of the steps that follow."""
+    start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+    event = tf.compat.v1.Event(step=first_step + 1 if first_step else 0, wall_time=time.time(), session_log=start)
+    tf.raw_ops.ImportEvent(writer=writer._resource, event=event.SerializeToString())
 
 
 def duration(seconds: float) -> str:

@@ -99,6 +99,10 @@ MUTATIONS = {
          "test_compare.py::test_an_evaluation_of_another_step_or_split_does_not_count"),
     ],
     "summaries.py": [
+        ("        mark_start(self.writer, first_step)", "",
+         "test_resume.py::test_rows_and_events_after_the_checkpoint_are_dropped"),
+        ("step=first_step + 1 if first_step else 0,", "step=first_step,",
+         "test_resume.py::test_rows_and_events_after_the_checkpoint_are_dropped"),
         ("self.clock += time.perf_counter() - began", "pass",
          "test_trainer.py::test_speed_counts_neither_the_first_step_nor_what_is_not_training"),
         ("if step == self.first_step + 1:", "if step == self.first_step:",

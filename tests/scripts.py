@@ -14,6 +14,7 @@ from command import import_tensorflow
 import_tensorflow()
 
 import tensorflow as tf
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 TIMINGS = ("images_per_second",)
 
@@ -53,14 +54,11 @@ def checkpoint(run_dir):
 
 
 def scalars(run_dir):
-    """[(tag, step)] of every scalar in the event files of a run, in the order of the files."""
-    found = []
-    for path in sorted(Path(run_dir).glob("events.out.tfevents.*")):
-        for event in events(path):
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "scalars":
-                    found.append((value.tag, event.step))
-    return found
+    """[(tag, step)] of every scalar of a run that TensorBoard shows."""
+    shown = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
+    shown.Reload()
+    tags = [tag for tag in shown.Tags()["tensors"] if shown.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"]
+    return [(tag, event.step) for tag in tags for event in shown.Tensors(tag)]
 
 
 def events(path):
