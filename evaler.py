@@ -15,6 +15,7 @@ import numpy as np
 
 import datasets
 import model as models
+import replicas
 import runs
 import summaries
 from command import ArgumentParser, Later, UserError, run, within, write_whole
@@ -42,30 +43,40 @@ def build_model(config, image_shape, num_classes):
             config.group_size,
             config.weight_standardization,
             config.batch_norm_momentum,
+            config.sync_batch_norm,
         )
     except ValueError as error:
         raise UserError(f"{config.model} with --norm_type {config.norm_type}: {error}") from error
 
 
-def make_predictor(model):
+def make_predictor(model, strategy=None):
     """A graph from (images [B, h, w, c], labels [B]) to each example's loss [B], predicted class [B], and whether its
-    label is among the five most likely [B]."""
+    label is among the five most likely [B]. The replicas of the strategy in this process share a batch."""
+    strategy = strategy or tf.distribute.get_strategy()
 
-    @tf.function(reduce_retracing=True)
     def predict(images, labels):
         logits = model(images, training=False)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
         return loss, tf.argmax(logits, axis=1, output_type=tf.int32), tf.math.in_top_k(labels, logits, 5)
 
-    return predict
+    @tf.function(reduce_retracing=True)
+    def predict_batch(images, labels):
+        return replicas.map_parts(strategy, predict, images, labels)
+
+    return predict_batch
 
 
-def evaluate(predict, batches, labels, num_classes):
-    """Evaluate over all of a split, remainder included.
+def predict_all(predict, batches):
+    """losses, predictions and in_top5, [N] each, of batches of (images, labels), by what make_predictor gave."""
+    outputs = [predict(*batch) for batch in batches]
+    return [np.concatenate([values.numpy() for values in column]) for column in zip(*outputs)]
+
+
+def summarize(losses, predictions, in_top5, labels, num_classes):
+    """The result of an evaluation over all of a split.
 
     Args:
-        predict: what make_predictor gave.
-        batches: tf.data.Dataset of (images, labels), each example once, in order.
+        losses, predictions, in_top5: [N], of predict_all.
         labels: [N] the labels of the split, in the same order.
         num_classes: K.
 
@@ -74,8 +85,6 @@ def evaluate(predict, batches, labels, num_classes):
         for a class without images), confusion [K, K] int (label, prediction), losses [N] and predictions [N]; from
         TOP5_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most likely.
     """
-    outputs = [predict(*batch) for batch in batches]
-    losses, predictions, in_top5 = (np.concatenate([values.numpy() for values in column]) for column in zip(*outputs))
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     per_class = [int(row[k]) / int(row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
@@ -90,6 +99,11 @@ def evaluate(predict, batches, labels, num_classes):
         "losses": losses,
         "predictions": predictions,
     }
+
+
+def evaluate(predict, batches, labels, num_classes):
+    """summarize() of all of a split, remainder included: each example once, in the order of labels."""
+    return summarize(*predict_all(predict, batches), labels, num_classes)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ def create_input_ops(
     seed: int = 0,
     first_step: int = 0,
     last_step: int | None = None,
+    rows: np.ndarray | None = None,
 ):
     """Make a tf.data.Dataset of (images [B, h, w, c] float32, labels [B] int32).
 
@@ -42,6 +43,7 @@ def create_input_ops(
         augment: None, or one of AUGMENTATIONS: cut images at random, or mirror them at random too (in training only).
         seed: of shuffling and augmentation.
         first_step, last_step: the batches of a training run to make; last_step None is endless.
+        rows: which images of each training batch to make, int [rows]; None: all B.
 
     Returns:
         tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are left as they are.
@@ -57,14 +59,16 @@ def create_input_ops(
         positions = tf.data.Dataset.range(len(dataset)).batch(batch_size)
     places = tf.data.Dataset.zip(steps, positions)
     if dataset.encoded:
-        batches = decoded_batches(places, dataset, batch_size, augment, is_training, seed)
+        batches = decoded_batches(places, dataset, batch_size, augment, is_training, seed, rows)
     else:
         read = reader(dataset)
 
         def make_batch(step, positions):
-            images, labels = read(positions)
+            images, labels = read(positions if rows is None else tf.gather(positions, rows))
             if augment:
-                images = flip_and_crop(images, key(AUGMENTATION, seed, step), flip=augment == "flip+crop")
+                draws = tf.random.stateless_uniform([3, batch_size, 1], key(AUGMENTATION, seed, step))
+                draws = draws if rows is None else tf.gather(draws, rows, axis=1)
+                images = flip_and_crop(images, draws, flip=augment == "flip+crop")
             return to_float(images), labels
 
         batches = places.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -119,19 +123,18 @@ def to_float(images):
     return tf.cast(images, tf.float32) / 255 if images.dtype == tf.uint8 else images
 
 
-def flip_and_crop(images, seed, flip=True):
+def flip_and_crop(images, draws, flip=True):
     """Mirror each image with probability 1/2 and cut it at random out of its own frame padded with zeros.
 
     Args:
         images: [B, h, w, c], any type.
-        seed: [2] integers; the same seed draws the same.
+        draws: [3, B, 1] random numbers, uniform in 0 ... 1: what rows, what columns, and whether to mirror.
         flip: False: cut only.
 
     Returns:
         [B, h, w, c]: two gathers, one of rows and one of columns, do the padding, the crop and the mirror at once.
     """
-    batch, height, width = tf.shape(images)[0], images.shape[1], images.shape[2]
-    draws = tf.random.stateless_uniform([3, batch, 1], seed)
+    height, width = images.shape[1], images.shape[2]
 
     def indices(size, draw):  # [B, size], in the padded frame
         padding = max(1, round(size * CROP_PADDING))
@@ -145,14 +148,16 @@ def flip_and_crop(images, seed, flip=True):
     return tf.gather(tf.gather(padded, rows, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def decoded_batches(places, dataset, batch_size, augment, is_training, seed):
+def decoded_batches(places, dataset, batch_size, augment, is_training, seed, rows):
     """The batches of a dataset of JPEG bytes: read a batch in one call, decode its images in parallel."""
     labels = tf.constant(dataset.labels)
 
     def read(step, positions):
+        place = step * batch_size + tf.range(tf.size(positions), dtype=tf.int64)
+        if rows is not None:
+            positions, place = tf.gather(positions, rows), tf.gather(place, rows)
         jpeg = tf.numpy_function(lambda p: np.array(dataset.read(p), dtype=object), [positions], tf.string)
         jpeg = tf.ensure_shape(jpeg, [None])
-        place = step * batch_size + tf.range(tf.size(positions), dtype=tf.int64)
         return jpeg, tf.gather(labels, positions), place
 
     def decode(jpeg, label, place):
@@ -164,7 +169,7 @@ def decoded_batches(places, dataset, batch_size, augment, is_training, seed):
 
     examples = places.map(read, num_parallel_calls=1).prefetch(2).unbatch()
     return examples.map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(
-        batch_size, drop_remainder=is_training
+        batch_size if rows is None else len(rows), drop_remainder=is_training
     )
 
 

@@ -99,6 +99,7 @@ def create_model(
     group_size: int | None = None,
     weight_standardization: bool = False,
     momentum: float = 0.9,
+    sync_batch_norm: bool = False,
 ):
     """Build a classifier as a Keras model from images to logits.
 
@@ -110,6 +111,7 @@ def create_model(
         groups: of group norm; None is default_groups(model). group_size, channels per group, overrides it.
         weight_standardization: standardize the weights of the convolutions (arXiv 1903.10520).
         momentum: of the moving statistics of batch norm, each update.
+        sync_batch_norm: take the statistics of batch norm over all replicas.
 
     Returns:
         keras.Model from [N, height, width, channels] float32 to [N, num_classes] float32.
@@ -119,7 +121,9 @@ def create_model(
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, not {model!r}")
-    norm = make_norm(norm_type, default_groups(model) if groups is None else groups, group_size, momentum)
+    norm = make_norm(
+        norm_type, default_groups(model) if groups is None else groups, group_size, momentum, sync_batch_norm
+    )
     conv = functools.partial(conv2d, norm=norm, weight_standardization=weight_standardization)
     image = keras.Input(image_shape, name="image")
     if model == "convnet":
@@ -137,7 +141,7 @@ def convnet(x, conv):
     """The original repo's classifier of small images: four 4×4 convolutions of stride 2, then three dense layers."""
     for i, filters in enumerate((64, 128, 256, 512), 1):
         x = conv(x, filters, 4, 2, f"layer{i}", "leaky_relu")
-        x = keras.layers.Dropout(0.5, name=f"layer{i}_dropout")(x)
+        x = ops.Dropout(0.5, name=f"layer{i}_dropout")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i, units in enumerate((512, 128, 32), 1):
         x = fc(x, units, f"fc{i}", "leaky_relu")
@@ -168,13 +172,20 @@ def large_resnet(x, conv, bottleneck, blocks):
 # ----------------------------------------------------------------------------------------------------------- blocks
 
 
-def make_norm(norm_type: str, groups: int = 32, group_size: int | None = None, momentum: float = 0.9):
+def make_norm(
+    norm_type: str,
+    groups: int = 32,
+    group_size: int | None = None,
+    momentum: float = 0.9,
+    sync_batch_norm: bool = False,
+):
     """The norm of a network: a function norm(x, name, gamma="ones") that puts it on x [N, ..., C], or None for 'none'.
 
     Args:
         norm_type: one of NORM_TYPES.
         groups: of group norm; group_size, channels per group, overrides it.
         momentum: of batch norm's moving statistics.
+        sync_batch_norm: take its statistics over all replicas.
     """
     if norm_type not in NORM_TYPES:
         raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, not {norm_type!r}")
@@ -182,7 +193,8 @@ def make_norm(norm_type: str, groups: int = 32, group_size: int | None = None, m
     def norm(x, name=None, gamma="ones"):
         channels = x.shape[-1]
         if norm_type == "batch":
-            return ops.BatchNorm(momentum=momentum, gamma_initializer=gamma, name=name)(x)
+            layer = ops.BatchNorm(momentum=momentum, gamma_initializer=gamma, synchronized=sync_batch_norm, name=name)
+            return layer(x)
         if norm_type == "batch+renorm":
             return keras.layers.BatchNormalization(
                 momentum=momentum,

@@ -166,6 +166,7 @@ def batch_norm(
     epsilon: float = EPSILON,
     data_format: str = "channels_last",
     mask: tf.Tensor | None = None,
+    synchronized: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
 
@@ -182,6 +183,8 @@ def batch_norm(
         data_format: 'channels_last' or 'channels_first'.
         mask: None, or bool [N, ...], the shape of x without C: the batch's statistics are those of the positions that
             are True (all are normalized). A batch without any leaves the moving statistics as they are.
+        synchronized: in training within tf.distribute.Strategy.run, the batch is that of all replicas, of equally many
+            values each.
 
     Returns:
         (y, new_moving_mean, new_moving_variance); the latter two unchanged without training. x is normalized by
@@ -194,7 +197,7 @@ def batch_norm(
     x = tf.convert_to_tensor(x)
     axis = _channel_axis(x, data_format)
     count = math.prod(2 if size is None else size for i, size in enumerate(x.shape) if i != axis)
-    if training and count < 2:
+    if training and count < 2 and not synchronized:
         raise ValueError(
             f"batch_norm in training needs at least 2 values per channel, not {count}: the shape is "
             f"{x.shape}; use a larger batch, or group_norm"
@@ -206,8 +209,14 @@ def batch_norm(
     positions = tf.reshape(x, [shape[0], math.prod(shape[1:-1]), 1, shape[-1]])
     arguments = gamma, beta, tf.cast(moving_mean, dtype), tf.cast(moving_variance, dtype), training, momentum, epsilon
     if mask is not None and training:
+        if synchronized:
+            raise ValueError("synchronized batch norm takes no mask: replicas would have different numbers of values")
         mask = tf.reshape(tf.convert_to_tensor(mask), tf.shape(positions)[:3])[..., tf.newaxis]
         y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments, mask)
+    elif synchronized and training:
+        y, moving_mean, moving_variance = _batch_norm_by_moments(
+            tf.cast(positions, dtype), *arguments, synchronized=True
+        )
     elif dtype == tf.float64:
         y, moving_mean, moving_variance = _batch_norm_by_moments(positions, *arguments)
     else:
@@ -233,13 +242,19 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
     return (y, mean, variance) if training else (y, moving_mean, moving_variance)
 
 
-def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, mask=None):
-    """The same by the definition, for the type that the kernel lacks, and for masks [N, positions, 1, 1]."""
+def _batch_norm_by_moments(
+    x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, mask=None, synchronized=False
+):
+    """The same by the definition, for the type that the kernel lacks, for masks [N, positions, 1, 1], and for the batch
+    of all replicas."""
     mean, variance = moving_mean, moving_variance
     if training:
         if mask is None:
             count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
             mean, variance = _moments(x, [0, 1, 2])
+            if synchronized:
+                mean, variance, replicas = _moments_of_replicas(mean, variance)
+                count *= replicas
         else:
             weight = tf.cast(mask, x.dtype)
             count = tf.reduce_sum(weight)
@@ -256,6 +271,21 @@ def _moments(x, axes):
     """Mean and variance over axes; tf.nn.moments has the same, but wrong second derivatives."""
     mean = tf.reduce_mean(x, axes)
     return mean, tf.reduce_mean(tf.square(x - mean), axes)
+
+
+def _moments_of_replicas(mean, variance):
+    """Mean and variance [C] over the values of all replicas, of those [C] of each, and the number of replicas.
+
+    By the law of total variance: the mean of the variances plus the variance of the means, where E[x^2] - E[x]^2 would
+    lose all digits at mean >> std. One all-reduce, which has a gradient, brings everybody's [mean, variance] to all.
+    """
+    replica = tf.distribute.get_replica_context()
+    number = replica.num_replicas_in_sync
+    place = tf.one_hot(replica.replica_id_in_sync_group, number, dtype=mean.dtype)  # all_gather would lose the shape
+    mine = place[:, tf.newaxis, tf.newaxis] * tf.stack([mean, variance])
+    means, variances = tf.unstack(replica.all_reduce(tf.distribute.ReduceOp.SUM, mine), axis=1)
+    mean, between = _moments(means, [0])
+    return mean, tf.reduce_mean(variances, 0) + between, number
 
 
 def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
@@ -494,7 +524,7 @@ class BatchNorm(_Norm):
     """batch_norm as a layer, with the arguments of keras.layers.BatchNormalization (epsilon is 1e-5 here).
 
     Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. The statistics are those of the batch
-    that this replica sees, as in arXiv 1803.08494.
+    that this replica sees, as in arXiv 1803.08494, or, synchronized, those of the batch of all replicas.
     """
 
     def __init__(
@@ -507,12 +537,14 @@ class BatchNorm(_Norm):
         *,
         moving_mean_initializer="zeros",
         moving_variance_initializer="ones",
+        synchronized=False,
         **kwargs,
     ):
         super().__init__(axis, epsilon, center, scale, **kwargs)
         self.momentum = momentum
         self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
         self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
+        self.synchronized = synchronized
         self.use_batch_statistics = False  # True: normalize by the batch, and move, without training too
 
     def build(self, input_shape):
@@ -533,6 +565,7 @@ class BatchNorm(_Norm):
             self.epsilon,
             self.data_format,
             mask,
+            self.synchronized and _replicas() > 1,
         )
         if training:
             self.moving_mean.assign(moving_mean)
@@ -540,10 +573,28 @@ class BatchNorm(_Norm):
         return y
 
     def get_config(self):
-        config = {"momentum": self.momentum}
+        config = {"momentum": self.momentum, "synchronized": self.synchronized}
         config["moving_mean_initializer"] = keras.initializers.serialize(self.moving_mean_initializer)
         config["moving_variance_initializer"] = keras.initializers.serialize(self.moving_variance_initializer)
         return {**super().get_config(), **config}
+
+
+def _replicas():
+    """How many replicas compute this together; 1 outside tf.distribute.Strategy.run."""
+    replica = tf.distribute.get_replica_context()
+    return 1 if replica is None else replica.num_replicas_in_sync
+
+
+@keras.saving.register_keras_serializable("group_norm")
+class Dropout(keras.layers.Dropout):
+    """keras.layers.Dropout, with another mask in each replica: Keras' own draws the same one in all."""
+
+    def call(self, inputs, training=False):
+        if not training or self.rate == 0 or _replicas() == 1:
+            return super().call(inputs, training=training)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = tf.random.fold_in(tf.cast(self.seed_generator.next(), tf.int64), replica)
+        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed)
 
 
 @keras.saving.register_keras_serializable("group_norm")

@@ -37,9 +37,19 @@ class Config(models.Network):
     dataset: str | None = flag(None, "MNIST, Fashion, SVHN, CIFAR10, TinyImageNet, ImageNet, Digits or your own")
     prefix: str = flag("default", "first part of the run folder's name")
     batch_size: int | None = flag(
-        None, "images per update, all of which batch norm sees together; by default --max_batch_size", low=1
+        None,
+        "images per update and replica, all of which batch norm sees together; by default as many as fit one update",
+        low=1,
     )
-    max_batch_size: int = flag(64, "images per step, a multiple of --batch_size", low=1)
+    max_batch_size: int = flag(64, "images per step, over all replicas; a multiple of what an update has", low=1)
+    replicas: int | None = flag(
+        None,
+        "devices of this host to train on, by default 1, each with --batch_size images per update; hosts by TF_CONFIG",
+        low=1,
+        on_resume=True,
+    )
+    sync_batch_norm: bool = flag(False, "batch norm takes its statistics over the images of all replicas")
+    worker_timeout: float = flag(300.0, "seconds to wait for the other hosts of TF_CONFIG", above=0, on_resume=True)
     max_training_step: int | None = flag(
         None, "steps to train; by default a number of epochs that suits the dataset", low=1
     )
@@ -56,7 +66,7 @@ class Config(models.Network):
     )
     no_adjust_learning_rate: bool = flag(
         False,
-        "do not scale the rate with the batch size: by batch_size / max_batch_size for momentum (arXiv "
+        "do not scale the rate with the images per update: by their share in max_batch_size for momentum (arXiv "
         "1706.02677), by its square root for adam (arXiv 2205.10287)",
     )
     lr_schedule: str = flag(
@@ -104,6 +114,7 @@ class Config(models.Network):
     peak_learning_rate: float | None = None  # of the schedule: scaled with the batch size
     batch_norm_momentum: float | None = None  # of the moving statistics, per update
     updates_per_step: int | None = None
+    num_replicas: int = 1  # on all hosts
 
 
 FLAGS = [field.name for field in dataclasses.fields(Config) if field.metadata]
@@ -112,6 +123,7 @@ DERIVED = [
     "groups",
     "batch_size",
     "updates_per_step",
+    "num_replicas",
     "optimizer",
     "base_learning_rate",
     "learning_rate_scaling",
@@ -122,7 +134,7 @@ DERIVED = [
     "max_training_step",
     "test_sample_step",
 ]
-PLACES = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step"}
+PLACES = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step", "worker_timeout"}
 # What does not change what is learned, or follows from what does.
 IGNORED = PLACES | {
     "seed",
@@ -132,6 +144,7 @@ IGNORED = PLACES | {
     "learning_rate",
     "no_adjust_learning_rate",
     "no_augment",
+    "replicas",
 }
 MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batch": ", statistics of the test batch"}
 
@@ -305,12 +318,12 @@ def weights_of(model) -> dict:
 class Checkpoints:
     """The checkpoints of a run folder: restores the newest as it is made, says when one is due, and writes it."""
 
-    def __init__(self, run_dir, config, **tracked):
+    def __init__(self, run_dir, config, writes, **tracked):
         checkpoint = tf.train.Checkpoint(**tracked)
         self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
         if self.newest():
             checkpoint.restore(self.newest()).assert_consumed()
-        self.every = config.ckpt_save_step
+        self.every, self.writes = config.ckpt_save_step, writes
         self.saved, self.clock = int(tracked["step"]), time.monotonic()
 
     def newest(self):
@@ -320,7 +333,8 @@ class Checkpoints:
         return step % self.every == 0 or time.monotonic() - self.clock > CHECKPOINT_SECONDS
 
     def save(self, step):
-        self.manager.save(checkpoint_number=step)
+        if self.writes:
+            self.manager.save(checkpoint_number=step)
         self.saved, self.clock = step, time.monotonic()
 
 

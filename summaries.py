@@ -7,6 +7,7 @@ if log.due(step): log.write({"step": step, ...}, images)
 
 import contextlib
 import json
+import os
 import time
 
 import numpy as np
@@ -23,19 +24,20 @@ class Log:
     """The row, the scalars, the line and the bar of each step that asks for them.
 
     images_per_second counts the seconds of training alone, without those spent in `with log.paused()` and without the
-    first step, which traces the graph.
+    first step, which traces the graph. Of several workers one writes.
     """
 
-    def __init__(self, run_dir, config, test, first_step):
+    def __init__(self, run_dir, config, test, first_step, writes=True):
         self.config, self.test, self.first_step, self.steps = config, test, first_step, config.max_training_step
-        self.path = run_dir / "metrics.jsonl"
-        self.file = open(self.path, "a")
-        self.writer = tf.summary.create_file_writer(str(run_dir))
-        mark_start(self.writer, first_step)
-        if first_step == 0:
+        self.writes, self.path = writes, run_dir and run_dir / "metrics.jsonl"
+        self.file = open(self.path if writes else os.devnull, "a")
+        self.writer = tf.summary.create_file_writer(str(run_dir)) if writes else tf.summary.create_noop_writer()
+        if writes:
+            mark_start(self.writer, first_step)
+        if writes and first_step == 0:
             with self.writer.as_default(step=0):
                 write_hparams(config, runs.flags_given(run_dir))
-        self.bar = tqdm(total=self.steps, initial=first_step, unit="step", disable=None)
+        self.bar = tqdm(total=self.steps, initial=first_step, unit="step", disable=None if writes else True)
         self.clock, self.timed_steps, self.seconds_per_step = time.perf_counter(), 0, None
         self.seconds_per_test = None
 
@@ -55,8 +57,7 @@ class Log:
 
     def owes(self, step):
         """Whether the row of `step` is due and not written: its test was interrupted."""
-        rows = runs.read_rows(self.path)
-        return step > 0 and self.due(step) and not (rows and rows[-1]["step"] == step)
+        return step > 0 and self.due(step) and all(row["step"] != step for row in runs.read_rows(self.path))
 
     # the clock
 
@@ -94,7 +95,8 @@ class Log:
     # the showing
 
     def say(self, line):
-        self.bar.write(line) if not self.bar.disable else print(line, flush=True)
+        if self.writes:
+            self.bar.write(line) if not self.bar.disable else print(line, flush=True)
 
     def write(self, row, images):
         """Write the row of a step, with pictures of its images [B, h, w, c] where it was tested."""

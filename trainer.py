@@ -22,6 +22,7 @@ import datasets
 import download
 import evaler
 import model as models
+import replicas
 import runs
 from command import ArgumentParser, Later, UserError, WorldError, run, set_threads
 from input_ops import create_input_ops, network_image_shape
@@ -64,12 +65,7 @@ def check_flags(flags):
     models.check_network(flags)
     if flags.seed >= 2**31:
         raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
-    if flags.batch_size is not None and flags.max_batch_size % flags.batch_size:
-        fitting = -(-flags.max_batch_size // flags.batch_size) * flags.batch_size
-        raise UserError(
-            f"--batch_size {flags.batch_size} does not divide --max_batch_size {flags.max_batch_size}: a "
-            f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do"
-        )
+    check_replicas(flags)
     if flags.augment and flags.no_augment:
         raise UserError("--augment and --no_augment contradict each other: give one of them")
     if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
@@ -78,14 +74,33 @@ def check_flags(flags):
         )
 
 
+def check_replicas(flags):
+    """Raise UserError unless a step is whole updates of all replicas, and for what several replicas cannot do."""
+    number = replicas.number(flags.replicas)
+    images = (flags.batch_size or 1) * number
+    if flags.max_batch_size % images:
+        fitting = -(-flags.max_batch_size // images) * images
+        each = f"--batch_size {flags.batch_size}" if number == 1 else f"{number} replicas of {images // number} images"
+        raise UserError(
+            f"{each} does not divide --max_batch_size {flags.max_batch_size}: a "
+            f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do"
+        )
+    if flags.sync_batch_norm and (flags.norm_type != "batch" or number == 1):
+        what = f"--norm_type {flags.norm_type}" if flags.norm_type != "batch" else "one replica"
+        raise UserError(f"--sync_batch_norm has no effect with {what}: leave it out")
+    if flags.jit_compile and number > 1:
+        raise UserError(f"--jit_compile does not go with {number} replicas: leave it out")
+
+
 def derive(flags, train):
     """The configuration: the flags, and what follows from them and the training images. Nothing changes it later."""
     facts = datasets.module_of(flags.dataset)
     model = flags.model or models.default_model(network_image_shape(train))
     models.check_network(flags, model)
     optimizer = flags.optimizer or ("adam" if model == "convnet" else "momentum")
-    batch_size = flags.batch_size or flags.max_batch_size
-    share = batch_size / flags.max_batch_size
+    number = replicas.number(flags.replicas)
+    batch_size = flags.batch_size or flags.max_batch_size // number
+    share = number * batch_size / flags.max_batch_size
     learning_rate = flags.learning_rate or runs.LEARNING_RATES[optimizer]
     if flags.dataset == "ImageNet" and optimizer == "momentum" and flags.learning_rate is None:
         learning_rate = 0.1 * flags.max_batch_size / 256  # arXiv 1706.02677, as arXiv 1803.08494
@@ -100,7 +115,8 @@ def derive(flags, train):
         model=model,
         groups=flags.groups or models.default_groups(model),
         batch_size=batch_size,
-        updates_per_step=flags.max_batch_size // batch_size,
+        updates_per_step=flags.max_batch_size // (number * batch_size),
+        num_replicas=number,
         optimizer=optimizer,
         base_learning_rate=learning_rate,
         learning_rate_scaling=scaling,
@@ -130,18 +146,26 @@ def learning_rate_at(step, config):
 def load_data(config):
     """(train, test): the splits of a configuration, fetched first where that may be."""
     name = config.dataset
-    if datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, config.data_dir):
+    alone = len(replicas.workers().addresses) == 1  # two workers must not both fetch it
+    if alone and datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, config.data_dir):
         print(f"{name} is not in {config.data_dir} yet: preparing it first", flush=True)
         download.prepare(name, config.data_dir)
     return datasets.create_default_splits(name, config.data_dir, validation=config.validation)
 
 
-def reopen(run_dir, data_dir):
-    """(configuration, train, test) of a run that goes on; UserError if its data changed."""
+def reopen(run_dir, flags):
+    """(configuration, train, test) of a run that goes on; UserError if its data changed, or its number of replicas."""
     config, data = runs.read_config(run_dir)
+    here = flags.replicas or config.replicas
+    if replicas.number(here) != config.num_replicas:
+        raise UserError(
+            f"{run_dir} was trained by {config.num_replicas} replicas, but there are {replicas.number(here)} now: "
+            f"start as many, by --replicas or TF_CONFIG"
+        )
+    data_dir = flags.data_dir
     if data_dir == datasets.DATA_DIR:  # None: the run's data were in the default place, too
         data_dir = config.data_dir or data_dir
-    config = dataclasses.replace(config, data_dir=data_dir)
+    config = dataclasses.replace(config, data_dir=data_dir, replicas=here, worker_timeout=flags.worker_timeout)
     splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
     for name, split in zip(("train", "test"), splits):
         if len(split) != data[name]:
@@ -201,14 +225,16 @@ class State:
     """What training changes and a checkpoint holds: the model, the optimizer, the number of steps done, and `totals`:
     the sums of losses, correct predictions and images, in training mode, since the last row of the log."""
 
-    def __init__(self, model, config, run_dir):
-        self.model = model
-        self.optimizer = Optimizer(config.optimizer, [variable.value for variable in model.trainable_variables])
-        self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+    def __init__(self, strategy, model, config, run_dir, writes=True):
+        self.strategy, self.model = strategy, model
+        with strategy.scope():  # what replicas use, and nothing else: to make a variable here is a collective
+            self.optimizer = Optimizer(config.optimizer, [variable.value for variable in model.trainable_variables])
+            self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.checkpoints = runs.Checkpoints(
             run_dir,
             config,
+            writes,
             model=runs.weights_of(model),
             totals=self.totals,
             optimizer=self.optimizer.tracked(),
@@ -222,23 +248,31 @@ class State:
             "step": int(self.step),
             "loss/accuracy": correct / images,
             "loss/loss": loss / images,
-            "learning_rate": float(self.optimizer.learning_rate),
+            "learning_rate": float(self.optimizer.learning_rate.numpy()),
         }
 
 
-def make_train_step(model, optimizer, totals, batch_size, updates=1, weight_decay=0.0, jit_compile=False):
-    """The graph of a step, from (images [updates * batch_size, h, w, c], labels) to whether all was finite, and the
-    loss of the last update. totals: as in State."""
+def make_train_step(
+    model, optimizer, totals, batch_size, updates=1, weight_decay=0.0, jit_compile=False, strategy=None
+):
+    """The graph of a step, from (images [updates * replicas here * batch_size, h, w, c], labels, whether to stop) to
+    whether all was finite, the loss of the last update, and whether any worker asked to stop. totals: as in State.
+
+    Losses and gradients are means over all replicas, so that all agree on norm, clipping and finiteness.
+    """
+    strategy = strategy or tf.distribute.get_strategy()
     weights = [variable.value for variable in model.trainable_variables]
+    moving = [v.value for v in model.non_trainable_variables if v.dtype == "float32"]  # statistics of batch norm
 
     def update(images, labels):
+        images, labels = (replicas.part(values, values.shape[0] // batch_size) for values in (images, labels))
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
             objective = loss = tf.reduce_mean(losses)
             if weight_decay:
                 objective += weight_decay * tf.add_n([tf.nn.l2_loss(weight) for weight in weights])
-        gradients = tape.gradient(objective, weights)
+        loss, *gradients = replicas.mean([loss, *tape.gradient(objective, weights)])
         norm = tf.linalg.global_norm(gradients)
         optimizer.apply(
             tf.cond(norm > runs.CLIP_NORM, lambda: [g * (runs.CLIP_NORM / norm) for g in gradients], lambda: gradients)
@@ -251,17 +285,32 @@ def make_train_step(model, optimizer, totals, batch_size, updates=1, weight_deca
         )
         return tf.math.is_finite(loss) & tf.math.is_finite(norm), loss
 
+    def end_step(stop):
+        """Average what the replicas have apart: so it is the same in all of them between two steps."""
+        if strategy.num_replicas_in_sync == 1:
+            return stop
+        stop, *means = replicas.mean([tf.cast(stop, tf.float64), totals.read_value()])
+        means += replicas.mean([variable.read_value() for variable in moving]) if moving else []
+        for variable, value in zip([totals, *moving], means):
+            variable.assign(value)
+        return stop > 0
+
+    def in_replicas(function, *arguments):
+        results = strategy.run(function, arguments)
+        return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
+
     @tf.function(jit_compile=jit_compile or None)
-    def train_step(images, labels):
+    def train_step(images, labels, stop=False):
         if updates == 1:
-            return update(images, labels)
-        images = tf.reshape(images, [updates, batch_size, *images.shape[1:]])
-        labels = tf.reshape(labels, [updates, batch_size])
-        finite, loss = True, 0.0
-        for i in tf.range(updates):
-            if finite:  # nothing is learned after the update that failed
-                finite, loss = update(images[i], labels[i])
-        return finite, loss
+            finite, loss = in_replicas(update, images, labels)
+        else:
+            images = tf.reshape(images, [updates, images.shape[0] // updates, *images.shape[1:]])
+            labels = tf.reshape(labels, [updates, labels.shape[0] // updates])
+            finite, loss = True, 0.0
+            for i in tf.range(updates):
+                if finite:  # nothing is learned after the update that failed
+                    finite, loss = in_replicas(update, images[i], labels[i])
+        return finite, loss, in_replicas(end_step, stop)
 
     return train_step
 
@@ -281,8 +330,8 @@ class Interruption:
     numbers from a pipe, where they arrive at once.
     """
 
-    def __init__(self):
-        self.signal, self.worth_saving = None, False
+    def __init__(self, alone):
+        self.signal, self.worth_saving, self.alone = None, False, alone
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
@@ -305,17 +354,21 @@ class Interruption:
             )
 
     def check(self, batches):
-        """The batches, unless a signal comes between two of them: Stopped."""
+        """The batches, unless a signal comes between two of them: Stopped. Several workers test to the end."""
         for batch in batches:
-            if self.signal:
+            if self.signal and self.alone:
                 raise Stopped
             yield batch
+
+    def stops(self, agreed):
+        """Whether this step is the last: a signal came, or, with several workers, all agreed in it that one did."""
+        return agreed or (self.alone and self.signal)
 
 
 def train_run(run_dir, config, splits, state, interruption):
     """The training loop, from the step of `state` to the last one, or to the one in which a signal comes."""
     train, test = splits
-    step = int(state.step)
+    who, step = replicas.workers(), int(state.step)
     train_step = make_train_step(
         state.model,
         state.optimizer,
@@ -324,8 +377,8 @@ def train_run(run_dir, config, splits, state, interruption):
         config.updates_per_step,
         config.weight_decay,
         config.jit_compile,
+        state.strategy,
     )
-    test_batches = create_input_ops(test, evaler.EVALUATION_BATCH, is_training=False)
     batches = create_input_ops(
         train,
         config.max_batch_size,
@@ -334,25 +387,31 @@ def train_run(run_dir, config, splits, state, interruption):
         config.seed,
         first_step=step,
         last_step=config.max_training_step,
+        rows=replicas.rows_of(who, config.max_batch_size, config.updates_per_step),
     )
-    predict = evaler.make_predictor(state.model)
-    log = Log(run_dir, config, test, step)
+    test_here = test.subset(replicas.test_share(who, len(test)), is_train=False)
+    test_batches = create_input_ops(test_here, evaler.EVALUATION_BATCH, is_training=False)
+    predict = evaler.make_predictor(state.model, state.strategy)
+    join = replicas.make_join(state.strategy, who, len(test))
+    log = Log(run_dir, config, test, step, who.is_chief)
 
     def test_and_log(images=None):
         row = state.row()
         if log.test_due(step):
             with log.testing():
-                result = evaler.evaluate(predict, interruption.check(test_batches), test.labels, test.num_classes)
+                outputs = join(evaler.predict_all(predict, interruption.check(test_batches)))
+                result = evaler.summarize(*outputs, test.labels, test.num_classes)
             row |= {f"test_loss/{name}": result[name] for name in evaler.SCALARS if name in result}
         log.write(row, images)
         state.totals.assign(tf.zeros_like(state.totals))
 
+    done = False
     with contextlib.suppress(Stopped):  # by a signal in a test: its row is written when the run goes on
         if log.owes(step):
             test_and_log()
         for images, labels in batches:
             state.optimizer.learning_rate.assign(learning_rate_at(step, config))
-            finite, loss = train_step(images, labels)
+            finite, loss, stop = train_step(images, labels, tf.constant(interruption.signal is not None))
             if not finite:
                 stop_at_nan(log, run_dir, step + 1, float(loss), state)
             step += 1
@@ -364,12 +423,13 @@ def train_run(run_dir, config, splits, state, interruption):
             if state.checkpoints.due(step):
                 with log.paused():
                     state.checkpoints.save(step)
-            if interruption.signal:
+            if interruption.stops(stop):
                 break
+        done = step == config.max_training_step
     if state.checkpoints.saved != step:
         state.checkpoints.save(step)
     log.close()
-    return step == config.max_training_step and not log.owes(step)
+    return done
 
 
 def stop_at_nan(log, run_dir, step, loss, state):
@@ -381,7 +441,7 @@ def stop_at_nan(log, run_dir, step, loss, state):
         last = f"{run_dir} has no checkpoint yet"
     raise WorldError(
         f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning "
-        f"rate {float(state.optimizer.learning_rate):g}; {last}; start anew with a smaller "
+        f"rate {float(state.optimizer.learning_rate.numpy()):g}; {last}; start anew with a smaller "
         f"--learning_rate"
     )
 
@@ -395,7 +455,8 @@ def build_model(config, train):
     for layer in model.layers:
         if isinstance(layer, (ops.BatchNorm, keras.layers.BatchNormalization)):
             positions = layer.input.shape[1:-1]
-            if None not in positions and config.batch_size * math.prod(positions) < 2:
+            together = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)
+            if None not in positions and together * math.prod(positions) < 2:
                 raise UserError(
                     f"--batch_size {config.batch_size} is too small for batch norm in {model.name}: "
                     f"{layer.name} sees 1 position of each image, a single value per channel; use a larger "
@@ -408,13 +469,20 @@ def build_model(config, train):
     return model
 
 
+def identity(config, train, test, run_dir):
+    """What all workers of a run must have in common."""
+    settings = dataclasses.asdict(config) | runs.describe_data(train, test) | {"source": runs.source()}
+    settings |= {"--resume": run_dir and run_dir.resolve().name, "TF_CONFIG": replicas.workers().addresses}
+    return {name: value for name, value in settings.items() if name not in ("data_dir", "train_dir", "worker_timeout")}
+
+
 def main():
     flags, run_dir = parse_flags()
     if run_dir is None:
         train, test = load_data(flags)
         config = derive(flags, train)
     else:
-        config, train, test = reopen(run_dir, flags.data_dir)
+        config, train, test = reopen(run_dir, flags)
     tests = -(-config.max_training_step // config.test_sample_step)
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of "
@@ -426,36 +494,48 @@ def main():
     )
 
     set_threads(config.batch_size, network_image_shape(train))
+    going_on, who = run_dir is not None, replicas.workers()
+    replicas.meet(who, identity(config, train, test, run_dir), config.worker_timeout)
+    strategy = replicas.start(config.replicas or 1, who, config.worker_timeout)
+    interruption = Interruption(alone=len(who.addresses) == 1)
     keras.utils.set_random_seed(config.seed)
-    model = build_model(config, train)
-    going_on = run_dir is not None
-    if not going_on:
+    with strategy.scope():
+        model = build_model(config, train)
+    if not going_on and who.is_chief:
         run_dir = runs.make_run_dir(config)
         runs.write_config(run_dir, flags, config, runs.describe_data(train, test))
-    state = State(model, config, run_dir)
+    state = State(strategy, model, config, run_dir, who.is_chief)
     if going_on:
-        runs.drop_after(run_dir, int(state.step))
+        if who.is_chief:
+            runs.drop_after(run_dir, int(state.step))
         print(f"going on at step {int(state.step)} of {config.max_training_step}")
+    together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""
     print(
         f"{model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
-        f"batch size {config.batch_size}\nrun folder: {run_dir}",
+        f"batch size {config.batch_size}{together}\nrun folder: {run_dir or 'of worker 0'}",
         flush=True,
     )
 
-    interruption = Interruption()
     try:
         done = train_run(run_dir, config, (train, test), state, interruption)
     except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
         # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
         raise WorldError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error
+    except tf.errors.OpError as error:
+        if len(who.addresses) == 1:
+            raise
+        raise WorldError(
+            f"a worker was lost ({error.message}); start all again with --resume {run_dir or 'and the run folder'}"
+        ) from error
     if not done:
+        number = interruption.signal or signal.SIGTERM
         print(
-            f"stopped by {signal.Signals(interruption.signal).name} after step {int(state.step)}, which is saved; go "
+            f"stopped by {signal.Signals(number).name} after step {int(state.step)}, which is saved; go "
             f"on with\n  python trainer.py --resume {run_dir}",
             flush=True,
         )
-        sys.exit(128 + interruption.signal)
-    print(f"done: {config.max_training_step} steps, run folder {run_dir}")
+        sys.exit(128 + number)
+    print(f"done: {config.max_training_step} steps, run folder {run_dir or 'of worker 0'}")
 
 
 if __name__ == "__main__":

@@ -496,10 +496,10 @@ def watched(data_dir, tmp_path_factory):
         weights.extend(variable.numpy() for variable in model.variables)
         train_step = make_train_step(model, *others)
 
-        def step(images, labels):
-            finite, loss = train_step(images, labels)
+        def step(images, labels, stop):
+            finite, loss, stop = train_step(images, labels, stop)
             steps.append((images.numpy(), labels.numpy(), float(loss)))
-            return finite, loss
+            return finite, loss, stop
 
         return step
 
