@@ -493,9 +493,9 @@ def main():
         flush=True,
     )
 
-    set_threads(config.batch_size, network_image_shape(train))
     going_on, who = run_dir is not None, replicas.workers()
     replicas.meet(who, identity(config, train, test, run_dir), config.worker_timeout)
+    set_threads(config.batch_size, network_image_shape(train))
     strategy = replicas.start(config.replicas or 1, who, config.worker_timeout)
     interruption = Interruption(alone=len(who.addresses) == 1)
     keras.utils.set_random_seed(config.seed)
@@ -509,10 +509,11 @@ def main():
         if who.is_chief:
             runs.drop_after(run_dir, int(state.step))
         print(f"going on at step {int(state.step)} of {config.max_training_step}")
+    place = run_dir or "RUN_FOLDER_OF_WORKER_0"
     together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""
     print(
         f"{model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
-        f"batch size {config.batch_size}{together}\nrun folder: {run_dir or 'of worker 0'}",
+        f"batch size {config.batch_size}{together}\nrun folder: {place}",
         flush=True,
     )
 
@@ -525,17 +526,17 @@ def main():
         if len(who.addresses) == 1:
             raise
         raise WorldError(
-            f"a worker was lost ({error.message}); start all again with --resume {run_dir or 'and the run folder'}"
+            f"another worker was lost ({type(error).__name__}); start all again with --resume {place}"
         ) from error
     if not done:
         number = interruption.signal or signal.SIGTERM
         print(
             f"stopped by {signal.Signals(number).name} after step {int(state.step)}, which is saved; go "
-            f"on with\n  python trainer.py --resume {run_dir}",
+            f"on with\n  python trainer.py --resume {place}",
             flush=True,
         )
         sys.exit(128 + number)
-    print(f"done: {config.max_training_step} steps, run folder {run_dir or 'of worker 0'}")
+    print(f"done: {config.max_training_step} steps, run folder {place}")
 
 
 if __name__ == "__main__":
