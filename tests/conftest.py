@@ -9,6 +9,11 @@ import download
 from command import import_tensorflow
 
 import_tensorflow()
+
+import tensorflow as tf
+
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)  # for test_replicas.py
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
 
 

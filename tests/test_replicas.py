@@ -1,0 +1,320 @@
+"""Several replicas train as one of their number's batch: on two devices of this process, and in two real workers."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import keras
+import norm_oracle
+import numpy as np
+import pytest
+import scripts
+import tensorflow as tf
+
+import evaler
+import input_ops
+import ops
+import replicas
+import runs
+import trainer
+
+FLAGS = (
+    "--dataset Digits --model resnet8 --max_batch_size 16 --batch_size 4 --max_training_step 30 --test_sample_step 10 "
+    "--log_step 5 --ckpt_save_step 4 --norm_type batch --augment crop"
+).split()
+TWO = replicas.Workers(("a:1", "b:2"), 1)
+
+
+@pytest.fixture(scope="module")
+def two_devices():
+    """tests/conftest.py gives TensorFlow two CPU devices."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+# ---------------------------------------------------------------------------------------- two devices of a process
+
+
+def weights_after(strategy, batch_size, updates, optimizer, norm_type="group", sync=False, offset=0.0):
+    """The variables of a small network after 3 steps on 8 random images each, by trainer.py's own step."""
+    config = runs.Config(
+        model="resnet8",
+        norm_type=norm_type,
+        groups=4,
+        batch_size=batch_size,
+        batch_norm_momentum=0.5,
+        sync_batch_norm=sync,
+        optimizer=optimizer,
+    )
+    keras.utils.set_random_seed(3)
+    with strategy.scope():
+        model = evaler.build_model(config, (8, 8, 1), 10)
+        trained = trainer.Optimizer(optimizer, [variable.value for variable in model.trainable_variables])
+        totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+    trained.learning_rate.assign({"momentum": 0.1, "adam": 1e-3}[optimizer])
+    step = trainer.make_train_step(model, trained, totals, batch_size, updates, weight_decay=1e-2, strategy=strategy)
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        images = tf.constant(rng.random((8, 8, 8, 1)) + offset, tf.float32)
+        finite, _, stop = step(images, tf.constant(rng.integers(0, 10, 8), tf.int32), tf.constant(False))
+        assert finite and not stop
+    return {variable.path: variable.numpy() for variable in model.variables}, totals.numpy()
+
+
+@pytest.mark.parametrize("clip_norm", [20.0, 0.1])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_with_group_norm_two_devices_are_one_of_twice_the_batch(optimizer, clip_norm, two_devices, monkeypatch):
+    monkeypatch.setattr(runs, "CLIP_NORM", clip_norm)
+    one, sums = weights_after(tf.distribute.get_strategy(), 4, 2, optimizer)
+    two, means = weights_after(two_devices, 2, 2, optimizer)
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(means * 2, sums, rtol=1e-6)  # totals are means over the replicas: their ratios count
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_synchronized_batch_norm_is_that_of_the_whole_batch(offset, two_devices):
+    """y, the gradient of a weighted sum of y, and the moving statistics, against the float64 formula."""
+    rng = np.random.default_rng(1)
+    x, weight = rng.normal(offset, 1.0, (6, 3, 3, 4)), rng.normal(size=(6, 3, 3, 4))
+    gamma, beta = rng.normal(size=4), rng.normal(size=4)
+    whole, weights = tf.constant(x, tf.float32), tf.constant(weight, tf.float32)
+
+    @tf.function
+    def of_replica():
+        mine, w = (replicas.part(values, 2) for values in (whole, weights))
+        with tf.GradientTape() as tape:
+            tape.watch(mine)
+            y, mean, variance = ops.batch_norm(
+                mine, gamma, beta, tf.zeros(4), tf.ones(4), training=True, momentum=0.0, synchronized=True
+            )
+            loss = tf.reduce_sum(y * w)
+        return y, tape.gradient(loss, mine), mean, variance
+
+    results = tf.function(lambda: two_devices.run(of_replica))()
+    y, dx, mean, variance = ([v.numpy() for v in two_devices.experimental_local_results(r)] for r in results)
+    exact = np.float64(whole.numpy())
+    wanted = norm_oracle.oracle(exact, gamma, beta, weight, norm_oracle.batch_sets(x.shape))
+    tolerance = 1e-6 * max(1.0, offset)
+    np.testing.assert_allclose(np.concatenate(y), wanted["y"], atol=3 * tolerance)
+    np.testing.assert_allclose(np.concatenate(dx), wanted["dx"], atol=3 * tolerance)
+    for found in mean:
+        np.testing.assert_allclose(found, exact.mean((0, 1, 2)), atol=tolerance)
+    for found in variance:
+        np.testing.assert_allclose(found, exact.var((0, 1, 2), ddof=1), rtol=1e-5 if offset == 0 else 1e-3)
+
+
+def test_synchronized_batch_norm_trains_as_one_device_with_the_whole_batch(two_devices):
+    one, _ = weights_after(tf.distribute.get_strategy(), 8, 1, "momentum", "batch", offset=30.0)
+    two, _ = weights_after(two_devices, 4, 1, "momentum", "batch", sync=True, offset=30.0)
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=3e-5 * max(1.0, np.abs(value).max()), err_msg=name)
+
+
+def test_own_statistics_differ_from_the_whole_batch_and_are_averaged(two_devices):
+    one, _ = weights_after(tf.distribute.get_strategy(), 8, 1, "momentum", "batch")
+    two, _ = weights_after(two_devices, 4, 1, "momentum", "batch")
+    assert max(np.abs(two[name] - value).max() for name, value in one.items()) > 1e-3
+    with two_devices.scope():
+        layer = ops.BatchNorm(momentum=0.0)
+        layer.build((None, 2))
+        model = keras.Sequential([keras.Input((2,)), layer])
+        totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+        optimizer = trainer.Optimizer("momentum", [variable.value for variable in model.trainable_variables])
+    step = trainer.make_train_step(model, optimizer, totals, 2, strategy=two_devices)
+    x = np.float32([[1, 2], [3, 4], [50, 60], [70, 90]])
+    step(tf.constant(x), tf.constant([0, 1, 0, 1]), tf.constant(False))
+    variances = (x[:2].var(axis=0, ddof=1) + x[2:].var(axis=0, ddof=1)) / 2
+    for value in two_devices.experimental_local_results(layer.moving_variance.value):
+        np.testing.assert_allclose(value.numpy(), variances, rtol=1e-6)
+    for value in two_devices.experimental_local_results(layer.moving_mean.value):
+        np.testing.assert_allclose(value.numpy(), x.mean(axis=0), rtol=1e-6)
+
+
+def test_each_replica_draws_a_dropout_mask_of_its_own(two_devices):
+    with two_devices.scope():
+        layer = ops.Dropout(0.5, seed=1)
+    of_replicas = two_devices.run(tf.function(lambda: layer(tf.ones([4, 50]), training=True)))
+    first, second = (value.numpy() for value in two_devices.experimental_local_results(of_replicas))
+    assert set(np.unique(first)) == set(np.unique(second)) == {0.0, 2.0}
+    assert 0.3 < (first != second).mean() < 0.7
+    ours, keras_own = ops.Dropout(0.5, seed=1), keras.layers.Dropout(0.5, seed=1)
+    ones = tf.ones([4, 50])
+    np.testing.assert_array_equal(ours(ones, training=True), keras_own(ones, training=True))
+
+
+@pytest.mark.parametrize("images", [1, 2, 7])
+def test_devices_share_the_images_of_a_test(images, two_devices):
+    """Also where there are fewer images than devices."""
+    values = tf.range(images, dtype=tf.float32)
+
+    def of_replica(values):
+        return values * 10, tf.fill(tf.shape(values), tf.distribute.get_replica_context().replica_id_in_sync_group)
+
+    tens, places = tf.function(lambda: replicas.map_parts(two_devices, of_replica, values))()
+    np.testing.assert_array_equal(tens, 10 * np.arange(images))
+    assert list(places.numpy()) == [0] * (images // 2) + [1] * (images - images // 2)
+
+
+# --------------------------------------------------------------------------------------------------- the division
+
+
+@pytest.mark.parametrize("augment", [None, "flip+crop"])
+def test_the_rows_of_all_workers_are_the_batch(augment, digits):
+    def batches(rows):
+        made = input_ops.create_input_ops(digits[0], 12, True, augment, seed=4, first_step=3, last_step=5, rows=rows)
+        return [(images.numpy(), labels.numpy()) for images, labels in made]
+
+    rows = [replicas.rows_of(replicas.Workers(("a:1", "b:1"), i), 12, updates=3) for i in range(2)]
+    assert [list(r) for r in rows] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]  # of each update two images each
+    for whole, first, second in zip(batches(None), batches(rows[0]), batches(rows[1])):
+        for all_values, *parts in zip(whole, first, second):
+            for part, of in zip(parts, rows):
+                np.testing.assert_array_equal(part, all_values[of])
+
+
+@pytest.mark.parametrize("workers, examples", [(1, 5), (2, 5), (3, 7), (3, 2)])
+def test_every_test_image_has_one_worker(workers, examples):
+    shares = [replicas.test_share(replicas.Workers(("a:1",) * workers, i), examples) for i in range(workers)]
+    np.testing.assert_array_equal(np.concatenate(shares), np.arange(examples))
+
+
+# -------------------------------------------------------------------------------------------------- wrong requests
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"cluster": {"worker": ["a"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}',
+        '{"cluster": {"chief": ["a:1"], "worker": ["b:1"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}}',
+    ],
+)
+def test_a_wrong_tf_config_is_one_line(text, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(replicas.UserError, match="TF_CONFIG"):
+        replicas.workers()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"task": {"type": "worker", "index": 0}}'])
+def test_a_tf_config_without_a_cluster_is_one_worker(text, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", text)
+    assert replicas.workers() == replicas.Workers(("",), 0)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--replicas", "3", "--batch_size", "4"], "3 replicas of 4 images does not divide --max_batch_size 16"),
+        (["--sync_batch_norm"], "--sync_batch_norm has no effect with one replica"),
+        (["--replicas", "2", "--sync_batch_norm", "--norm_type", "group"], "no effect with --norm_type group"),
+        (["--replicas", "2", "--jit_compile"], "--jit_compile does not go with 2 replicas"),
+    ],
+)
+def test_what_does_not_go_with_replicas_is_refused(flags, words):
+    with pytest.raises(trainer.UserError, match=words):
+        trainer.parse_flags(["--dataset", "Digits", "--max_batch_size", "16", *flags])
+
+
+def test_an_update_of_all_replicas_sets_the_rate(digits):
+    flags, _ = trainer.parse_flags(
+        "--dataset Digits --model resnet8 --max_batch_size 64 --replicas 4 --batch_size 8".split()
+    )
+    config = trainer.derive(flags, digits[0])
+    assert config.num_replicas == 4 and config.updates_per_step == 2
+    assert config.peak_learning_rate == pytest.approx(0.2 * 32 / 64)
+    assert config.batch_norm_momentum == pytest.approx(0.9**0.5)
+
+
+# ------------------------------------------------------------------------------------------------ workers for real
+
+
+def start_workers(tmp_path, flags, others=((), ())):
+    """Two trainer.py processes on free ports of this machine; each has flags of its own beside the common ones."""
+    with socket.create_server(("localhost", 0)) as one, socket.create_server(("localhost", 0)) as two:
+        addresses = [f"localhost:{server.getsockname()[1]}" for server in (one, two)]
+    workers = []
+    for index, more in enumerate(others):
+        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
+        workers.append(
+            subprocess.Popen(
+                scripts.command("trainer.py", *flags, *more),
+                env=os.environ | {"TF_CONFIG": json.dumps(task)},
+                stdout=open(tmp_path / f"worker{index}.log", "w"),
+                stderr=subprocess.STDOUT,
+            )
+        )
+    return workers
+
+
+def end(workers, tmp_path, seconds=120):
+    """[(exit code, last line)] of the workers."""
+    codes = [worker.wait(timeout=seconds) for worker in workers]
+    logs = [(tmp_path / f"worker{i}.log").read_text() for i in range(len(codes))]
+    return [(code, ["", *log.splitlines()][-1]) for code, log in zip(codes, logs)]
+
+
+def wait_for_row(train_dir, step):
+    while True:
+        for path in train_dir.glob("*/metrics.jsonl"):
+            if any(row["step"] >= step for row in runs.read_rows(path)):
+                return path.parent
+        time.sleep(0.02)
+
+
+def test_two_workers_are_two_devices_also_when_they_are_stopped_killed_and_resumed(data_dir, tmp_path):
+    """Bitwise. SIGTERM to one worker stops both; kill -9 of the chief ends the other in one line within 30 seconds."""
+    flags = [*FLAGS, "--data_dir", data_dir]
+    scripts.run("trainer.py", *flags, "--replicas", 2, "--train_dir", tmp_path / "devices")
+    workers = start_workers(tmp_path, [*flags, "--train_dir", tmp_path / "workers"])
+    run_dir = wait_for_row(tmp_path / "workers", 5)
+    workers[1].send_signal(signal.SIGTERM)
+    (code0, line0), (code1, line1) = end(workers, tmp_path)
+    assert code0 == code1 == 143 and f"--resume {run_dir}" in line0 and "--resume RUN_FOLDER" in line1
+
+    resume = ["--resume", run_dir, "--data_dir", data_dir]
+    workers = start_workers(tmp_path, resume)
+    wait_for_row(tmp_path / "workers", 20)
+    workers[0].kill()
+    (code0, _), (code1, line1) = end(workers, tmp_path, seconds=30)
+    assert code0 == -signal.SIGKILL and code1 == 1
+    assert line1.startswith("trainer.py: error: another worker was lost") and f"--resume {run_dir}" in line1
+
+    assert [code for code, _ in end(start_workers(tmp_path, resume), tmp_path)] == [0, 0]
+    expected = scripts.only_run(tmp_path / "devices")
+    assert scripts.only_run(tmp_path / "workers") == run_dir  # the chief alone has one
+    for name, value in scripts.checkpoint(expected).items():
+        np.testing.assert_array_equal(scripts.checkpoint(run_dir)[name], value, err_msg=name)
+    rows, wanted = scripts.metrics(run_dir), scripts.metrics(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    for row, other in zip(rows, wanted):  # the images of a test lie in other batches
+        assert row == pytest.approx(other, rel=1e-6)
+    one = "--dataset Digits --model resnet8 --norm_type batch --max_training_step 1".split()
+    one += ["--data_dir", data_dir, "--train_dir", tmp_path / "one", "--checkpoint", run_dir]
+    done = scripts.run("trainer.py", *one)
+    assert "done: 1 steps" in done
+    line = scripts.run("trainer.py", *resume, code=2)
+    assert "was trained by 2 replicas, but there are 1 now" in line
+
+
+def test_workers_that_differ_are_refused_by_name(data_dir, tmp_path):
+    flags = [*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path / "runs"]
+    ends = end(start_workers(tmp_path, flags, others=(("--seed", 1), ("--seed", 2))), tmp_path)
+    for code, line in ends:
+        assert code == 2 and line.endswith("worker 1 has seed 2, but worker 0 has 1: start all with the same")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_does_not_come_is_named(index, data_dir, tmp_path):
+    flags = [*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", "--worker_timeout", 1]
+    workers = start_workers(tmp_path, flags)
+    workers[1 - index].kill()
+    code, line = end(workers, tmp_path)[index]
+    assert code == 1 and f"{1 - index} (localhost:" in line and "did not come" in line
+    assert not (tmp_path / "runs").exists()
