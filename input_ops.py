@@ -67,8 +67,8 @@ def create_input_ops(
             images, labels = read(positions if rows is None else tf.gather(positions, rows))
             if augment:
                 draws = tf.random.stateless_uniform([3, batch_size, 1], key(AUGMENTATION, seed, step))
-                draws = draws if rows is None else tf.gather(draws, rows, axis=1)
-                images = flip_and_crop(images, draws, flip=augment == "flip+crop")
+                chosen = draws if rows is None else tf.gather(draws, rows, axis=1)
+                images = flip_and_crop(images, chosen, flip=augment == "flip+crop")
             return to_float(images), labels
 
         batches = places.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

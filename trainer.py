@@ -476,13 +476,8 @@ def identity(config, train, test, run_dir):
     return {name: value for name, value in settings.items() if name not in ("data_dir", "train_dir", "worker_timeout")}
 
 
-def main():
-    flags, run_dir = parse_flags()
-    if run_dir is None:
-        train, test = load_data(flags)
-        config = derive(flags, train)
-    else:
-        config, train, test = reopen(run_dir, flags)
+def introduce(config, train, test):
+    """Say what will be done, before TensorFlow takes seconds to start."""
     tests = -(-config.max_training_step // config.test_sample_step)
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of "
@@ -493,6 +488,15 @@ def main():
         flush=True,
     )
 
+
+def main():
+    flags, run_dir = parse_flags()
+    if run_dir is None:
+        train, test = load_data(flags)
+        config = derive(flags, train)
+    else:
+        config, train, test = reopen(run_dir, flags)
+    introduce(config, train, test)
     going_on, who = run_dir is not None, replicas.workers()
     replicas.meet(who, identity(config, train, test, run_dir), config.worker_timeout)
     set_threads(config.batch_size, network_image_shape(train))

@@ -16,7 +16,7 @@ import ops
 
 # Arguments of keras.layers.BatchNormalization that BatchNorm does not take: batch renormalization, and statistics
 # over all replicas, where arXiv 1803.08494 has them for each GPU.
-NOT_TAKEN = ["renorm", "renorm_clipping", "renorm_momentum", "synchronized"]
+NOT_TAKEN = ["renorm", "renorm_clipping", "renorm_momentum"]
 PAIRS = [(ops.GroupNorm, keras.layers.GroupNormalization), (ops.BatchNorm, keras.layers.BatchNormalization)]
 LAYERS = [ops.GroupNorm, ops.BatchNorm]
 
