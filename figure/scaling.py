@@ -296,38 +296,49 @@ def print_allreduce(results, cases):
         print_row(network.model, batch_size, megabytes, *times, f"{1e3 * least:.2f}", f"{100 * seconds / joined:.0f} %")
 
 
-def add_model(results, cases, flags):
-    """Print the model's table, and put it into the results."""
-    bandwidth, latency = (
-        given or own for given, own in zip((flags.bandwidth, flags.latency), link(results["allreduce"]))
-    )
-    print(
-        "\n**Model, not measured**: devices like one core of this machine, in hosts of "
-        f"{flags.devices_per_host}; efficiency = compute / (compute + all-reduce), less where the input is slower; "
-        "compute: an update of 2 independent runs; all-reduce: 2 (n - 1) / n bytes / bandwidth + 2 (n - 1) latency, "
-        f"at {bandwidth / 1e6:.0f} MB per second and {1e3 * latency:.3f} ms. Measured is workers / independent.\n"
-    )
-    times = ("compute, ms", "all-reduce, ms", "images per second", "a host's input: needed", "there")
-    print_header("network", "batch size per device", "devices", *times, "efficiency, model", "measured")
-    results["model"] = []
+def model_rows(results, cases, flags):
+    """The model of every case and number of devices, with what went into it."""
+    bandwidth, latency = link(results["allreduce"])
+    bandwidth, latency = flags.bandwidth or bandwidth, flags.latency or latency
     for network, batch_size, key in cases:
-        speed, images = results["speed"][key], flags.input or results["input"][network.model]
-        compute = update_seconds(batch_size, speed, "2 independent")
+        there = flags.input or results["input"][network.model]
+        compute = update_seconds(batch_size, results["speed"][key], "2 independent")
         for devices in DEVICES:
             communicate = ring_seconds(devices, results["allreduce"][network.model]["bytes"], bandwidth, latency)
             on_host = min(devices, flags.devices_per_host) * batch_size
-            efficiency, needed = predict(compute, communicate, on_host, images)
-            together = devices * batch_size * efficiency / compute
-            numbers = (f"{value:.1f}" for value in (1e3 * compute, 1e3 * communicate, together, needed, images))
-            measured = f"{scaling(speed):.2f}" if devices == 2 else ""
-            print_row(network.model, batch_size, devices, *numbers, f"{efficiency:.2g}", measured)
-            row = {
+            efficiency, needed = predict(compute, communicate, on_host, there)
+            yield {
+                "network": network.model,
+                "batch_size": batch_size,
                 "devices": devices,
+                "bandwidth": bandwidth,
+                "latency": latency,
+                "compute": compute,
                 "allreduce": communicate,
-                "images_per_second": together,
+                "images_per_second": devices * batch_size * efficiency / compute,
+                "input_needed": needed,
+                "input_there": there,
                 "efficiency": efficiency,
+                "measured": scaling(results["speed"][key]) if devices == 2 else None,
             }
-            results["model"].append({"case": key, "bandwidth": bandwidth, "latency": latency} | row)
+
+
+def print_model(rows, devices_per_host):
+    print(
+        f"\n**Model, not measured**: devices like one core of this machine, in hosts of {devices_per_host}; efficiency "
+        "= compute / (compute + all-reduce), less where the input is slower; compute: an update of 2 independent runs; "
+        "all-reduce: 2 (n - 1) / n bytes / bandwidth + 2 (n - 1) latency, at "
+        f"{rows[0]['bandwidth'] / 1e6:.0f} MB per second and {1e3 * rows[0]['latency']:.3f} ms. "
+        "Measured is workers / independent.\n"
+    )
+    names = ("compute, ms", "all-reduce, ms", "images per second", "a host's input: needed", "there")
+    print_header("network", "batch size per device", "devices", *names, "efficiency, model", "measured")
+    for row in rows:
+        numbers = (1e3 * row["compute"], 1e3 * row["allreduce"], row["images_per_second"])
+        numbers = (f"{number:.1f}" for number in (*numbers, row["input_needed"], row["input_there"]))
+        measured = f"{row['measured']:.2f}" if row["measured"] else ""
+        where = row["network"], row["batch_size"], row["devices"]
+        print_row(*where, *numbers, f"{row['efficiency']:.2g}", measured)
 
 
 # ------------------------------------------------------------------------------------------------------ the script
@@ -419,7 +430,8 @@ def main():
 
     measure_all(cases, results, flags, save)
     print_allreduce(results, cases)
-    add_model(results, cases, flags)
+    results["model"] = list(model_rows(results, cases, flags))
+    print_model(results["model"], flags.devices_per_host)
     write_whole(path, json.dumps(results, indent=1) + "\n")
     print(f"\nwrote {path}")
 
