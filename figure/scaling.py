@@ -417,7 +417,7 @@ def main():
     flags = parse_flags()
     if flags.allreduce:
         network = Network(*json.loads(flags.allreduce))
-        print(json.dumps(allreduce_in_worker(network, *((3, 1) if flags.quick else (20, 5)))))
+        print(json.dumps(allreduce_in_worker(network, *((3, 1) if flags.quick else (10, 7)))))
         return
     path = Path(flags.output + ".json")
     networks = QUICK_NETWORKS if flags.quick else NETWORKS

@@ -115,17 +115,34 @@ def test_the_model_of_two_devices_is_what_was_measured():
     assert scaling.predict(3, 1, images_on_host=8, images_per_second=1) == (3 / 8, 2)  # the input is slower
 
 
+def test_speeds_are_of_rows_written_while_all_runs_train(tmp_path, monkeypatch):
+    """Neither the first row of a run counts, nor the one under way when the last run has begun."""
+    written = iter([(0, 1), (0, 2), (1, 3), (0, 4), (1, 5), (0, 60), (0, 80), (1, 7), (1, 9)])  # (run, its speed)
+
+    def write_next(seconds):
+        run, speed = next(written)
+        (tmp_path / str(run) / "RUN").mkdir(parents=True, exist_ok=True)
+        with open(tmp_path / str(run) / "RUN" / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 1, "images_per_second": speed}) + "\n")
+
+    monkeypatch.setattr(scaling.time, "sleep", write_next)
+    assert scaling.speeds([], tmp_path, [tmp_path / "0", tmp_path / "1"], 2) == [70, 8]
+
+
 @on_linux
 def test_scaling_ends_its_workers_when_it_is_ended(tmp_path):
-    script = subprocess.Popen(command("figure/scaling.py", "--quick", "--output", tmp_path / "scaling"))
-    children = Path(f"/proc/{script.pid}/task/{script.pid}/children")
-    deadline = time.monotonic() + 120
-    while "trainer.py" not in commands_of(children.read_text().split()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    found = children.read_text().split()
-    assert found
-    script.send_signal(signal.SIGTERM)
-    assert script.wait(60) == 143
+    with subprocess.Popen(command("figure/scaling.py", "--quick", "--output", tmp_path / "scaling")) as script:
+        try:
+            children = Path(f"/proc/{script.pid}/task/{script.pid}/children")
+            deadline = time.monotonic() + 120
+            while "trainer.py" not in commands_of(children.read_text().split()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            found = children.read_text().split()
+            assert found
+            script.send_signal(signal.SIGTERM)
+            assert script.wait(60) == 143
+        finally:
+            script.kill()
     assert not commands_of(found) and not list(tmp_path.iterdir())
 
 
