@@ -290,6 +290,16 @@ MUTATIONS = {
         ('"by_batch" in found.evaluation if of_batch_norm else', '"accuracy" in found.evaluation if of_batch_norm else',
          "test_compare.py::test_batch_norm_is_evaluated_until_it_has_its_three_rows"),
     ],
+    "figure/scaling.py": [
+        ("[len(of_run) + 1 for of_run in rows]", "[1 for of_run in rows]",
+         "test_figure.py::test_speeds_are_of_rows_written_while_all_runs_train"),
+        ("return 2 * (devices - 1) *", "return (devices - 1) *",
+         "test_figure.py::test_the_model_of_two_devices_is_what_was_measured"),
+        ("max(compute + communicate, images_on_host / images_per_second)", "compute + communicate",
+         "test_figure.py::test_the_model_of_two_devices_is_what_was_measured"),
+        ("            process.kill()", "            pass",
+         "test_figure.py::test_scaling_ends_its_workers_when_it_is_ended"),
+    ],
     "datasets/mnist.py": [
         ("EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, False,", "EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, True,",
          "test_trainer.py::test_defaults_of_a_dataset"),

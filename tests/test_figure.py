@@ -3,17 +3,24 @@
 python -m pytest tests/test_figure.py
 """
 
+import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from scripts import REPO, run
+from scripts import REPO, command, run
 
 sys.path.insert(0, str(REPO / "figure"))
 
 import norm_speed
+import scaling
 
 
 def test_contenders_compute_the_same():
@@ -70,3 +77,82 @@ def test_throughput_runs_the_trainer(data_dir):
 
 def test_throughput_names_a_dataset_that_is_missing(tmp_path):
     assert "download.py --dataset CIFAR10" in run("figure/throughput.py", "--data_dir", tmp_path, code=2)
+
+
+on_linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processes pinned to a core here")
+
+
+@on_linux
+def test_scaling_is_measured_and_modelled(tmp_path):
+    output = tmp_path / "scaling"
+    printed = run("figure/scaling.py", "--quick", "--output", output)
+    results = json.loads(output.with_suffix(".json").read_text())
+    (speed,), (allreduce,) = results["speed"].values(), results["allreduce"].values()
+    assert {way: len(rounds) for way, rounds in speed.items()} == dict.fromkeys(scaling.WAYS, 1)
+    assert all(0 < rounds[0] for rounds in speed.values())
+    assert allreduce["bytes"] == 4 * 78042 and 0 < allreduce["seconds"]  # resnet8's parameters
+    (row,) = re.findall(r"^\| resnet8 \| 32 \| 2 \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", printed, re.M)
+    assert float(row[3]) == pytest.approx(float(row[2]) / float(row[1]), abs=0.01)
+    assert "Model, not measured" in printed
+    assert [row["devices"] for row in results["model"]] == [2, 8, 256]
+
+    run("figure/scaling.py", "--quick", "--output", output, "--resume", "--bandwidth", 1e9, "--latency", 1e-4)
+    again = json.loads(output.with_suffix(".json").read_text())
+    assert again["speed"] == results["speed"] and again["allreduce"] == results["allreduce"]
+    assert again["model"][2]["allreduce"] == pytest.approx(2 * 255 * (allreduce["bytes"] / 256e9 + 1e-4))
+
+
+def test_the_model_of_two_devices_is_what_was_measured():
+    allreduces = {
+        "small": {"bytes": 1000, "seconds": 0.4, "seconds_of_one_number": 0.3},
+        "large": {"bytes": 8e6, "seconds": 4.2, "seconds_of_one_number": 0.2},
+    }
+    bandwidth, latency = scaling.link(allreduces)
+    assert (bandwidth, latency) == pytest.approx((2e6, 0.1))
+    assert scaling.ring_seconds(2, 8e6, bandwidth, latency) == pytest.approx(4.2)
+    assert scaling.ring_seconds(4, 8e6, bandwidth, latency) == pytest.approx(2 * 3 / 4 * 4 + 2 * 3 * 0.1)
+    assert scaling.predict(3, 1, images_on_host=8, images_per_second=100) == (0.75, 2)
+    assert scaling.predict(3, 1, images_on_host=8, images_per_second=1) == (3 / 8, 2)  # the input is slower
+
+
+def test_speeds_are_of_rows_written_while_all_runs_train(tmp_path, monkeypatch):
+    """Neither the first row of a run counts, nor the one under way when the last run has begun."""
+    written = iter([(0, 1), (0, 2), (1, 3), (0, 4), (1, 5), (0, 60), (0, 80), (1, 7), (1, 9)])  # (run, its speed)
+
+    def write_next(seconds):
+        run, speed = next(written)
+        (tmp_path / str(run) / "RUN").mkdir(parents=True, exist_ok=True)
+        with open(tmp_path / str(run) / "RUN" / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 1, "images_per_second": speed}) + "\n")
+
+    monkeypatch.setattr(scaling.time, "sleep", write_next)
+    assert scaling.speeds([], tmp_path, [tmp_path / "0", tmp_path / "1"], 2) == [70, 8]
+
+
+@on_linux
+def test_scaling_ends_its_workers_when_it_is_ended(tmp_path):
+    with subprocess.Popen(command("figure/scaling.py", "--quick", "--output", tmp_path / "scaling")) as script:
+        try:
+            children = Path(f"/proc/{script.pid}/task/{script.pid}/children")
+            deadline = time.monotonic() + 120
+            while "trainer.py" not in commands_of(children.read_text().split()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            found = children.read_text().split()
+            assert found
+            script.send_signal(signal.SIGTERM)
+            assert script.wait(60) == 143
+        finally:
+            script.kill()
+    assert not commands_of(found) and not list(tmp_path.iterdir())
+
+
+def commands_of(processes):
+    """The command lines of those of the processes that are there."""
+    files = (Path(f"/proc/{process}/cmdline") for process in processes)
+    return "".join(file.read_text() for file in files if file.exists())
+
+
+@on_linux
+def test_scaling_wants_two_cores(tmp_path):
+    assert "two cores are needed" in run("figure/scaling.py", "--cores", 0, 0, code=2)
+    assert "folder is not there" in run("figure/scaling.py", "--output", tmp_path / "none" / "scaling", code=2)
