@@ -10,10 +10,13 @@ number. Within a step replicas part only in the moving statistics of batch norm 
 its end: so what a process reads between two steps is the same in all of them, and the first alone writes it.
 """
 
+import contextlib
 import json
 import os
+import select
 import signal
 import socket
+import sys
 import time
 from typing import NamedTuple
 
@@ -24,6 +27,7 @@ from command import Later, UserError, WorldError
 tf = Later("tensorflow")
 
 HELLO_BYTES = 1 << 20  # more than what a worker says of itself
+STARTED = b"+"
 HELLO_SECONDS = 5.0  # for what connects and is no worker
 ADVICE = "start all of them, or wait longer with --worker_timeout"
 
@@ -67,7 +71,7 @@ def number(here: int | None) -> int:
 # ------------------------------------------------------------------------------------------------------ the start
 
 
-def start(here: int, who: Workers, timeout: float):
+def start(here: int, who: Workers):
     """The strategy for `here` devices of this process and the other workers; call it before all else of TensorFlow.
 
     One replica in all is TensorFlow's default strategy. GPUs are used where there are any, else CPU devices.
@@ -83,40 +87,62 @@ def start(here: int, who: Workers, timeout: float):
     elif several and here > 1:
         raise UserError(f"--replicas {here} with TF_CONFIG is for hosts with GPUs: on CPUs start a worker per replica")
     if several:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # TensorFlow waits for lost workers deaf to all else
-        signal.alarm(int(timeout) + 60)
-        strategy = tf.distribute.MultiWorkerMirroredStrategy()
-        signal.alarm(0)
-        return strategy
+        return tf.distribute.MultiWorkerMirroredStrategy()
     if not gpus:
         (cpu,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * here)
     return tf.distribute.MirroredStrategy([f"{'GPU' if gpus else 'CPU'}:{i}" for i in range(here)])
 
 
-def meet(who: Workers, identity: dict, timeout: float) -> None:
-    """Wait until all workers are there and say the same of themselves, before TensorFlow starts.
+@contextlib.contextmanager
+def met(who: Workers, identity: dict, timeout: float):
+    """Wait until all workers are there and say the same of themselves; within the block TensorFlow may start.
 
     The chief listens at its own address of TF_CONFIG; each other worker tells it its index and identity, and hears
-    whether all are alike.
+    whether all are alike. TensorFlow, as it starts, waits for ever for a worker that is lost, deaf to signals and
+    threads: so within the block a process of its own watches the others, and ends this one if one of them ends.
 
     Raises:
         UserError: naming the first difference, in every worker.
         WorldError: if a worker does not come within `timeout` seconds.
     """
     if len(who.addresses) == 1:
+        yield
         return
     print(
         f"worker {who.index} of {len(who.addresses)}: waiting for the others, {timeout:g} seconds at most", flush=True
     )
     deadline = time.monotonic() + timeout
-    verdict = receive_all(who, identity, deadline) if who.is_chief else report(who, identity, deadline)
+    others, verdict = (receive_all if who.is_chief else report)(who, identity, deadline)
     if verdict:
         raise UserError(verdict)
+    guard = os.fork() or watch(others, os.getppid())
+    yield
+    for connection in others:
+        with contextlib.suppress(OSError):
+            connection.sendall(STARTED)
+    os.kill(guard, signal.SIGKILL)
+    os.waitpid(guard, 0)
+
+
+def watch(others, parent):
+    """End the parent, with a line on stderr, if one of the others ends before it has started; never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while others and os.getppid() == parent:
+        for connection in select.select(others, [], [], 0.2)[0]:
+            with contextlib.suppress(OSError):
+                if connection.recv(1) == STARTED:
+                    others.remove(connection)
+                    continue
+            name = os.path.basename(sys.argv[0])
+            print(f"{name}: error: another worker was lost; start all again", file=sys.stderr, flush=True)
+            os.kill(parent, signal.SIGKILL)
+            os._exit(1)
+    os._exit(0)
 
 
 def receive_all(who, identity, deadline):
-    """The chief's side of meet: what is wrong, or ''."""
+    """The chief's side of met: connections to the others, and what is wrong, or ''."""
     others, verdict = {}, ""
     with socket.create_server(("", int(who.addresses[0].rsplit(":", 1)[1]))) as server:
         while len(others) < len(who.addresses) - 1:
@@ -135,18 +161,17 @@ def receive_all(who, identity, deadline):
             verdict = verdict or difference(identity, theirs, index)
         for connection in others.values():
             connection.sendall((json.dumps(verdict) + "\n").encode())
-            connection.close()
-    return verdict
+    return list(others.values()), verdict
 
 
 def report(who, identity, deadline):
-    """The side of another worker than the chief: what the chief finds wrong, or ''."""
+    """The side of another worker than the chief: a connection to it, and what it finds wrong, or ''."""
     host, port = who.addresses[0].rsplit(":", 1)
     while time.monotonic() < deadline:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=deadline - time.monotonic()) as chief:
-                chief.sendall((json.dumps([who.index, identity]) + "\n").encode())
-                return json.loads(chief.makefile().readline(HELLO_BYTES))
+            chief = socket.create_connection((host.strip("[]"), int(port)), timeout=deadline - time.monotonic())
+            chief.sendall((json.dumps([who.index, identity]) + "\n").encode())
+            return [chief], json.loads(chief.makefile().readline(HELLO_BYTES))
         except (OSError, ValueError):  # not there yet, or not the chief
             time.sleep(0.2)
     raise WorldError(f"worker 0 ({who.addresses[0]}) did not come, or waits for others; {ADVICE}")

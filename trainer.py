@@ -498,9 +498,9 @@ def main():
         config, train, test = reopen(run_dir, flags)
     introduce(config, train, test)
     going_on, who = run_dir is not None, replicas.workers()
-    replicas.meet(who, identity(config, train, test, run_dir), config.worker_timeout)
-    set_threads(config.batch_size, network_image_shape(train))
-    strategy = replicas.start(config.replicas or 1, who, config.worker_timeout)
+    with replicas.met(who, identity(config, train, test, run_dir), config.worker_timeout):
+        set_threads(config.batch_size, network_image_shape(train))
+        strategy = replicas.start(config.replicas or 1, who)
     interruption = Interruption(alone=len(who.addresses) == 1)
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():

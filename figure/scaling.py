@@ -192,8 +192,8 @@ def measure_allreduce(network, flags):
 def allreduce_in_worker(network, calls, rounds):
     """One worker's side of measure_allreduce; the medians over `rounds` of so many calls in a graph, as in a step."""
     who = replicas.workers()
-    replicas.meet(who, {}, MEET_SECONDS)
-    strategy = replicas.start(1, who, MEET_SECONDS)
+    with replicas.met(who, {}, MEET_SECONDS):
+        strategy = replicas.start(1, who)
     model = models.create_model(network.model, (network.pixels, network.pixels, 3), network.classes, "group")
     shapes = {"seconds": [weight.shape for weight in model.trainable_variables], "seconds_of_one_number": [()]}
 

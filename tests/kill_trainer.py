@@ -24,25 +24,9 @@ import download
 
 STEPS = 80
 FLAGS = (
-    "--dataset",
-    "Digits",
-    "--max_batch_size",
-    32,
-    "--batch_size",
-    8,
-    "--max_training_step",
+    *"--dataset Digits --max_batch_size 32 --batch_size 8 --max_training_step".split(),
     STEPS,
-    "--augment",
-    "--test_sample_step",
-    50,
-    "--log_step",
-    7,
-    "--write_summary_step",
-    5,
-    "--ckpt_save_step",
-    3,
-    "--seed",
-    5,
+    *"--augment --test_sample_step 50 --log_step 7 --write_summary_step 5 --ckpt_save_step 3 --seed 5".split(),
 )
 
 

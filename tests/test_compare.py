@@ -282,18 +282,7 @@ def run_of(cell, step, speeds, state="finished"):
 def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
     """Medians where it was measured, a + b / batch size between, and only what is left to train counts."""
     two, thirty_two, four = grid(
-        monkeypatch,
-        data_dir,
-        "--norm_type",
-        "group",
-        "--batch_size",
-        2,
-        32,
-        4,
-        "--seeds",
-        1,
-        "--max_training_step",
-        100,
+        monkeypatch, data_dir, *"--norm_type group --batch_size 2 32 4 --seeds 1 --max_training_step 100".split()
     )
     found = [run_of(two, 100, [100.0, 50.0, 400.0]), run_of(thirty_two, 40, [1000.0], "unfinished")]
     seconds = compare.seconds_per_image(found)
@@ -358,16 +347,7 @@ def compared(data_dir, tmp_path_factory):
     train_dir = tmp_path_factory.mktemp("compared")
     flags = (
         *GRID,
-        "--norm_type",
-        "batch",
-        "group+ws",
-        "--batch_size",
-        8,
-        "--seeds",
-        1,
-        "--max_training_step",
-        6,
-        "--data_dir",
+        *"--norm_type batch group+ws --batch_size 8 --seeds 1 --max_training_step 6 --data_dir".split(),
         data_dir,
         "--train_dir",
         train_dir,
@@ -413,20 +393,8 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     """Ctrl-C stops every run after saving it; the same command goes on with them, to one run per cell."""
     flags = (
         *GRID,
-        "--norm_type",
-        "group",
-        "--batch_size",
-        1,
-        2,
-        "--seeds",
-        1,
-        "--max_training_step",
-        400,
-        "--log_step",
-        5,
-        "--jobs",
-        2,
-        "--data_dir",
+        *"--norm_type group --batch_size 1 2 --seeds 1".split(),
+        *"--max_training_step 400 --log_step 5 --jobs 2 --data_dir".split(),
         data_dir,
         "--train_dir",
         tmp_path,
@@ -453,16 +421,7 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
 def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path):
     flags = (
         *GRID,
-        "--norm_type",
-        "none",
-        "group",
-        "--batch_size",
-        16,
-        "--seeds",
-        1,
-        "--max_training_step",
-        3,
-        "--data_dir",
+        *"--norm_type none group --batch_size 16 --seeds 1 --max_training_step 3 --data_dir".split(),
         data_dir,
         "--train_dir",
         tmp_path,

@@ -317,10 +317,7 @@ def test_archive_dir_with_another_hash(tmp_path):
     found = hashlib.sha256((tmp_path / "archives" / "cifar10" / FILE).read_bytes()).hexdigest()
     assert found in line and cifar10.FILES[FILE][2] in line and "--no_checksum" in line
     result = call(
-        "--datasets",
-        "CIFAR10",
-        "Digits",
-        "--archive_dir",
+        *"--datasets CIFAR10 Digits --archive_dir".split(),
         tmp_path / "archives",
         "--data_dir",
         tmp_path,

@@ -30,20 +30,8 @@ def batch_run(data_dir, tmp_path_factory):
     scripts.run(
         "trainer.py",
         *common,
-        "--model",
-        "resnet8",
-        "--norm_type",
-        "batch",
-        "--batch_size",
-        4,
-        "--max_batch_size",
-        32,
-        "--max_training_step",
-        12,
-        "--learning_rate",
-        0.01,
-        "--ckpt_save_step",
-        5,
+        *"--model resnet8 --norm_type batch --batch_size 4 --max_batch_size 32".split(),
+        *"--max_training_step 12 --learning_rate 0.01 --ckpt_save_step 5".split(),
     )
     printed = scripts.run("evaler.py", *common, "--batch_statistics", "reestimate")
     return scripts.only_run(train_dir), printed

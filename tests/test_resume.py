@@ -64,15 +64,7 @@ def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, tmp_path):
     """A limit on the size of files stands for the full disk: no checkpoint fits, which ends the run in one line, and
     nothing is left that would count as one."""
     flags = (
-        "--dataset",
-        "Digits",
-        "--model",
-        "resnet8",
-        "--max_training_step",
-        4,
-        "--ckpt_save_step",
-        1,
-        "--data_dir",
+        *"--dataset Digits --model resnet8 --max_training_step 4 --ckpt_save_step 1 --data_dir".split(),
         data_dir,
         "--train_dir",
         tmp_path,
