@@ -8,9 +8,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import time
 from pathlib import Path
@@ -25,6 +27,7 @@ tf = Later("tensorflow")
 
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
 SCALING = {"adam": "square root", "momentum": "linear"}  # with the batch size: arXiv 2205.10287 and 1706.02677
+MAX_BATCH_SIZE = 64  # images per step, where the dataset has no recipe of its own
 CHECKPOINTS_KEPT = 3
 CHECKPOINT_SECONDS = 600  # a checkpoint at least so often, however long a step takes
 CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
@@ -38,10 +41,16 @@ class Config(models.Network):
     prefix: str = flag("default", "first part of the run folder's name")
     batch_size: int | None = flag(
         None,
-        "images per update and replica, all of which batch norm sees together; by default as many as fit one update",
+        "images per update and replica, all of which batch norm sees together; by default a whole step in one update, "
+        "for ImageNet 32",
         low=1,
     )
-    max_batch_size: int = flag(64, "images per step, over all replicas; a multiple of what an update has", low=1)
+    max_batch_size: int | None = flag(
+        None,
+        f"images per step, over all replicas, a multiple of what an update has; by default {MAX_BATCH_SIZE}, for "
+        "ImageNet 256",
+        low=1,
+    )
     replicas: int | None = flag(
         None,
         "devices of this host to train on, by default 1, each with --batch_size images per update; hosts by TF_CONFIG",
@@ -61,7 +70,8 @@ class Config(models.Network):
     learning_rate: float | None = flag(
         None,
         "rate at max_batch_size images per update; by default "
-        + " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items()),
+        + " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+        + ", for ImageNet with momentum 0.1 at 256 images",
         above=0,
     )
     no_adjust_learning_rate: bool = flag(
@@ -69,9 +79,10 @@ class Config(models.Network):
         "do not scale the rate with the images per update: by their share in max_batch_size for momentum (arXiv "
         "1706.02677), by its square root for adam (arXiv 2205.10287)",
     )
-    lr_schedule: str = flag(
-        "cosine",
-        "constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at the end",
+    lr_schedule: str | None = flag(
+        None,
+        "constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at the end; by default cosine, "
+        "for ImageNet step",
         choices=("constant", "step", "cosine"),
     )
     warmup_steps: int = flag(0, "steps of linear increase of the rate at the start", low=0)
@@ -122,9 +133,11 @@ DERIVED = [
     "model",
     "groups",
     "batch_size",
+    "max_batch_size",
     "updates_per_step",
     "num_replicas",
     "optimizer",
+    "lr_schedule",
     "base_learning_rate",
     "learning_rate_scaling",
     "peak_learning_rate",
@@ -146,7 +159,12 @@ IGNORED = PLACES | {
     "no_augment",
     "replicas",
 }
-MEASURES = {"accuracy": "", "reestimated": ", statistics re-estimated", "by_batch": ", statistics of the test batch"}
+MEASURES = {
+    "accuracy": "",
+    "last_epochs": ", median of the last epochs",
+    "reestimated": ", statistics re-estimated",
+    "by_batch": ", statistics of the test batch",
+}
 
 
 # ------------------------------------------------------------------------------------------------- the configuration
@@ -434,8 +452,18 @@ def read_run(path: Path) -> Run:
         state = "diverged"
     accuracies = evaluation = read_evaluation(path / "evaluation.json", config)
     if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test is what evaler.py repeats
-        accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | accuracies
+        accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows) | accuracies
     return Run(path, config, comparable(config, data), rows, accuracies, evaluation, state)
+
+
+def last_epochs(config: Config, data: dict, rows: list) -> dict:
+    """{"last_epochs": median accuracy over the tests of the last epochs}, where a dataset's recipe says of how many."""
+    epochs = datasets.recipe_of(config.dataset).get("reported_epochs")
+    if epochs is None:
+        return {}
+    start = config.max_training_step - epochs * math.ceil(data["train"] / config.max_batch_size)
+    tests = [row["test_loss/accuracy"] for row in rows if row["step"] > start and "test_loss/accuracy" in row]
+    return {"last_epochs": statistics.median(tests)}
 
 
 def read_rows(path: Path) -> list:

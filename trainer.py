@@ -77,12 +77,13 @@ def check_flags(flags):
 def check_replicas(flags):
     """Raise UserError unless a step is whole updates of all replicas, and for what several replicas cannot do."""
     number = replicas.number(flags.replicas)
-    images = (flags.batch_size or 1) * number
-    if flags.max_batch_size % images:
-        fitting = -(-flags.max_batch_size // images) * images
-        each = f"--batch_size {flags.batch_size}" if number == 1 else f"{number} replicas of {images // number} images"
+    batch_size, max_batch_size = batch_sizes(flags)
+    images = batch_size * number
+    if max_batch_size % images:
+        fitting = -(-max_batch_size // images) * images
+        each = f"--batch_size {batch_size}" if number == 1 else f"{number} replicas of {batch_size} images"
         raise UserError(
-            f"{each} does not divide --max_batch_size {flags.max_batch_size}: a "
+            f"{each} does not divide --max_batch_size {max_batch_size}: a "
             f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do"
         )
     if flags.sync_batch_norm and (flags.norm_type != "batch" or number == 1):
@@ -92,21 +93,30 @@ def check_replicas(flags):
         raise UserError(f"--jit_compile does not go with {number} replicas: leave it out")
 
 
+def batch_sizes(flags):
+    """(images per update and replica, images per step): the flags, else the dataset's recipe where it fits them."""
+    recipe = datasets.recipe_of(flags.dataset)
+    most = flags.max_batch_size or recipe.get("max_batch_size", runs.MAX_BATCH_SIZE)
+    number = replicas.number(flags.replicas)
+    usual = recipe.get("batch_size", most)
+    return flags.batch_size or (max(1, most // number) if most % (usual * number) else usual), most
+
+
 def derive(flags, train):
     """The configuration: the flags, and what follows from them and the training images. Nothing changes it later."""
-    facts = datasets.module_of(flags.dataset)
+    facts, recipe = datasets.module_of(flags.dataset), datasets.recipe_of(flags.dataset)
     model = flags.model or models.default_model(network_image_shape(train))
     models.check_network(flags, model)
     optimizer = flags.optimizer or ("adam" if model == "convnet" else "momentum")
     number = replicas.number(flags.replicas)
-    batch_size = flags.batch_size or flags.max_batch_size // number
-    share = number * batch_size / flags.max_batch_size
+    batch_size, max_batch_size = batch_sizes(flags)
+    share = number * batch_size / max_batch_size
     learning_rate = flags.learning_rate or runs.LEARNING_RATES[optimizer]
-    if flags.dataset == "ImageNet" and optimizer == "momentum" and flags.learning_rate is None:
-        learning_rate = 0.1 * flags.max_batch_size / 256  # arXiv 1706.02677, as arXiv 1803.08494
+    if "momentum_rate" in recipe and optimizer == "momentum" and flags.learning_rate is None:
+        learning_rate = recipe["momentum_rate"] * max_batch_size / recipe["max_batch_size"]  # arXiv 1706.02677
     scaling = "none" if flags.no_adjust_learning_rate else runs.SCALING[optimizer]
     scale = {"none": 1.0, "linear": share, "square root": math.sqrt(share)}[scaling]
-    epoch = math.ceil(len(train) / flags.max_batch_size)
+    epoch = math.ceil(len(train) / max_batch_size)
     steps = flags.max_training_step or facts.EPOCHS * epoch
     if flags.warmup_steps > steps:
         raise UserError(f"--warmup_steps {flags.warmup_steps} is more than the {steps} steps of this run")
@@ -115,9 +125,11 @@ def derive(flags, train):
         model=model,
         groups=flags.groups or models.default_groups(model),
         batch_size=batch_size,
-        updates_per_step=flags.max_batch_size // (number * batch_size),
+        max_batch_size=max_batch_size,
+        updates_per_step=max_batch_size // (number * batch_size),
         num_replicas=number,
         optimizer=optimizer,
+        lr_schedule=flags.lr_schedule or recipe.get("lr_schedule", "cosine"),
         base_learning_rate=learning_rate,
         learning_rate_scaling=scaling,
         peak_learning_rate=learning_rate * scale,

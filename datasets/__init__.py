@@ -41,6 +41,15 @@ def module_of(name: str):
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
+def recipe_of(name: str) -> dict:
+    """How dataset `name` is trained where its module has a RECIPE, which replaces defaults of trainer.py; else {}.
+
+    Keys: batch_size, max_batch_size, momentum_rate (at max_batch_size images per update), lr_schedule,
+    reported_epochs.
+    """
+    return getattr(module_of(name), "RECIPE", {})
+
+
 def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
     """Return whether `name` can be read: packed and marked as whole, or a user's own data with its id.txt."""
     place = folder_of(name, data_dir)

@@ -152,7 +152,7 @@ def make_grid(flags, rest):
     train, test = trainer.load_data(probe)
     steps = None
     if "--max_training_step" not in rest:
-        steps = (flags.epochs or 8) * math.ceil(len(train) / probe.max_batch_size)
+        steps = (flags.epochs or 8) * math.ceil(len(train) / trainer.batch_sizes(probe)[1])
     first = [size for size in FIRST_BATCH_SIZES if size in flags.batch_size]
     sizes = first + [size for size in dict.fromkeys(flags.batch_size) if size not in first]
     cells = [

@@ -210,7 +210,7 @@ def draw_batch_sizes(found, path):
     figure = Figure(figsize=(7.5 * len(found), 4.8), layout="constrained")
     for place, (title, rows, batch_sizes, cells) in enumerate(found, 1):
         axes = figure.add_subplot(1, len(found), place)
-        styles = {"accuracy": "-", "reestimated": "--", "by_batch": ":"}
+        styles = {"accuracy": "-", "last_epochs": "-.", "reestimated": "--", "by_batch": ":"}
         markers = {}
         for row, measure in rows:
             points = []

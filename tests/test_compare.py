@@ -158,6 +158,19 @@ def test_batch_norm_has_three_rows(tmp_path):
     assert table["batch, statistics of the test batch"] == ["59.0"]
 
 
+def test_imagenet_has_the_median_of_its_last_epochs(tmp_path):
+    """800 images are 13 steps of 64: of 100 steps, the last 65 are five epochs. No other dataset has that row."""
+    for name in ("SET", "ImageNet"):
+        run_dir = write_run(tmp_path / name, "run", 0.5, dataset=name)
+        rows = [
+            {"step": 9 + 13 * k, "test_loss/accuracy": [0.1, 0.2, 0.2, 0.3, 0.5, 0.4, 0.7, 0.6][k]} for k in range(8)
+        ]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert table_of(tmp_path / "SET")["batch"] == ["60.0"] and len(table_of(tmp_path / "SET")) == 3
+    assert table_of(tmp_path / "ImageNet")["batch, median of the last epochs"] == ["50.0"]
+    assert table_of(tmp_path / "ImageNet")["batch"] == ["60.0"]
+
+
 def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
     run_dir = write_run(tmp_path, "batch", 0.25, evaluation={"reestimated": 0.26})
     record = json.loads((run_dir / "evaluation.json").read_text())
@@ -362,7 +375,9 @@ def test_every_cell_is_trained_and_evaluated(compared):
         ("batch", 8, "finished"),
         ("group+ws", 8, "finished"),
     ]
-    assert set(found[0].evaluation) == set(runs.MEASURES) and set(found[1].evaluation) == {"accuracy"}
+    assert set(found[0].evaluation) == {"accuracy", "reestimated", "by_batch"} and set(found[1].evaluation) == {
+        "accuracy"
+    }
     for run in found:
         assert run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
         assert f"{100 * run.evaluation['accuracy']:.1f}" in printed

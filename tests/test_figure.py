@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import archives
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -73,6 +74,25 @@ def test_throughput_runs_the_trainer(data_dir):
     for _, batch, group, ratio in rows:
         assert float(ratio) == pytest.approx(float(group) / float(batch), abs=0.02)
     assert "times the fastest step" in printed and "to import TensorFlow" in printed
+
+
+def test_the_input_is_measured_beside_decoding_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    rng, size = np.random.default_rng(0), (90, 120, 3)
+    for i in range(33):
+        jpeg = archives.picture_file(rng.integers(0, 256, size, dtype=np.uint8))
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(jpeg)
+    flags = ("--photos", tmp_path / "photos", "--output", tmp_path / "speed.json")
+    printed = run("figure/input_speed.py", *flags, "--rounds", 3, "--store", 0.01)
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["photographs"] == 33 and min(found["reads"]) > 0
+    for name in ("training", "testing"):
+        times = found["seconds"][name]["wall"]
+        ratio = np.median(np.array(times["alone"]) / times["input"])
+        assert len(times["input"]) == 3 and re.search(rf"^{name} .* {ratio:.2f} \[", printed, re.MULTILINE)
+    for path in list((tmp_path / "photos").iterdir())[:2]:
+        path.unlink()
+    assert "31 JPEG files" in run("figure/input_speed.py", *flags, code=2)
 
 
 def test_throughput_names_a_dataset_that_is_missing(tmp_path):

@@ -209,6 +209,91 @@ def test_encoded_images_are_cut_from_the_centre(imagenet):
         assert np.abs(image - expected).mean() < 0.02  # two decoders and two ways to interpolate
 
 
+def photograph(height, width, mode="RGB", seed=0):
+    """A JPEG file of a picture both smooth and noisy, with colours at half the resolution, as cameras write them."""
+    rng = np.random.default_rng(seed)
+    row, column = np.meshgrid(np.linspace(0, 3, height), np.linspace(0, 4, width), indexing="ij")
+    waves = np.stack([np.sin(row * k + column * (4 - k)) for k in (1, 2, 3)], axis=-1)
+    pixels = np.clip(128 + 80 * waves + rng.normal(0, 25, waves.shape), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def triangle(size, new_size):
+    """The matrix [new_size, size] that resizes an axis with antialiasing: a triangle, wide as the larger pixel."""
+    step = size / new_size
+    centre, pixel = (np.arange(new_size)[:, None] + 0.5) * step, np.arange(size) + 0.5
+    weights = np.maximum(0, 1 - np.abs(pixel - centre) / max(step, 1))
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def bilinear(size, new_size):
+    """The matrix [new_size, size] that resizes an axis by interpolation between the two nearest pixels."""
+    place = np.clip((np.arange(new_size) + 0.5) * size / new_size - 0.5, 0, size - 1)
+    return np.maximum(0, 1 - np.abs(np.arange(size) - place[:, None]))
+
+
+def resized(pixels, matrix, sizes):
+    """pixels [h, w, 3] resized to `sizes`, in float64."""
+    rows, columns = (matrix(old, new) for old, new in zip(pixels.shape, sizes))
+    return np.einsum("yh,hwc,xw->yxc", rows, pixels.astype(np.float64), columns, optimize=True)
+
+
+@pytest.mark.parametrize(
+    "height, width, mode",
+    [
+        (375, 500, "RGB"),
+        (501, 333, "RGB"),
+        (400, 400, "L"),
+        (97, 131, "RGB"),
+        (209, 575, "RGB"),  # here the part that is decoded ends where the decoder lacks colours
+        (240, 1001, "RGB"),
+        (257, 256, "RGB"),
+        (1201, 1599, "RGB"),
+    ],
+)
+def test_the_test_crop_is_that_of_the_whole_picture_resized(height, width, mode):
+    """Element by element: shorter side to 256 with antialiasing, then the centre; float32 and no more is lost."""
+    jpeg = photograph(height, width, mode)
+    sizes = [round(side * 256 / min(height, width)) for side in (height, width)]
+    whole = resized(tf.io.decode_jpeg(jpeg, channels=3).numpy(), triangle, sizes)
+    top, left = ((side - 224) // 2 for side in sizes)
+    exact = whole[top : top + 224, left : left + 224]
+    np.testing.assert_allclose(input_ops.centre_crop(jpeg), exact, rtol=0, atol=0.02)  # of 255
+
+
+@pytest.mark.parametrize("height, width, ratios", [(375, 500, {1}), (1000, 1400, {1, 2, 4}), (3000, 2500, {2, 4, 8})])
+def test_a_training_crop_is_its_window_interpolated(height, width, ratios):
+    """Element by element, against the window of the picture that was decoded whole at the same ratio."""
+    pixels = np.asarray(Image.open(io.BytesIO(photograph(height, width))))
+    jpeg, found = archives.picture_file(pixels), set()  # with all its colours
+    for number in range(12):
+        seed = tf.constant([3, number], tf.int64)
+        window = input_ops.random_window(tf.constant([height, width, 3]), tf.random.split(seed, 2)[0]).numpy()
+        ratio = max(ratio for ratio in (1, 2, 4, 8) if ratio == 1 or min(window[2:]) >= ratio * 224)
+        top, left, rows, columns = window // ratio
+        whole = tf.io.decode_jpeg(jpeg, channels=3, ratio=ratio).numpy()
+        exact = resized(whole[top : top + rows, left : left + columns], bilinear, (224, 224))
+        made = input_ops.random_resized_crop(tf.constant(jpeg), seed, flip=False)
+        np.testing.assert_allclose(made, exact, rtol=0, atol=0.02)
+        np.testing.assert_array_equal(made, input_ops.random_resized_crop(tf.constant(jpeg), seed, flip=False))
+        found.add(ratio)
+    assert found == ratios
+
+
+@pytest.mark.parametrize("shorter, ratio", [(100, 1), (447, 1), (448, 2), (895, 2), (896, 4), (1791, 4), (1792, 8)])
+def test_large_windows_are_decoded_at_a_fraction_of_the_size(shorter, ratio):
+    """A grid of flat 16×16 blocks: at every ratio the window holds the blocks that lie in it."""
+    blocks = np.random.default_rng(0).integers(0, 256, (120, 125, 3), dtype=np.uint8)
+    jpeg = archives.picture_file(blocks.repeat(16, axis=0).repeat(16, axis=1))
+    image = input_ops.decode_window(jpeg, tf.constant([32, 64, shorter, 1800])).numpy()
+    assert image.shape == (shorter // ratio, 1800 // ratio, 3)
+    size = 16 // ratio
+    middles = image[size // 2 :: size, size // 2 :: size].astype(int)
+    assert np.abs(middles - blocks[2 : 2 + len(middles), 4 : 4 + middles.shape[1]]).max() <= 8
+
+
 def test_encoded_images_are_cropped_by_seed_and_step(imagenet):
     train, _ = imagenet
     whole = list(input_ops.create_input_ops(train, 3, True, "flip+crop", seed=1, last_step=4))

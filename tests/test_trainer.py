@@ -316,7 +316,6 @@ def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir)
         ("CIFAR10", "flip+crop", "momentum"),
         ("Fashion", "flip+crop", "momentum"),
         ("SVHN", None, "momentum"),
-        ("ImageNet", "flip+crop", "momentum"),
         ("OWN", None, "momentum"),
     ],
 )
@@ -324,9 +323,61 @@ def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
     config = trainer.derive(trainer.parse_flags(["--dataset", dataset])[0], digits[0])
     assert (config.augment, config.optimizer, config.weight_decay) == (augment, optimizer, 1e-4)
-    assert config.base_learning_rate == (0.1 * 64 / 256 if dataset == "ImageNet" else 0.2)
-    epochs = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "ImageNet": 90, "OWN": 30}[dataset]
+    assert (config.base_learning_rate, config.lr_schedule) == (0.2, "cosine")
+    assert (config.batch_size, config.max_batch_size, config.updates_per_step) == (64, 64, 1)
+    epochs = {"MNIST": 5, "Fashion": 10, "SVHN": 10, "CIFAR10": 30, "OWN": 30}[dataset]
     assert config.max_training_step == epochs * math.ceil(1437 / 64)
+
+
+def recipe(train, *flags):
+    """The configuration of a run on ImageNet with these flags; its images are stood in for by `train`."""
+    return trainer.derive(trainer.parse_flags(["--dataset", "ImageNet", *map(str, flags)])[0], train)
+
+
+def test_imagenet_is_trained_as_in_the_paper(digits):
+    """arXiv 1803.08494, section 4.1, without a flag: 0.1 at 256 images, a tenth at 30, 60 and 90 of 100 epochs."""
+    config, epoch = recipe(digits[0]), math.ceil(1437 / 256)
+    assert (config.batch_size, config.max_batch_size, config.updates_per_step) == (32, 256, 8)
+    assert (config.optimizer, config.weight_decay, config.augment) == ("momentum", 1e-4, "flip+crop")
+    assert config.base_learning_rate == 0.1 and config.peak_learning_rate == pytest.approx(0.1 * 32 / 256)
+    assert (config.max_training_step, config.test_sample_step) == (100 * epoch, epoch)
+    for epochs, share in ((0, 1), (30, 0.1), (60, 0.01), (90, 0.001)):
+        rates = [trainer.learning_rate_at(epochs * epoch + step, config) for step in (0, 30 * epoch - 1)][
+            : 1 + (epochs < 90)
+        ]
+        assert rates == pytest.approx([0.1 * 32 / 256 * share] * len(rates))
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (("--batch_size", 2), {"batch_size": 2, "max_batch_size": 256, "peak_learning_rate": 0.1 * 2 / 256}),
+        (("--batch_size", 256), {"updates_per_step": 1, "peak_learning_rate": 0.1}),
+        (("--max_batch_size", 64), {"batch_size": 32, "base_learning_rate": 0.025, "peak_learning_rate": 0.0125}),
+        (("--max_batch_size", 16), {"batch_size": 16, "peak_learning_rate": 0.1 * 16 / 256}),
+        (("--max_batch_size", 48), {"batch_size": 48, "peak_learning_rate": 0.1 * 48 / 256}),
+        (("--learning_rate", 0.3), {"base_learning_rate": 0.3, "peak_learning_rate": 0.3 * 32 / 256}),
+        (("--no_adjust_learning_rate",), {"peak_learning_rate": 0.1}),
+        (("--optimizer", "adam"), {"base_learning_rate": 1e-3, "weight_decay": 0}),
+        (("--lr_schedule", "cosine"), {"lr_schedule": "cosine"}),
+        (("--max_training_step", 7), {"max_training_step": 7}),
+        (("--no_augment",), {"augment": None}),
+        (("--weight_decay", 0), {"weight_decay": 0}),
+    ],
+)
+def test_flags_win_over_a_recipe(flags, expected, digits):
+    config = recipe(digits[0], *flags)
+    assert {name: getattr(config, name) for name in expected} == pytest.approx(expected)
+
+
+def test_a_run_folder_of_before_recipes_is_read_as_it_was(finished, tmp_path):
+    """Then the flags alone said max_batch_size and lr_schedule."""
+    stored = json.loads((finished[0] / "config.json").read_text())
+    whole = runs.read_config(finished[0])[0]
+    for name in ("max_batch_size", "lr_schedule"):
+        stored["flags"][name] = stored["derived"].pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert runs.read_config(tmp_path)[0] == whole and (whole.max_batch_size, whole.lr_schedule) == (32, "cosine")
 
 
 @pytest.mark.parametrize(
@@ -829,6 +880,7 @@ def test_onednn_is_on_unless_the_user_says_no(given):
     [
         (("--batch_size", "3"), "3"),
         (("--batch_size", "64"), "64"),
+        (("--dataset", "ImageNet", "--batch_size", "48"), "48 does not divide --max_batch_size 32"),
         (("--batch_size", "0"), "0"),
         (("--learning_rate", "-1"), "-1"),
         (("--learning_rate", "nan"), "nan"),
