@@ -305,6 +305,22 @@ def test_encoded_images_are_cropped_by_seed_and_step(imagenet):
         np.testing.assert_array_equal(labels, late_labels)
 
 
+def test_the_rows_of_a_worker_are_those_of_the_batch_when_encoded(imagenet):
+    rows = np.array([1, 2, 5])
+    made = [
+        [
+            (images.numpy(), labels.numpy())
+            for images, labels in input_ops.create_input_ops(
+                imagenet[0], 6, True, "flip+crop", seed=1, first_step=1, last_step=3, rows=which
+            )
+        ]
+        for which in (None, rows)
+    ]
+    for (images, labels), (images_here, labels_here) in zip(*made):
+        np.testing.assert_array_equal(images_here, images[rows])
+        np.testing.assert_array_equal(labels_here, labels[rows])
+
+
 def test_encoded_images_keep_their_labels_in_any_order(imagenet):
     """Read in the order of the file and handed out in the order asked for, with repeats."""
     train, _ = imagenet
