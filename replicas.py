@@ -28,6 +28,7 @@ tf = Later("tensorflow")
 
 HELLO_BYTES = 1 << 20  # more than what a worker says of itself
 STARTED = b"+"
+PACK_BYTES = 1 << 22  # resnet50's 102 MB between two workers on one machine: 0.13 s, in one piece 0.30 s
 HELLO_SECONDS = 5.0  # for what connects and is no worker
 ADVICE = "start all of them, or wait longer with --worker_timeout"
 
@@ -254,4 +255,7 @@ def map_parts(strategy, function, *values):
 def mean(values: list) -> list:
     """The means of tensors over all replicas."""
     replica = tf.distribute.get_replica_context()
-    return values if replica.num_replicas_in_sync == 1 else replica.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+    if replica.num_replicas_in_sync == 1:
+        return values
+    options = tf.distribute.experimental.CommunicationOptions(bytes_per_pack=PACK_BYTES)
+    return replica.all_reduce(tf.distribute.ReduceOp.MEAN, values, options)

@@ -278,7 +278,7 @@ MUTATIONS = {
     "replicas.py": [
         ("return values[size * place // parts :", "return values[0 * place // parts :",
          "test_replicas.py::test_devices_share_the_images_of_a_test[7]"),
-        ("all_reduce(tf.distribute.ReduceOp.MEAN, values)", "all_reduce(tf.distribute.ReduceOp.SUM, values)",
+        ("tf.distribute.ReduceOp.MEAN, values, options)", "tf.distribute.ReduceOp.SUM, values, options)",
          "test_replicas.py::test_with_group_norm_two_devices_are_one_of_twice_the_batch[momentum-20.0]"),
         ("reshape(updates, len(who.addresses), -1)[:, who.index]", "reshape(len(who.addresses), -1)[who.index]",
          "test_replicas.py::test_the_rows_of_all_workers_are_the_batch[None]"),
