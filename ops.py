@@ -11,6 +11,7 @@ import math
 import numbers
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 EPSILON = 1e-5  # for every norm alike, as in the code of the GN paper's authors
@@ -545,6 +546,7 @@ class BatchNorm(_Norm):
         self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
         self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
         self.synchronized = synchronized
+        self.freeze_statistics = False  # True: normalize by the moving statistics in training, too
         self.use_batch_statistics = False  # True: normalize by the batch, and move, without training too
 
     def build(self, input_shape):
@@ -553,7 +555,8 @@ class BatchNorm(_Norm):
         self.moving_variance = self._vector("moving_variance", self.moving_variance_initializer, trainable=False)
 
     def call(self, inputs, training=False, mask=None):
-        training = (bool(training) and self.trainable) or self.use_batch_statistics
+        training = bool(training) and self.trainable and not self.freeze_statistics
+        training = training or self.use_batch_statistics
         y, moving_mean, moving_variance = batch_norm(
             inputs,
             self.gamma,
@@ -629,3 +632,84 @@ class SkipInit(keras.layers.Layer):
 
     def call(self, inputs):
         return inputs * tf.cast(self.scale, inputs.dtype)
+
+
+# ------------------------------------------------------------------------------------------- from one norm to another
+
+
+def replace_batch_norm(model: keras.Model, groups: int = 32, images: tf.Tensor | None = None) -> keras.Model:
+    """A copy of a functional Keras model with GroupNorm in place of every BatchNorm or BatchNormalization.
+
+    Args:
+        model: of any layers; all other weights are taken as they are.
+        groups: a divisor of the channels of every norm.
+        images: None, and gamma and beta are taken, too; or [N, ...] inputs of the model, a few hundred, over which
+            match_moments sets them: what a trained network needs.
+
+    Raises:
+        ValueError: if groups does not divide the channels of a norm.
+    """
+    batch_norms = (BatchNorm, keras.layers.BatchNormalization)
+
+    def clone(layer):
+        config = layer.get_config()
+        if not isinstance(layer, batch_norms):
+            return layer.__class__.from_config(config)
+        return GroupNorm(groups, config["axis"], name=config["name"], dtype=config["dtype"])
+
+    copy = keras.models.clone_model(model, clone_function=clone)
+    for ours, theirs in zip(copy.layers, model.layers):
+        if not isinstance(theirs, batch_norms):
+            ours.set_weights(theirs.get_weights())
+            continue
+        for mine, value in ((ours.gamma, theirs.gamma), (ours.beta, theirs.beta)):
+            if value is not None:
+                mine.assign(value)
+    if images is not None:
+        match_moments(copy, model, images)
+    return copy
+
+
+def match_moments(model: keras.Model, source: keras.Model, images: tf.Tensor) -> None:
+    """Set gamma and beta of every GroupNorm so that each channel has, over `images`, the mean and the deviation that
+    the layer of the same name gives it in `source`.
+
+    Let xhat be what GroupNorm makes of its input at gamma = 1 and beta = 0, with mean a and standard deviation d over
+    all images and positions, and m and s the mean and deviation wanted. Then y = gamma * xhat + beta has the mean
+    gamma * a + beta and the deviation |gamma| * d, so
+
+        gamma = s / d, with the sign of the source's gamma      (0 where d is 0)
+        beta  = m - gamma * a
+
+    Layers are set from the input on, since each changes what the next one sees.
+
+    Args:
+        model, source: functional models of the same inputs.
+        images: [N, ...], of which a hundred or more tell moments well.
+    """
+    for layer in model.layers:
+        if not isinstance(layer, GroupNorm):
+            continue
+        twin = source.get_layer(layer.name)
+        wanted_mean, wanted_deviation = _channel_moments(source, twin, images)
+        layer.gamma.assign(tf.ones_like(layer.gamma))
+        layer.beta.assign(tf.zeros_like(layer.beta))
+        mean, deviation = _channel_moments(model, layer, images)
+        sign = 1 if twin.gamma is None else np.where(np.asarray(twin.gamma) < 0, -1, 1)
+        gamma = sign * np.divide(wanted_deviation, deviation, out=np.zeros_like(mean), where=deviation > 0)
+        layer.gamma.assign(gamma)
+        layer.beta.assign(wanted_mean - gamma * mean)
+
+
+def _channel_moments(model, layer, images, batch_size=64):
+    """Mean and standard deviation [C] in float64 of a layer's output over all images and positions, in inference."""
+    part = keras.Model(model.inputs, layer.output)
+    axis = layer.axis % len(layer.output.shape)
+    sizes, means, variances = [], [], []
+    for i in range(0, len(images), batch_size):
+        y = np.moveaxis(np.float64(part(images[i : i + batch_size], training=False)), axis, -1)
+        y = y.reshape(-1, y.shape[-1])
+        sizes.append(len(y)), means.append(y.mean(axis=0)), variances.append(y.var(axis=0))
+    mean = np.average(means, axis=0, weights=sizes)
+    between = np.average(np.square(np.array(means) - mean), axis=0, weights=sizes)
+    return mean, np.sqrt(np.average(variances, axis=0, weights=sizes) + between)

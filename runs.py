@@ -60,7 +60,10 @@ class Config(models.Network):
     sync_batch_norm: bool = flag(False, "batch norm takes its statistics over the images of all replicas")
     worker_timeout: float = flag(300.0, "seconds to wait for the other hosts of TF_CONFIG", above=0, on_resume=True)
     max_training_step: int | None = flag(
-        None, "steps to train; by default a number of epochs that suits the dataset", low=1
+        None,
+        "steps to train; by default a number of epochs that suits the dataset; with --resume, to train longer",
+        low=1,
+        on_resume=True,
     )
     optimizer: str | None = flag(
         None,
@@ -112,7 +115,12 @@ class Config(models.Network):
         low=1,
         metavar="N",
     )
-    checkpoint: str | None = flag(None, "start from the weights of this checkpoint or run folder")
+    checkpoint: str | None = flag(
+        None,
+        "start from the weights of this checkpoint or run folder: with other classes the last layer is new, and batch "
+        "norm can become group, layer or instance norm",
+    )
+    freeze_batch_norm: bool = flag(False, "with --checkpoint: batch norm keeps the moving statistics that it came with")
     log_step: int = flag(10, "steps between lines of log; each is a row of metrics.jsonl too", low=1)
     write_summary_step: int = flag(10, "steps between TensorBoard scalars; each is a row of metrics.jsonl too", low=1)
     test_sample_step: int | None = flag(None, "steps between tests on the whole test split; by default an epoch", low=1)
@@ -203,6 +211,15 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
         )
         + "\n",
     )
+
+
+def extend(run_dir: Path, config: Config) -> None:
+    """Write into config.json that the run is as long as `config` says, if it is longer than before; all else stays."""
+    path = run_dir / "config.json"
+    stored = json.loads(path.read_text())
+    if stored["derived"]["max_training_step"] != config.max_training_step:
+        stored["flags"]["max_training_step"] = stored["derived"]["max_training_step"] = config.max_training_step
+        write_whole(path, json.dumps(stored, indent=1) + "\n")
 
 
 def read_config(run_dir) -> tuple[Config, dict]:
@@ -388,16 +405,36 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
     return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
-def check_same_network(config: Config, checkpoint) -> None:
-    """Raise UserError if the run that a checkpoint lies in had another network; norms can share all their shapes."""
-    folder = run_dir_of(checkpoint)
-    if not (folder / "config.json").exists():
-        return
-    other, _ = read_config(folder)
-    for name in ("model", "norm_type", "group_size", "groups", "weight_standardization"):
-        here, there = getattr(config, name), getattr(other, name)
-        if here != there and (name not in ("groups", "group_size") or config.norm_type == "group"):
-            raise UserError(f"checkpoint {checkpoint} is of a run with --{name} {there}, not {here}: give the same")
+def take_weights(model, source) -> list[str]:
+    """Give a model the variables of another that have the same name and shape; returns the names that nothing was
+    taken for."""
+    there = weights_of(source)
+    left = []
+    for name, variable in weights_of(model).items():
+        if name in there and there[name].shape == variable.shape:
+            variable.assign(there[name])
+        else:
+            left.append(name)
+    return left
+
+
+def check_convertible(config: Config, other: Config, checkpoint) -> bool:
+    """Whether the norms of a run with `other` have to be converted; UserError if its weights do not fit, or cannot."""
+    for name in ("model", "weight_standardization"):
+        if getattr(config, name) != getattr(other, name):
+            raise UserError(
+                f"checkpoint {checkpoint} is of a run with --{name} {getattr(other, name)}, not "
+                f"{getattr(config, name)}: give the same"
+            )
+    same = config.norm_type == other.norm_type
+    if config.norm_type == "group":
+        same = same and (config.groups, config.group_size) == (other.groups, other.group_size)
+    if not same and (config.norm_type not in ("group", "layer", "instance") or other.norm_type == "none"):
+        raise UserError(
+            f"checkpoint {checkpoint} is of a run with --norm_type {other.norm_type}, which cannot become "
+            f"{config.norm_type}: give the same, or group, layer or instance to convert a norm"
+        )
+    return not same
 
 
 def drop_after(run_dir: Path, step: int) -> None:

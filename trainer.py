@@ -30,6 +30,8 @@ from summaries import Log
 
 tf, keras, ops = Later("tensorflow"), Later("keras"), Later("ops")
 
+CONVERSION_IMAGES = 256  # training images over which the norms of --checkpoint are converted
+
 
 # ------------------------------------------------------------------------------------------------- configuration
 
@@ -66,6 +68,8 @@ def check_flags(flags):
     if flags.seed >= 2**31:
         raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
     check_replicas(flags)
+    if flags.freeze_batch_norm and (flags.norm_type != "batch" or not flags.checkpoint):
+        raise UserError("--freeze_batch_norm is for --norm_type batch and weights of --checkpoint: leave it out")
     if flags.augment and flags.no_augment:
         raise UserError("--augment and --no_augment contradict each other: give one of them")
     if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
@@ -178,6 +182,7 @@ def reopen(run_dir, flags):
     if data_dir == datasets.DATA_DIR:  # None: the run's data were in the default place, too
         data_dir = config.data_dir or data_dir
     config = dataclasses.replace(config, data_dir=data_dir, replicas=here, worker_timeout=flags.worker_timeout)
+    config = longer(config, run_dir, flags.max_training_step)
     splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
     for name, split in zip(("train", "test"), splits):
         if len(split) != data[name]:
@@ -186,6 +191,26 @@ def reopen(run_dir, flags):
                 f"now: the data changed"
             )
     return config, *splits
+
+
+def longer(config, run_dir, steps):
+    """The configuration with so many steps, or as it is for None; UserError if the steps that are done would have had
+    another rate: what is trained longer is what would have been trained had it been so long from the start."""
+    if steps in (None, config.max_training_step):
+        return config
+    if steps < config.max_training_step:
+        raise UserError(f"--max_training_step {steps}: {run_dir} has {config.max_training_step} already; give more")
+    extended = dataclasses.replace(config, max_training_step=steps)
+    rows = runs.read_rows(run_dir / "metrics.jsonl")
+    done = rows[-1]["step"] if rows else 0
+    for step in range(done):
+        if learning_rate_at(step, config) != learning_rate_at(step, extended):
+            raise UserError(
+                f"--max_training_step {steps}: {run_dir} cannot go on: with so many steps its {config.lr_schedule} "
+                f"schedule would have had another rate from step {step} on; start a new run from its weights: "
+                f"python trainer.py --dataset {config.dataset} --checkpoint {run_dir} and its other flags"
+            )
+    return extended
 
 
 # ----------------------------------------------------------------------------------------------------- the step
@@ -474,11 +499,33 @@ def build_model(config, train):
                     f"{layer.name} sees 1 position of each image, a single value per channel; use a larger "
                     f"batch, larger images or another --norm_type"
                 )
-    if config.checkpoint:
-        runs.check_same_network(config, config.checkpoint)
-        path, _ = runs.load_weights(model, config.checkpoint)
-        print(f"starting from the weights of {path}")
+            layer.freeze_statistics = config.freeze_batch_norm
     return model
+
+
+def start_from_weights(model, config, splits):
+    """Give the network the weights of --checkpoint, and say what was not taken.
+
+    Norms of another kind are converted (ops.match_moments over CONVERSION_IMAGES training images), and the accuracy
+    that this leaves is said.
+    """
+    train, test = splits
+    other, data = runs.read_config(runs.run_dir_of(config.checkpoint))
+    converted = runs.check_convertible(config, other, config.checkpoint)
+    source = evaler.build_model(other, network_image_shape(train), data["num_classes"])
+    path, _ = runs.load_weights(source, config.checkpoint)
+    fresh = runs.take_weights(model, source)
+    print(f"starting from the weights of {path}" + (f"; new: {', '.join(fresh)}" if fresh else ""), flush=True)
+    if converted:
+        batches = create_input_ops(train, min(len(train), CONVERSION_IMAGES), True, seed=config.seed, last_step=1)
+        ops.match_moments(model, source, next(iter(batches))[0])
+        tested = create_input_ops(test, evaler.EVALUATION_BATCH, is_training=False)
+        result = evaler.evaluate(evaler.make_predictor(model), tested, test.labels, test.num_classes)
+        print(
+            f"{other.norm_type} norm became {config.norm_type} norm: accuracy {100 * result['accuracy']:.2f} % before "
+            f"training",
+            flush=True,
+        )
 
 
 def identity(config, train, test, run_dir):
@@ -517,6 +564,8 @@ def main():
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = build_model(config, train)
+    if config.checkpoint and not going_on:
+        start_from_weights(model, config, (train, test))
     if not going_on and who.is_chief:
         run_dir = runs.make_run_dir(config)
         runs.write_config(run_dir, flags, config, runs.describe_data(train, test))
@@ -524,6 +573,7 @@ def main():
     if going_on:
         if who.is_chief:
             runs.drop_after(run_dir, int(state.step))
+            runs.extend(run_dir, config)
         print(f"going on at step {int(state.step)} of {config.max_training_step}")
     place = run_dir or "RUN_FOLDER_OF_WORKER_0"
     together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""

@@ -4,13 +4,11 @@ import signal
 
 import pytest
 
+import scripts  # first: it quietens TensorFlow as it loads
+import tensorflow as tf
+
 import datasets
 import download
-from command import import_tensorflow
-
-import_tensorflow()
-
-import tensorflow as tf
 
 two = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)  # for test_replicas.py
@@ -28,3 +26,8 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(data_dir):
     return datasets.create_default_splits("Digits", data_dir)
+
+
+@pytest.fixture
+def main_of(monkeypatch):
+    return lambda *flags: scripts.run_here(monkeypatch, *flags)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,21 @@ def run(script, *flags, code=0):
         assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.startswith(f"{os.path.basename(script)}: error: "), done.stderr
     return done.stderr if code else done.stdout
+
+
+def run_here(monkeypatch, *flags):
+    """trainer.main() in this process, whose TensorFlow runs already and whose signals stay as they are."""
+    import trainer
+
+    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
+    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        trainer.main()
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def only_run(train_dir):

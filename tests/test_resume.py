@@ -86,3 +86,27 @@ def test_data_that_changed_is_not_trained_on(data_dir, tmp_path):
     run_dir.mkdir()
     runs.write_config(run_dir, flags, trainer.derive(flags, train), runs.describe_data(train, test) | {"train": 1000})
     assert "1000 train images" in scripts.run("trainer.py", "--resume", run_dir, code=2)
+
+
+def test_a_run_is_trained_longer_as_if_it_had_been_so_from_the_start(main_of, data_dir, tmp_path):
+    flags = "--dataset Digits --model resnet8 --max_batch_size 16 --log_step 4 --test_sample_step 4".split()
+    flags += ["--data_dir", data_dir, "--lr_schedule", "constant", "--max_training_step"]
+    main_of(*flags, 8, "--train_dir", tmp_path / "whole")
+    main_of(*flags, 4, "--train_dir", tmp_path / "longer")
+    run_dir = scripts.only_run(tmp_path / "longer")
+    main_of("--resume", run_dir, "--max_training_step", 8)
+    kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "whole"))
+    assert runs.read_config(run_dir)[0].max_training_step == 8
+    with pytest.raises(trainer.UserError, match="has 8 already"):
+        main_of("--resume", run_dir, "--max_training_step", 7)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_a_schedule_that_would_have_been_another_is_refused(schedule, main_of, data_dir, tmp_path):
+    flags = "--dataset Digits --model resnet8 --max_batch_size 16 --max_training_step 4".split()
+    main_of(*flags, "--data_dir", data_dir, "--lr_schedule", schedule, "--train_dir", tmp_path)
+    run_dir = scripts.only_run(tmp_path)
+    before = (run_dir / "config.json").read_text()
+    with pytest.raises(trainer.UserError, match=f"{schedule} schedule.*--checkpoint {run_dir}"):
+        main_of("--resume", run_dir, "--max_training_step", 8)
+    assert (run_dir / "config.json").read_text() == before

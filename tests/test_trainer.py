@@ -454,24 +454,6 @@ class StoppedInTest(trainer.Interruption):
         raise trainer.Stopped
 
 
-def run_here(monkeypatch, *flags):
-    """trainer.main() in this process, whose TensorFlow runs already and whose signals stay as they are."""
-    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
-    monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        trainer.main()
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@pytest.fixture
-def main_of(monkeypatch):
-    return lambda *flags: run_here(monkeypatch, *flags)
-
-
 def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch):
     """A signal in a test stops it between batches; the run goes on and ends like one left alone, that row included."""
     flags = (
@@ -520,7 +502,7 @@ def watched(data_dir, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(trainer, "make_train_step", make_watched)
-        run_here(
+        scripts.run_here(
             monkeypatch,
             *SMALL,
             *"--norm_type group --augment --seed 5 --max_training_step 5 --log_step 2 --data_dir".split(),
@@ -695,17 +677,17 @@ def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, t
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--norm_type", "layer"), "--norm_type group, not layer"),  # the same names and shapes of variables
-        (("--norm_type", "group", "--groups", 4), "--groups 16, not 4"),
+        (("--norm_type", "batch"), "--norm_type group, which cannot become batch"),
+        (("--norm_type", "none"), "--norm_type group, which cannot become none"),
         (("--norm_type", "group", "--weight_standardization"), "--weight_standardization False, not True"),
         (("--norm_type", "group", "--model", "resnet14"), "--model resnet8, not resnet14"),
     ],
 )
 def test_checkpoint_of_another_network_is_refused(flags, said, finished, data_dir):
     config, _, _ = configuration(data_dir, *flags)
-    for checkpoint in (finished[0], finished[0] / "model-9"):
-        with pytest.raises(evaler.UserError, match=said):
-            runs.check_same_network(config, str(checkpoint))
+    other, _ = runs.read_config(finished[0])
+    with pytest.raises(evaler.UserError, match=said):
+        runs.check_convertible(config, other, finished[0])
 
 
 @pytest.mark.parametrize("flag", [("--dtype", "bfloat16"), ("--jit_compile",)])
