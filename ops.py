@@ -657,7 +657,10 @@ def replace_batch_norm(model: keras.Model, groups: int = 32, images: tf.Tensor |
             return layer.__class__.from_config(config)
         return GroupNorm(groups, config["axis"], name=config["name"], dtype=config["dtype"])
 
-    copy = keras.models.clone_model(model, clone_function=clone)
+    def call(layer, *inputs, **others):  # batch norm is called with training and mask
+        return layer(*inputs) if isinstance(layer, GroupNorm) else layer(*inputs, **others)
+
+    copy = keras.models.clone_model(model, clone_function=clone, call_function=call)
     for ours, theirs in zip(copy.layers, model.layers):
         if not isinstance(theirs, batch_norms):
             ours.set_weights(theirs.get_weights())

@@ -1,0 +1,131 @@
+"""From trained weights to another norm, other classes, or batch norm that keeps its statistics.
+
+python -m pytest tests/test_conversion.py
+"""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import scripts
+import tensorflow as tf
+
+import model as models
+import ops
+import trainer
+
+FLAGS = "--dataset Digits --model resnet8 --max_batch_size 32 --max_training_step 60 --log_step 20".split()
+
+
+@pytest.fixture(scope="module")
+def batch_run(data_dir, tmp_path_factory):
+    """A network trained with batch norm for a moment."""
+    train_dir = tmp_path_factory.mktemp("batch")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        flags = (*FLAGS, "--norm_type", "batch", "--data_dir", data_dir, "--train_dir", train_dir)
+        scripts.run_here(monkeypatch, *flags)
+    return scripts.only_run(train_dir)
+
+
+def random_network(norm_type, seed=0):
+    """resnet8 with every variable drawn at random, as if trained; half of the gammas are negative."""
+    network, rng = models.create_model("resnet8", (8, 8, 1), 10, norm_type, groups=4), np.random.default_rng(seed)
+    for variable in network.variables:
+        scale = 0.1 if "kernel" in variable.path else 1.0
+        variable.assign(
+            rng.normal(0, scale, variable.shape)
+            if "variance" not in variable.path
+            else rng.uniform(0.5, 2, variable.shape)
+        )
+    return network
+
+
+def channel_moments(network, name, images):
+    """Mean and standard deviation of a layer's output per channel, at once, in float64."""
+    y = np.float64(keras.Model(network.input, network.get_layer(name).output)(images))
+    return y.mean((0, 1, 2)), y.std((0, 1, 2))
+
+
+def test_every_channel_has_the_moments_that_batch_norm_gave_it():
+    source = random_network("batch")
+    network = models.create_model("resnet8", (8, 8, 1), 10, "group", groups=4)
+    for layer in network.layers:
+        if layer.name.endswith("conv"):
+            layer.set_weights(source.get_layer(layer.name).get_weights())
+    images = tf.constant(np.random.default_rng(1).random((100, 8, 8, 1)), tf.float32)  # two batches, not alike
+    images = tf.concat([images[:64], 3 * images[64:]], 0)
+    ops.match_moments(network, source, images)
+    for layer in network.layers:
+        if isinstance(layer, ops.GroupNorm):
+            mean, deviation = channel_moments(network, layer.name, images)
+            wanted_mean, wanted_deviation = channel_moments(source, layer.name, images)
+            np.testing.assert_allclose(mean, wanted_mean, atol=2e-4 * np.abs(wanted_deviation).max())
+            np.testing.assert_allclose(deviation, wanted_deviation, rtol=1e-3, atol=1e-6)
+            np.testing.assert_array_equal(np.sign(layer.gamma), np.sign(source.get_layer(layer.name).gamma))
+
+
+def test_batch_norm_of_any_keras_model_can_be_replaced():
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(8, 3, padding="same", name="conv")(inputs)
+    x = keras.layers.BatchNormalization(name="first")(x)
+    x = keras.layers.ReLU()(x)
+    x = keras.layers.Conv2D(4, 3, name="conv2")(x)
+    x = keras.layers.BatchNormalization(scale=False, name="second")(keras.layers.Add()([x, x]))
+    network = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
+    images = tf.constant(np.random.default_rng(0).random((50, 8, 8, 3)), tf.float32)
+    network.get_layer("first").moving_mean.assign(np.arange(8.0))
+    network.get_layer("second").beta.assign([1.0, -2.0, 3.0, 0.5])
+    copy = ops.replace_batch_norm(network, groups=2, images=images)
+    for name in ("first", "second"):
+        for found, wanted in zip(channel_moments(copy, name, images), channel_moments(network, name, images)):
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
+    copy = ops.replace_batch_norm(network, groups=2)
+    np.testing.assert_array_equal(copy.get_layer("second").beta, [1.0, -2.0, 3.0, 0.5])
+    assert [type(copy.get_layer(name)) for name in ("first", "second")] == [ops.GroupNorm] * 2
+    for name in ("conv", "conv2"):
+        for ours, theirs in zip(copy.get_layer(name).get_weights(), network.get_layer(name).get_weights()):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="8 channels cannot be split into 3 groups"):
+        ops.replace_batch_norm(network, groups=3)
+
+
+def test_a_converted_network_trains_on_from_what_it_knew(batch_run, main_of, data_dir, tmp_path, capsys):
+    """The accuracy before training is far above a guess, and said."""
+    flags = (*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path, "--checkpoint", batch_run)
+    main_of(*flags, "--norm_type", "group", "--groups", 8, "--max_training_step", 1)
+    printed = capsys.readouterr().out
+    (accuracy,) = re.findall(r"batch norm became group norm: accuracy ([\d.]+) % before training", printed)
+    assert float(accuracy) > 50
+    assert f"starting from the weights of {batch_run}/model-60\n" in printed
+
+
+def test_other_classes_get_a_new_last_layer(batch_run, data_dir, digits, capsys):
+    flags = (*FLAGS, "--norm_type", "batch", "--data_dir", data_dir, "--checkpoint", batch_run)
+    config = trainer.derive(trainer.parse_flags(list(map(str, flags)))[0], digits[0])
+    network = models.create_model("resnet8", (8, 8, 1), 3, "batch")
+    before = [variable.numpy() for variable in network.get_layer("logits").variables]
+    trainer.start_from_weights(network, config, digits)
+    assert "; new: logits/kernel, logits/bias" in capsys.readouterr().out
+    for now, then in zip(network.get_layer("logits").variables, before):
+        np.testing.assert_array_equal(now.numpy(), then)
+    stored = scripts.checkpoint(batch_run)
+    for name in ("kernel",):
+        np.testing.assert_array_equal(
+            network.get_layer("stem_conv").kernel, stored[f"model/stem_conv.S{name}/.ATTRIBUTES/VARIABLE_VALUE"]
+        )
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest(batch_run, main_of, data_dir, tmp_path):
+    flags = (*FLAGS, "--norm_type", "batch", "--data_dir", data_dir, "--train_dir", tmp_path)
+    main_of(*flags, "--checkpoint", batch_run, "--freeze_batch_norm", "--max_training_step", 2)
+    before, after = scripts.checkpoint(batch_run), scripts.checkpoint(scripts.only_run(tmp_path))
+    for name, value in before.items():
+        if name.startswith("model/"):
+            assert np.array_equal(after[name], value) == ("moving" in name), name
+
+
+@pytest.mark.parametrize("flags", [["--norm_type", "batch"], ["--norm_type", "group", "--checkpoint", "RUN"]])
+def test_freezing_needs_batch_norm_and_its_weights(flags):
+    with pytest.raises(trainer.UserError, match="--freeze_batch_norm is for"):
+        trainer.parse_flags(["--dataset", "Digits", "--freeze_batch_norm", *flags])
