@@ -219,7 +219,7 @@ MUTATIONS = {
          "test_conversion.py::test_every_channel_has_the_moments_that_batch_norm_gave_it"),
         ("layer.beta.assign(wanted_mean - gamma * mean)", "layer.beta.assign(wanted_mean)",
          "test_conversion.py::test_every_channel_has_the_moments_that_batch_norm_gave_it"),
-        ("weights=sizes)) + between)", "weights=sizes)))",
+        ("axis=0, weights=sizes) + between)", "axis=0, weights=sizes))",
          "test_conversion.py::test_every_channel_has_the_moments_that_batch_norm_gave_it"),
         ("tf.reduce_mean(variances, 0) + between, number", "tf.reduce_mean(variances, 0), number",
          "test_replicas.py::test_synchronized_batch_norm_is_that_of_the_whole_batch[0.0]"),

@@ -65,3 +65,14 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             if not target.startswith("http"):
                 assert ((scripts.REPO / page).parent / target).exists(), f"{page}: {target}"
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_examples_for_your_own_model_run(number):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 3
+    names = {}
+    exec(blocks[number], names)
+    if "model" in names:
+        norms = [layer for layer in names["model"].layers if isinstance(layer, names["ops"].GroupNorm)]
+        assert len(norms) == (53 if number == 2 else 1)
