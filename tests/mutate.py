@@ -160,6 +160,8 @@ MUTATIONS = {
     "input_ops.py": [
         ("folder.load(path, dataset.image_shape[:2], bits)", "folder.load(path, dataset.image_shape[1::-1], bits)",
          "test_predict.py::test_other_sizes_are_resized_to_height_and_width"),
+        ("    if folder.is_upright_jpeg(path):", "    if False:",
+         "test_predict.py::test_jpeg_files_are_cut_as_in_evaluation"),
         ("resample(pixels, *centre(pixels.shape[:2]))", "tf.image.resize(pixels, [IMAGENET_SIZE, IMAGENET_SIZE])",
          "test_predict.py::test_other_files_are_cut_like_jpeg_files"),
         ("chosen = draws if rows is None else tf.gather(draws, rows, axis=1)", "chosen = draws[:, : len(rows)]",

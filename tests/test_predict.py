@@ -21,7 +21,7 @@ import evaler
 import runs
 from command import UserError
 from datasets import folder, hdf5
-from input_ops import create_input_ops, image_of_file, network_image_shape
+from input_ops import centre_crop, create_input_ops, image_of_file, network_image_shape
 
 CLASSES = ("ant", "bee", "cat, or kitten", "dog", "eel", "fox")
 
@@ -265,6 +265,10 @@ def test_jpeg_files_are_cut_as_in_evaluation(imagenet, tmp_path, capsys):
     expected = dict(zip(map(str, sorted(files.iterdir())), probabilities(run_dir, images, 4)))
     check(table(tmp_path / "out.csv"), test.class_names, expected)
     assert all(len(rows) == 4 for rows in table(tmp_path / "out.csv").values())  # there are no more classes
+    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (375, 501, 3), np.uint8))
+    noise.save(tmp_path / "large.jpg", quality=80)
+    expected = centre_crop((tmp_path / "large.jpg").read_bytes()) / 255
+    np.testing.assert_array_equal(image_of_file(tmp_path / "large.jpg", test, None), expected)
 
 
 def test_other_files_are_cut_like_jpeg_files(imagenet, tmp_path):
