@@ -63,8 +63,13 @@ def run(main):
         code, message = 130, "interrupted"
     except Terminated:
         code, message = 143, "terminated"
-    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    complain(message)
     sys.exit(code)
+
+
+def complain(message):
+    """Print an error as one line on stderr."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 def one_line(text, limit=2000):

@@ -262,7 +262,12 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
                 raise UserError(f"{folder}/{file} is there and was not packed by download.py: choose another name")
-        pack(name, folder, lambda: read(image_dir, test_image_dir, image_size)._replace(recipe=recipe))
+
+        def read_folder():
+            source = read(image_dir, test_image_dir, image_size)
+            return source._replace(recipe=recipe | source.recipe)
+
+        pack(name, folder, read_folder)
 
 
 def check_recipe(name, folder, recipe):

@@ -3,13 +3,20 @@
     python evaler.py --dataset CIFAR10                                  # the newest run of CIFAR10 under train_dir
     python evaler.py --dataset CIFAR10 --train_dir train_dir/RUN        # one run folder
     python evaler.py --dataset CIFAR10 --split train --batch_statistics reestimate
+    python evaler.py --dataset CIFAR10 --predict a.png photos/ --output predictions.csv     # what is in these images?
 
 Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
-and TensorBoard summaries (scalars, the confusion matrix as an image).
+and TensorBoard summaries (scalars, the confusion matrix as an image). With --predict it prints the most likely classes
+of each image file instead, and writes nothing but --output.
 """
 
 import contextlib
+import csv
+import io
+import itertools
 import json
+import os
+import sys
 
 import numpy as np
 
@@ -18,14 +25,16 @@ import model as models
 import replicas
 import runs
 import summaries
-from command import ArgumentParser, Later, UserError, run, within, write_whole
-from input_ops import create_input_ops, network_image_shape
+from command import ArgumentParser, Later, UserError, complain, run, within, write_whole
+from datasets import folder, hdf5
+from input_ops import create_input_ops, image_of_file, network_image_shape
 
 tf, ops = Later("tensorflow"), Later("ops")
 
 TOP5_CLASSES = 100  # from so many classes on, top-5 accuracy stands beside accuracy
 SCALARS = ("accuracy", "top5_accuracy", "loss")
 EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
+PREDICTED_CLASSES = 5  # that --predict names for each image
 REESTIMATION_IMAGES = 10_000  # training images over which batch norm's statistics are estimated anew
 
 
@@ -159,6 +168,96 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
         )
 
 
+# -------------------------------------------------------------------------------------------------- prediction
+
+
+def make_classifier(model, num_classes):
+    """A graph from images [B, h, w, c] to the probabilities [B, k] and numbers [B, k] of their k most likely classes,
+    the most likely first: k is PREDICTED_CLASSES, or all classes where there are fewer."""
+
+    @tf.function(reduce_retracing=True)
+    def classify(images):
+        return tf.math.top_k(tf.nn.softmax(model(images, training=False)), min(PREDICTED_CLASSES, num_classes))
+
+    return classify
+
+
+def readable(read, files):
+    """Yield (file, read(file)) of the files; one that cannot be read is a line on stderr, and left out."""
+    for file in files:
+        try:
+            result = read(file)
+        except UserError as error:
+            complain(error)
+        except OSError as error:
+            complain(f"{type(error).__name__}: {error}")
+        else:
+            yield file, result
+
+
+def same_bits(dataset, place, files):
+    """The bits of integers of more than 8 bits, as the dataset in the folder `place` was packed, else as the files have
+    them; and the files without those that could not be read on the way."""
+    bits = hdf5.read_recipe(place).get("bits") if hdf5.is_packed(place) else None
+    if bits in folder.BITS:
+        print(f"images with more than 8 bits are read as those of {dataset.name}: {bits} bits, 0 to {2**bits - 1}")
+        return bits, files
+    found = list(readable(folder.highest_value, files))
+    return folder.depth(max((highest for _, highest in found), default=-1)), [file for file, _ in found]
+
+
+def predict_files(model, dataset, files, bits, batch_size):
+    """Yield (file, rank, class name, probability) of the most likely classes of each image file, file after file.
+
+    Args:
+        model: of build_model, with weights.
+        dataset: what it was trained on; files are treated as its images were.
+        files: paths; one that cannot be read is a line on stderr, and left out.
+        bits: of same_bits.
+        batch_size: files in memory at once; results do not depend on it.
+    """
+    classify = make_classifier(model, dataset.num_classes)
+    images = readable(lambda file: image_of_file(file, dataset, bits), files)
+    while batch := list(itertools.islice(images, batch_size)):
+        probabilities, classes = (values.numpy() for values in classify(tf.stack([image for _, image in batch])))
+        for (file, _), best, numbers in zip(batch, probabilities, classes):
+            for rank, (probability, number) in enumerate(zip(best, numbers), 1):
+                yield file, rank, dataset.class_names[number], probability
+
+
+def check_images(dataset):
+    """Raise UserError for a dataset whose images a file cannot be made into."""
+    channels = dataset.image_shape[2]
+    if channels not in (1, 3):
+        raise UserError(f"--predict needs images of 1 or 3 channels, but those of {dataset.name} have {channels}")
+    if dataset.dtype == np.float32:
+        low, high = dataset.images().min(), dataset.images().max()
+        if low < 0 or high > 1:
+            raise UserError(
+                f"--predict makes floats from 0 to 1 of an image file, but those of {dataset.name} lie in {low:g} to "
+                f"{high:g}: pack them as 0 to 1 or as uint8, and train anew"
+            )
+
+
+def check_output(path):
+    """Raise UserError for a path at which no file can be written."""
+    place = os.path.abspath(path)
+    if os.path.isdir(place):
+        raise UserError(f"--output {path} is a folder: name a file in it, such as predictions.csv")
+    if not os.path.isdir(os.path.dirname(place)):
+        raise UserError(f"--output {path}: there is no folder {os.path.dirname(place)} to write it in; make it first")
+
+
+def write_predictions(path, rows):
+    """Write the rows of predict_files as a CSV file."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("file", "rank", "class", "probability"))
+    writer.writerows(rows)
+    write_whole(path, table.getvalue())
+    print(f"wrote {path}")
+
+
 # ------------------------------------------------------------------------------------------------------ script
 
 
@@ -184,7 +283,19 @@ def parse_flags(argv=None):
         metavar="N",
         help="evaluate on the N training images that the run held out by the same flag",
     )
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="PATH",
+        help=f"print the {PREDICTED_CLASSES} most likely classes of image files, and of those in folders and below, "
+        "instead of evaluating",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write what --predict prints as a CSV file, too")
     flags = parser.parse_args(argv)
+    without_effect = {"split", "batch_statistics", "validation"} if flags.predict else {"output"}
+    for name in parser.names_given(argv):
+        if name in without_effect:
+            raise UserError(f"--{name} has no effect with{'' if flags.predict else 'out'} --predict: leave it out")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
     return flags
@@ -221,18 +332,41 @@ def check_request(flags, run_dir, config):
         )
 
 
+def print_predictions(flags, files, model, dataset):
+    """Print the most likely classes of each file, and write them to --output; exit code 1 if one could not be read."""
+    bits, found = same_bits(dataset, datasets.folder_of(flags.dataset, flags.data_dir), files)
+    rows = []
+    for file, rank, name, probability in predict_files(model, dataset, found, bits, flags.batch_size):
+        if rank == 1:
+            print(file)
+        print(f"  {100 * probability:6.2f} %  {name}", flush=True)
+        rows.append((file, rank, name, probability))
+    if flags.output is not None:
+        write_predictions(flags.output, rows)
+    if sum(rank == 1 for _, rank, *_ in rows) < len(files):
+        sys.exit(1)
+
+
 def main(argv=None):
     flags = parse_flags(argv)
     datasets.folder_of(flags.dataset, flags.data_dir)  # a name that can name no dataset ends here
+    files = folder.find_images(flags.predict or [])
+    if flags.output is not None:
+        check_output(flags.output)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, _ = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
     train, test = datasets.create_default_splits(flags.dataset, flags.data_dir, validation=flags.validation)
+    if flags.predict:
+        check_images(train)
     split = test if flags.split == "test" else train
     name = f"{flags.dataset} {'validation' if flags.validation else flags.split}"
     model = build_model(config, network_image_shape(train), train.num_classes)
     checkpoint, step = runs.load_weights(model, flags.checkpoint or run_dir)
     print(f"{checkpoint}: {config.model}, {config.norm_type} norm, step {step}")
+    if flags.predict:
+        print_predictions(flags, files, model, train)
+        return
 
     batches = create_input_ops(split, flags.batch_size, is_training=False)
     result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)

@@ -11,7 +11,8 @@ example.
 import numpy as np
 
 from command import Later
-from datasets import hdf5
+from datasets import folder, hdf5
+from datasets.archives import refusing
 
 tf = Later("tensorflow")
 
@@ -241,14 +242,19 @@ def centre_crop(jpeg):
         [224, 224, 3] float32, 0 ... 255.
     """
     size = tf.io.extract_jpeg_shape(jpeg)[:2]
-    resized = tf.round(tf.cast(size, tf.float32) * IMAGENET_RESIZE / tf.cast(tf.reduce_min(size), tf.float32))
-    scale = resized / tf.cast(size, tf.float32)
-    begin = tf.floor((resized - IMAGENET_SIZE) / 2) / scale  # of the crop, in pixels of the picture
+    begin, scale = centre(size)
     margin = tf.maximum(1 / scale, 1) + DECODER_MARGIN
     first = tf.cast(tf.maximum(begin - margin, 0), tf.int32)
     last = tf.minimum(tf.cast(begin + IMAGENET_SIZE / scale + margin, tf.int32) + 1, size)
     image = tf.io.decode_and_crop_jpeg(jpeg, tf.concat([first, last - first], axis=0), channels=3)
     return resample(image, begin - tf.cast(first, tf.float32), scale)
+
+
+def centre(size):
+    """Where the centre crop of a picture of size [2] lies, as resample takes it: begin [2] and scale [2]."""
+    resized = tf.round(tf.cast(size, tf.float32) * IMAGENET_RESIZE / tf.cast(tf.reduce_min(size), tf.float32))
+    scale = resized / tf.cast(size, tf.float32)
+    return tf.floor((resized - IMAGENET_SIZE) / 2) / scale, scale
 
 
 def resample(image, begin, scale):
@@ -282,6 +288,36 @@ def resample(image, begin, scale):
     image = rows(tf.reshape(image, [width, 3 * IMAGENET_SIZE]), 1)  # [224, 3 * 224]
     image = tf.transpose(tf.reshape(image, [IMAGENET_SIZE * 3, IMAGENET_SIZE]))  # [224, 224 * 3]
     return tf.reshape(image, [IMAGENET_SIZE, IMAGENET_SIZE, 3])
+
+
+def image_of_file(path, dataset: hdf5.Dataset, bits: int | None):
+    """An image file of any size and mode as the network sees it, treated as the dataset's images were.
+
+    Where those are JPEG files its centre crop; else RGB, or its luminance where they have one channel, resized to their
+    height and width.
+
+    Args:
+        path: of the file.
+        dataset: whose images have 1 or 3 channels.
+        bits: of integers of more than 8 bits, as folder.depth gives them.
+
+    Returns:
+        [h, w, c] float32, 0 ... 1. Raises UserError, OSError for a file that cannot be read.
+    """
+    if dataset.encoded:
+        return centre_crop_of_file(path, bits) / 255
+    pixels = folder.load(path, dataset.image_shape[:2], bits)
+    return to_float(tf.constant(folder.luminance(pixels) if dataset.image_shape[2] == 1 else pixels))
+
+
+def centre_crop_of_file(path, bits):
+    """The centre crop of an image file, [224, 224, 3] float32, 0 ... 255: as in evaluation, or from its pixels where it
+    is no JPEG file in RGB or gray, or has to be turned."""
+    if folder.is_upright_jpeg(path):
+        with open(path, "rb") as file, refusing(path):
+            return centre_crop(file.read())
+    pixels = folder.load(path, None, bits)
+    return resample(pixels, *centre(pixels.shape[:2]))
 
 
 def network_image_shape(dataset: hdf5.Dataset) -> tuple:

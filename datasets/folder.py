@@ -1,4 +1,4 @@
-"""A folder of class folders of images, DIR/<class>/<image>, packed as a user's own dataset.
+"""A folder of class folders of images, DIR/<class>/<image>, packed as a user's own dataset; image files to predict.
 
 Images become RGB of 8 bits: transparent ones on white, floats 0 ... 1 and integers of up to 16 bits scaled.
 """
@@ -18,6 +18,8 @@ from datasets.own import SPLIT_SEED
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PART = 1 << 24  # bytes of images that are in memory at once
+ORIENTATION, TURNED = 0x0112, range(2, 9)  # the EXIF tag, and its values that ask for turning or mirroring
+BITS = (8, 10, 12, 14, 16)  # of the images of integers that do not say it themselves: cameras and scanners have these
 
 
 def read(image_dir, test_image_dir=None, image_size=None):
@@ -51,20 +53,26 @@ def read(image_dir, test_image_dir=None, image_size=None):
             if test_image_dir is None
             else f"--test_image_dir {test_image_dir} has no images"
         )
-    bits = depth(train + test)
+    bits = depth(max(highest_value(path) for path, _ in train + test))
     shape = (*image_size, 3) if image_size else load(train[0][0], None, bits).shape
-    return Source(class_names, shape, len(train) + len(test), parts((train, test), shape, image_size, bits))
+    images = parts((train, test), shape, image_size, bits)
+    return Source(class_names, shape, len(train) + len(test), images, {"bits": bits})
 
 
 def names_in(folder):
     """Return the sorted names in `folder`. Raises UserError for a name that cannot be part of an id."""
     names = sorted(os.listdir(folder))
     for name in (str(folder), *names):
-        if "\n" in name or "\r" in name or name != name.encode(errors="replace").decode():
-            raise UserError(
-                f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has a line break in it: rename it"
-            )
+        check_name(name, folder)
     return names
+
+
+def check_name(name, folder):
+    """Raise UserError for a name that cannot stand in a line of text."""
+    if "\n" in name or "\r" in name or name != name.encode(errors="replace").decode():
+        raise UserError(
+            f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has a line break in it: rename it"
+        )
 
 
 def class_folders(folder):
@@ -80,11 +88,47 @@ def list_images(folder, class_names):
     for label, name in enumerate(class_names):
         place = os.path.join(folder, name)
         for file in names_in(place) if os.path.isdir(place) else []:
-            is_image = file.lower().endswith(SUFFIXES) and not file.startswith(".")
-            (files if is_image else ignored).append((os.path.join(place, file), label))
+            (files if is_image_name(file) else ignored).append((os.path.join(place, file), label))
     if ignored:
         print(f"left out {len(ignored)} files that are no images by their names, such as {ignored[0][0]}", flush=True)
     return files
+
+
+def is_image_name(name):
+    """Return whether a file is an image by its name."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def find_images(paths):
+    """Return the files among `paths` as they are named, and in place of a folder all images in it and below, sorted.
+
+    Raises UserError for a path that is not there, and for a folder without images.
+    """
+    files = []
+    for path in paths:
+        check_name(path, os.path.dirname(path) or os.curdir)
+        if os.path.isdir(path):
+            found = images_below(path)
+            if not found:
+                raise UserError(f"the folder {path} has no image in it or below it ({' '.join(SUFFIXES)})")
+            files += found
+        elif os.path.isfile(path):
+            files.append(path)
+        else:
+            raise UserError(f"{path} is no file and no folder: name image files, or folders of them")
+    return files
+
+
+def images_below(folder):
+    """Return the sorted paths of all images in `folder` and below, without hidden ones and linked folders."""
+    found = []
+    for name in names_in(folder):
+        path = os.path.join(folder, name)
+        if not os.path.isdir(path):
+            found += [path] * is_image_name(name)
+        elif not (name.startswith(".") or os.path.islink(path)):
+            found += images_below(path)
+    return found
 
 
 def split_classes(files, class_names):
@@ -142,26 +186,31 @@ def opened(path):
             yield image
 
 
-def depth(files):
-    """Return the bits, 8 to 16, of all images of integers that do not say it themselves, told by their highest value.
+def highest_value(path):
+    """Return the highest value of an image file of integers that does not say how many bits they have; -1 of others."""
+    with opened(path) as image:
+        if is_deep_color(image):  # of which Pillow reads the upper half
+            return int(np.max(image)) << 8 | 255
+        if image.mode.startswith("I") and own_depth(image) is None:
+            return int(integers(image, path).max())
+    return -1
+
+
+def depth(highest):
+    """Return the bits, one of BITS, of all images whose highest_value() is not -1, by the highest of all; None without
+    such images.
 
     Cameras and scanners put 10, 12 or 14 bits in files of 16. One answer for all of train and test keeps a dim image
     dimmer than a bright one.
     """
-    highest = -1
-    for path, _ in files:
-        with opened(path) as image:
-            if is_deep_color(image):  # of which Pillow reads the upper half
-                highest = max(highest, int(np.max(image)) << 8 | 255)
-            elif image.mode.startswith("I") and own_depth(image) is None:
-                highest = max(highest, int(integers(image, path).max()))
-    bits = next((bits for bits in (8, 10, 12, 14) if highest < 2**bits), 16)
-    if highest >= 0:
-        print(
-            f"of the images with more than 8 bits the highest value is {highest}: all are read as {bits}-bit images, "
-            f"0 to {2**bits - 1}",
-            flush=True,
-        )
+    if highest < 0:
+        return None
+    bits = next(bits for bits in BITS if highest < 2**bits)
+    print(
+        f"of the images with more than 8 bits the highest value is {highest}: all are read as {bits}-bit images, "
+        f"0 to {2**bits - 1}",
+        flush=True,
+    )
     return bits
 
 
@@ -177,11 +226,11 @@ def is_deep_color(image):
     return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)
 
 
-def integers(image, path):
-    """Return the values of an image of integers, [h, w]."""
+def integers(image, path, highest=65535):
+    """Return the values of an image of integers, [h, w], which must lie in 0 ... highest."""
     values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path} has values from {values.min()} to {values.max()}: expected 0 to 65535")
+    if values.min() < 0 or values.max() > highest:
+        raise UserError(f"{path} has values from {values.min()} to {values.max()}: expected 0 to {highest}")
     return values
 
 
@@ -189,6 +238,19 @@ def scaled(values, highest):
     """Return 0 ... highest as gray 0 ... 255, uint8 [h, w, 3]."""
     gray = (values * np.float32(255 / highest) + np.float32(0.5)).astype(np.uint8)
     return np.repeat(gray[..., np.newaxis], 3, axis=-1)
+
+
+def luminance(pixels):
+    """Return the luminance, uint8 [h, w, 1], of uint8 [h, w, 3]: 0.299 R + 0.587 G + 0.114 B; gray stays as it is."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., np.newaxis]
+
+
+def is_upright_jpeg(path):
+    """Return whether an image file is a JPEG file in RGB or gray that need not be turned: ImageNet's are decoded so."""
+    with opened(path) as image:
+        return image.format == "JPEG" and image.mode in ("L", "RGB") and image.getexif().get(ORIENTATION) not in TURNED
 
 
 def load(path, image_size, bits):
@@ -210,7 +272,8 @@ def load(path, image_size, bits):
                 )
             pixels = scaled(values, 1)
         elif image.mode.startswith("I"):
-            pixels = scaled(integers(image, path), 2 ** (own_bits or bits) - 1)
+            highest = 2 ** (own_bits or bits) - 1
+            pixels = scaled(integers(image, path, highest), highest)
         else:
             if image.has_transparency_data:
                 image = image.convert("RGBA")

@@ -7,7 +7,7 @@
     id          the ids, bytes [N]; id.txt holds them too, one a line
     class_names strings [classes]
     attribute `recipe`: what it was packed from, as JSON: {"made_from": words}, and of a folder of images the flags of
-                download.py
+                download.py and `bits`, see folder.depth
     attribute `packed`: the mark, written last
 
 The file is built beside its target under another name, synced and renamed: a file without the mark, or under another

@@ -1,0 +1,411 @@
+"""evaler.py --predict: image files are treated as the dataset's images were, and predicted as in evaluation.
+
+python -m pytest tests/test_predict.py
+"""
+
+import csv
+import os
+
+import h5py
+import keras
+import numpy as np
+import pytest
+import scripts
+import tensorflow as tf
+from PIL import Image
+
+import archives
+import datasets
+import download
+import evaler
+import runs
+from command import UserError
+from datasets import folder, hdf5
+from input_ops import centre_crop, create_input_ops, image_of_file, network_image_shape
+
+CLASSES = ("ant", "bee", "cat, or kitten", "dog", "eel", "fox")
+
+
+def make_run(train_dir, name, data_dir):
+    """A run folder of a network that nothing was taught, but that tells images apart."""
+    train, test = datasets.create_default_splits(name, data_dir)
+    config, run_dir = runs.Config(dataset=name, model="resnet8", norm_type="group"), train_dir / name
+    run_dir.mkdir(parents=True)
+    runs.write_config(run_dir, config, config, runs.describe_data(train, test))
+    keras.utils.set_random_seed(0)
+    model = evaler.build_model(config, network_image_shape(train), train.num_classes)
+    model.get_layer("logits").kernel.assign(100 * model.get_layer("logits").kernel)
+    variables = {"model": runs.weights_of(model), "step": tf.Variable(7, dtype=tf.int64)}
+    runs.Checkpoints(run_dir, config, True, **variables).save(7)
+    return run_dir
+
+
+def probabilities(run_dir, images, classes):
+    """The softmax in float64 of the logits that the run gives images [N, h, w, c]: [N, classes]."""
+    model = evaler.build_model(runs.read_config(run_dir)[0], images.shape[1:], classes)
+    runs.load_weights(model, run_dir)
+    logits = model(images, training=False).numpy().astype(np.float64)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def evaluated(split):
+    """The images [N, h, w, c] that evaler.py evaluates a split on."""
+    return np.concatenate([images for images, _ in create_input_ops(split, evaler.EVALUATION_BATCH, False)])
+
+
+def predict(run_dir, data_dir, *flags):
+    """What evaler.py does with --predict and the flags, in this process."""
+    place = ["--dataset", run_dir.name, "--data_dir", data_dir, "--train_dir", run_dir]
+    evaler.main([str(flag) for flag in (*place, "--predict", *flags)])
+
+
+def table(path):
+    """{file: [(class, probability)]} of the CSV file, whose ranks are checked."""
+    found = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["file", "rank", "class", "probability"]
+    for name, rank, class_name, probability in rows[1:]:
+        found.setdefault(name, []).append((class_name, float(probability)))
+        assert int(rank) == len(found[name])
+    return found
+
+
+def check(found, class_names, expected):
+    """Each file's classes are the most likely ones of the probabilities expected[file], in order."""
+    assert list(found) == list(expected)
+    assert len({rows[0][1] for rows in found.values()}) > 1  # or any image would do
+    for file, rows in found.items():
+        best = np.argsort(-expected[file])[:5]
+        assert [name for name, _ in rows] == [class_names[i] for i in best]
+        np.testing.assert_allclose([probability for _, probability in rows], expected[file][best], rtol=1e-4)
+
+
+def random_image(rng, mode, size):
+    """A random picture of size (width, height) in a mode of Pillow's; of 12 bits in I;16."""
+    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(coarse.convert("L")).astype(np.uint16) * 16)
+    if mode == "RGBA":
+        coarse.putalpha(Image.fromarray(rng.integers(0, 256, size[::-1], np.uint8)))
+    return coarse.convert(mode)
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """(run folder, data folder, folder of images) of 30 images of many kinds, packed with 12 by 10 pixels."""
+    place, rng = tmp_path_factory.mktemp("pets"), np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA", "P", "I;16", "RGB", "CMYK")
+    suffixes = ("png", "png", "png", "gif", "png", "jpg", "jpg")
+    for i in range(30):
+        mode, suffix = modes[i % 7], suffixes[i % 7]
+        (place / "images" / CLASSES[i % 6]).mkdir(parents=True, exist_ok=True)
+        size = tuple(int(side) for side in rng.integers(8, 40, 2))
+        random_image(rng, mode, size).save(place / "images" / CLASSES[i % 6] / f"{i:02d}.{suffix}")
+    download.prepare_folder("Pets", place / "images", image_size=(12, 10), data_dir=place)
+    return make_run(place / "runs", "Pets", place), place, place / "images"
+
+
+def test_files_that_a_folder_was_packed_of_are_predicted_as_evaluated(pets, tmp_path):
+    """Through the script: the same pixels, the same classes as the evaluation's, and the softmax of its logits."""
+    run_dir, data_dir, images = pets
+    before = sorted(os.listdir(run_dir))
+    place = ("--dataset", "Pets", "--data_dir", data_dir, "--train_dir", run_dir.parent)
+    printed = scripts.run("evaler.py", *place, "--predict", images, "--output", tmp_path / "predictions.csv")
+    assert sorted(os.listdir(run_dir)) == before and os.listdir(tmp_path) == ["predictions.csv"]
+    expected, classes = {}, {}
+    for split in datasets.create_default_splits("Pets", data_dir):
+        pictures = evaluated(split)
+        batches = create_input_ops(split, 250, False)
+        model = evaler.build_model(runs.read_config(run_dir)[0], (12, 10, 3), 6)
+        runs.load_weights(model, run_dir)
+        result = evaler.evaluate(evaler.make_predictor(model), batches, split.labels, 6)
+        for id, picture, chances, best in zip(
+            split.ids, pictures, probabilities(run_dir, pictures, 6), result["predictions"], strict=True
+        ):
+            file = os.path.join(images, *id.split("/")[1:])
+            np.testing.assert_array_equal(image_of_file(file, split, 12), picture)
+            expected[file], classes[file] = chances, CLASSES[best]
+    found = table(tmp_path / "predictions.csv")
+    check(found, CLASSES, {file: expected[file] for file in sorted(expected)})
+    assert len(found) == 30 and {file: rows[0][0] for file, rows in found.items()} == classes
+    lines = printed.splitlines()
+    start = lines.index(str(images / "ant" / "00.png"))
+    rows = found[str(images / "ant" / "00.png")]
+    assert lines[start + 1 : start + 6] == [f"  {100 * chance:6.2f} %  {name}" for name, chance in rows]
+    assert "images with more than 8 bits are read as those of Pets: 12 bits, 0 to 4095" in printed
+
+
+def test_results_do_not_depend_on_the_batch(pets, tmp_path):
+    run_dir, data_dir, images = pets
+    for size in (1, 7, 250):
+        predict(run_dir, data_dir, images, "--batch_size", size, "--output", tmp_path / f"{size}.csv")
+    whole = table(tmp_path / "250.csv")
+    for size in (1, 7):
+        for file, rows in table(tmp_path / f"{size}.csv").items():
+            assert [name for name, _ in rows] == [name for name, _ in whole[file]]
+            np.testing.assert_allclose([p for _, p in rows], [p for _, p in whole[file]], rtol=1e-4)
+
+
+def rgb(values):
+    """[h, w] as [h, w, 3]."""
+    return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A dataset of images of 12 by 10 pixels, in RGB."""
+    image = np.zeros((1, 12, 10, 3), np.uint8)
+    return hdf5.Dataset(["0"], "Small", labels=np.array([0]), class_names=["a", "b"], image=image, rows=[0])
+
+
+def test_every_mode_becomes_rgb_from_0_to_1(small, tmp_path):
+    rng = np.random.default_rng(1)
+    values, palette = rng.integers(0, 256, (12, 10), np.uint8), rng.integers(0, 256, (256, 3), np.uint8)
+    deep, holes = rng.integers(0, 65536, (12, 10), np.uint16), rng.random((12, 10)) < 0.5
+    indexed = Image.fromarray(values, "L").convert("P")
+    indexed.putpalette(palette.tobytes())
+    colours = rng.integers(0, 256, (12, 10, 3), np.uint8)
+    transparent = np.dstack([colours, np.where(holes, 0, 255).astype(np.uint8)])
+    for name, image, expected in (
+        ("gray.png", Image.fromarray(values), rgb(values)),
+        ("palette.png", indexed, palette[values]),
+        ("palette.gif", indexed, palette[values]),
+        ("transparent.png", Image.fromarray(transparent), np.where(holes[..., None], 255, colours)),
+        ("deep.png", Image.fromarray(deep), rgb(np.round(deep.astype(np.float64) * 255 / 65535))),
+    ):
+        image.save(tmp_path / name)
+        made = image_of_file(tmp_path / name, small, 16).numpy()
+        assert made.dtype == np.float32
+        np.testing.assert_array_equal(made, expected.astype(np.float32) / np.float32(255), name)
+
+
+def test_other_sizes_are_resized_to_height_and_width(small, tmp_path):
+    """A ramp stays a ramp: red along the columns, green along the rows, blue level."""
+    row, column = np.meshgrid(np.arange(36), np.arange(50), indexing="ij")
+    Image.fromarray(np.stack([4 * column, 6 * row, 0 * row + 90], -1).astype(np.uint8)).save(tmp_path / "ramp.png")
+    made = 255 * image_of_file(tmp_path / "ramp.png", small, None).numpy()
+    assert made.shape == (12, 10, 3)
+    row, column = np.meshgrid(np.arange(12) * 3 + 1, np.arange(10) * 5 + 2, indexing="ij")  # middles of 3 by 5 pixels
+    expected = np.stack([4 * column, 6 * row, 0 * row + 90], -1)
+    np.testing.assert_allclose(made[1:-1, 1:-1], expected[1:-1, 1:-1], rtol=0, atol=1.01)  # rounded twice
+
+
+def test_a_dim_deep_image_is_as_dim_as_in_the_dataset(pets, tmp_path, capsys):
+    """Alone it would be taken for one of 10 bits; one of more bits than the dataset's is refused."""
+    run_dir, data_dir, _ = pets
+    values = np.arange(120).reshape(12, 10) * 8
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "dim.png")
+    Image.fromarray((values * 8).astype(np.uint16)).save(tmp_path / "bright.png")
+    with pytest.raises(SystemExit) as end:
+        predict(run_dir, data_dir, tmp_path, "--output", tmp_path / "out.csv")
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert f"{tmp_path}/bright.png has values from 0 to 7616: expected 0 to 4095" in said.err
+    image = rgb(np.round(values * 255 / 4095)).astype(np.float32) / np.float32(255)
+    chances = probabilities(run_dir, image[None], 6)[0]
+    (rows,) = table(tmp_path / "out.csv").values()
+    np.testing.assert_allclose([chance for _, chance in rows], np.sort(chances)[::-1][:5], rtol=1e-4)
+
+
+def test_a_dataset_that_does_not_tell_leaves_the_bits_to_the_files(data_dir, digits_run, tmp_path, capsys):
+    values = np.arange(64).reshape(8, 8) * 15
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "0.png")
+    Image.fromarray((values * 4).astype(np.uint16)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        predict(digits_run, data_dir, tmp_path, "--output", tmp_path / "out.csv")
+    said = capsys.readouterr()
+    assert "the highest value is 3780: all are read as 12-bit images, 0 to 4095" in said.out
+    assert len(said.err.splitlines()) == 1 and "2.png" in said.err
+    images = np.stack([np.round(values * factor * 255 / 4095) for factor in (1, 4)])[..., None].astype(np.float32) / 255
+    for rows, chances in zip(table(tmp_path / "out.csv").values(), probabilities(digits_run, images, 10), strict=True):
+        np.testing.assert_allclose([chance for _, chance in rows], np.sort(chances)[::-1][:5], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def digits_run(data_dir, tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("digits_run"), "Digits", data_dir)
+
+
+def test_gray_data_sees_the_luminance(data_dir, digits_run, digits, tmp_path):
+    test = digits[1].subset(np.arange(12), False)
+    for i, image in enumerate(test.images()[..., 0]):
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    predict(digits_run, data_dir, tmp_path, "--output", tmp_path / "out.csv")
+    files = [str(tmp_path / f"{i:02d}.png") for i in range(12)]
+    chances = probabilities(digits_run, evaluated(test), 10)
+    check(table(tmp_path / "out.csv"), [str(digit) for digit in range(10)], dict(zip(files, chances)))
+    colours = np.random.default_rng(2).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(colours).save(tmp_path / "colours.png")
+    made = image_of_file(tmp_path / "colours.png", test, None).numpy()
+    np.testing.assert_allclose(255 * made, colours @ [[0.299], [0.587], [0.114]], rtol=0, atol=0.51)
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """(run folder, data folder, folder of the test split's JPEG files, test split) of a tiny ImageNet."""
+    place = tmp_path_factory.mktemp("imagenet")
+    archives.make("ImageNet", place / "archives")
+    download.prepare("ImageNet", str(place), archive_dir=str(place / "archives"), checksum=False)
+    _, test = datasets.create_default_splits("ImageNet", str(place))
+    (place / "files").mkdir()
+    for i, jpeg in enumerate(test.read(np.arange(len(test)))):
+        (place / "files" / f"{i}.JPEG").write_bytes(jpeg)
+    return make_run(place / "runs", "ImageNet", str(place)), str(place), place / "files", test
+
+
+def test_jpeg_files_are_cut_as_in_evaluation(imagenet, tmp_path, capsys):
+    run_dir, data_dir, files, test = imagenet
+    images = evaluated(test)
+    for file, image in zip(sorted(files.iterdir()), images, strict=True):
+        np.testing.assert_array_equal(image_of_file(file, test, None), image)
+    predict(run_dir, data_dir, files, "--output", tmp_path / "out.csv")
+    expected = dict(zip(map(str, sorted(files.iterdir())), probabilities(run_dir, images, 4)))
+    check(table(tmp_path / "out.csv"), test.class_names, expected)
+    assert all(len(rows) == 4 for rows in table(tmp_path / "out.csv").values())  # there are no more classes
+    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (375, 501, 3), np.uint8))
+    noise.save(tmp_path / "large.jpg", quality=80)
+    expected = centre_crop((tmp_path / "large.jpg").read_bytes()) / 255
+    np.testing.assert_array_equal(image_of_file(tmp_path / "large.jpg", test, None), expected)
+
+
+def test_other_files_are_cut_like_jpeg_files(imagenet, tmp_path):
+    """The pixels of a JPEG file as PNG; JPEG files on their side and in CMYK, against PNG files of what they show."""
+    test = imagenet[3]
+    waves = np.sin(np.arange(300 * 400).reshape(300, 400, 1) / 997 + np.arange(3)) * 100 + 128
+    pixels = waves.astype(np.uint8)
+    jpeg = archives.picture_file(pixels)
+    (tmp_path / "0.jpg").write_bytes(jpeg)
+    decoded = tf.io.decode_jpeg(jpeg, channels=3).numpy()
+    Image.fromarray(decoded).save(tmp_path / "0.png")
+    as_jpeg = image_of_file(tmp_path / "0.jpg", test, None)
+    np.testing.assert_allclose(image_of_file(tmp_path / "0.png", test, None), as_jpeg, rtol=0, atol=0.02 / 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # show it clockwise by 90
+    Image.fromarray(pixels).save(tmp_path / "side.jpg", exif=exif)
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for name, turns in (("side", 3), ("cmyk", 0)):
+        shown = np.rot90(np.asarray(Image.open(tmp_path / f"{name}.jpg").convert("RGB")), turns)
+        Image.fromarray(np.ascontiguousarray(shown)).save(tmp_path / f"{name}.png")
+        made = [image_of_file(tmp_path / f"{name}.{suffix}", test, None) for suffix in ("jpg", "png")]
+        np.testing.assert_array_equal(*made)
+
+
+def test_a_jpeg_file_that_is_cut_off_is_one_line(imagenet, tmp_path, capsys):
+    run_dir, data_dir, files, _ = imagenet
+    whole = (files / "0.JPEG").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SystemExit) as end:
+        predict(run_dir, data_dir, tmp_path / "cut.jpg", files / "0.JPEG")
+    said = capsys.readouterr()
+    assert end.value.code == 1 and f"{files / '0.JPEG'}\n" in said.out
+    assert len(said.err.splitlines()) == 1 and f"error: {tmp_path}/cut.jpg is broken" in said.err
+
+
+def test_a_broken_file_is_one_line_and_the_others_go_on(pets, tmp_path):
+    """Through the script: exit code 1, and the table has the good ones."""
+    run_dir, data_dir, images = pets
+    good = [images / "bee" / "01.png", images / "ant" / "00.png"]
+    (tmp_path / "bad.png").write_bytes(good[0].read_bytes()[:60])
+    flags = ("--data_dir", data_dir, "--checkpoint", run_dir / "model-7", "--output", tmp_path / "out.csv")
+    said = scripts.run(
+        "evaler.py", "--dataset", "Pets", "--predict", good[0], tmp_path / "bad.png", good[1], *flags, code=1
+    )
+    assert f"{tmp_path}/bad.png is broken" in said
+    assert list(table(tmp_path / "out.csv")) == [str(file) for file in good]
+
+
+def test_folders_are_searched_and_files_are_taken_as_named(tmp_path):
+    for name in ("b/x.PNG", "b/a/y.jpg", "a.gif", "notes.txt", ".hidden.png", ".cache/z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    os.symlink(tmp_path, tmp_path / "b" / "loop")
+    found = folder.find_images([str(tmp_path / "notes.txt"), str(tmp_path)])
+    assert [os.path.relpath(path, tmp_path) for path in found] == ["notes.txt", "a.gif", "b/a/y.jpg", "b/x.PNG"]
+
+
+def test_paths_that_cannot_be_predicted(pets, tmp_path):
+    run_dir, data_dir, images = pets
+    (tmp_path / "empty" / "er").mkdir(parents=True)
+    (tmp_path / "empty" / "er" / "notes.txt").write_text("")
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, said in (
+        (tmp_path / "missing.png", "missing.png is no file and no folder: name image files"),
+        (tmp_path / "pipe.png", "pipe.png is no file and no folder"),
+        (tmp_path / "empty", f"the folder {tmp_path}/empty has no image in it or below it"),
+        (tmp_path / "a\nb.png", "line break"),
+    ):
+        with pytest.raises(UserError, match=said):
+            predict(run_dir, data_dir, images / "ant", path)
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "none" / "out.csv", f"no folder {tmp_path}/none")):
+        with pytest.raises(UserError, match=said):
+            predict(run_dir, data_dir, images / "ant", "--output", output)
+
+
+def test_nothing_half_written_is_left(pets, tmp_path, monkeypatch):
+    run_dir, data_dir, images = pets
+    (tmp_path / "out.csv").write_text("old")
+
+    def fail(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("command.sync", fail)
+    with pytest.raises(OSError, match="No space"):
+        predict(run_dir, data_dir, images / "ant", "--output", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text() == "old" and os.listdir(tmp_path) == ["out.csv"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--predict", "a.png", "--split", "test"), "--split has no effect with --predict"),
+        (("--predict", "a.png", "--batch_statistics", "moving"), "--batch_statistics has no effect with --predict"),
+        (("--predict", "a.png", "--validation", "5"), "--validation has no effect with --predict"),
+        (("--output", "a.csv"), "--output has no effect without --predict"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, said):
+    with pytest.raises(UserError, match=said):
+        evaler.parse_flags(["--dataset", "Digits", *flags])
+
+
+def own_run(place, dtype, channels, scale):
+    """A run on own data of 8 by 8 pixels, whose values of `dtype` lie in 0 to 255 * scale."""
+    archives.make_own(place / "Mine", shape=(8, 8, channels), dtype=dtype)
+    with h5py.File(place / "Mine" / "data.hy", "r+") as file:
+        for group in file.values():
+            group["image"][...] = group["image"][...] * scale
+    return make_run(place / "runs", "Mine", place)
+
+
+def test_own_float_data_sees_floats_from_0_to_1(tmp_path):
+    run_dir = own_run(tmp_path, np.float32, 3, 1 / 255)
+    values = np.random.default_rng(3).integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "0.png")
+    predict(run_dir, tmp_path, tmp_path / "0.png", "--output", tmp_path / "out.csv")
+    chances = probabilities(run_dir, values[None].astype(np.float32) / 255, 2)[0]
+    (rows,) = table(tmp_path / "out.csv").values()
+    assert [name for name, _ in rows] == [str(i) for i in np.argsort(-chances)]
+    np.testing.assert_allclose([chance for _, chance in rows], np.sort(chances)[::-1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "dtype, channels, said",
+    [
+        (np.uint8, 2, "--predict needs images of 1 or 3 channels, but those of Mine have 2"),
+        (np.float32, 3, "those of Mine lie in 0 to 255"),
+    ],
+)
+def test_images_that_no_file_can_be_made_into(tmp_path, dtype, channels, said):
+    run_dir = own_run(tmp_path, dtype, channels, 1)
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=said):
+        predict(run_dir, tmp_path, tmp_path / "0.png")
+
+
+def test_the_dataset_has_to_be_there(pets, tmp_path):
+    run_dir, _, images = pets
+    with pytest.raises(UserError, match="dataset Pets: .*/Pets holds neither data.hy nor data.hdf5"):
+        predict(run_dir, tmp_path, images)
