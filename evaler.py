@@ -3,17 +3,20 @@
     python evaler.py --dataset CIFAR10                                  # the newest run of CIFAR10 under train_dir
     python evaler.py --dataset CIFAR10 --train_dir train_dir/RUN        # one run folder
     python evaler.py --dataset CIFAR10 --split train --batch_statistics reestimate
+    python evaler.py --dataset CIFAR10 --export exported                # files that load without this repo: export.py
 
 Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
 and TensorBoard summaries (scalars, the confusion matrix as an image).
 """
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
 
 import datasets
+import export
 import model as models
 import replicas
 import runs
@@ -184,10 +187,38 @@ def parse_flags(argv=None):
         metavar="N",
         help="evaluate on the N training images that the run held out by the same flag",
     )
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write the network into this new folder, in files that load without this repo, with a README.md",
+    )
+    parser.add_argument(
+        "--export_format", choices=export.FURTHER, nargs="+", default=[], help="further formats to --export"
+    )
     flags = parser.parse_args(argv)
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
+    check_export_flags(flags)
     return flags
+
+
+def check_export_flags(flags):
+    """Raise UserError for flags without effect on an export, which is of the weights as they are, and measured on the
+    test split."""
+    if flags.export is None:
+        if flags.export_format:
+            raise UserError(f"--export_format {flags.export_format[0]} has no effect without --export DIR")
+        return
+    for name, value, default in (
+        ("split", flags.split, "test"),
+        ("validation", flags.validation, None),
+        ("batch_statistics", " ".join(flags.batch_statistics), "moving"),
+    ):
+        if value != default:
+            raise UserError(
+                f"--{name} {value} has no effect on --export, which writes the weights as training left them and "
+                "measures them on the test split: leave it out"
+            )
 
 
 def print_result(title, result, class_names):
@@ -224,6 +255,8 @@ def check_request(flags, run_dir, config):
 def main(argv=None):
     flags = parse_flags(argv)
     datasets.folder_of(flags.dataset, flags.data_dir)  # a name that can name no dataset ends here
+    if flags.export:
+        export.check_request(flags.export, flags.export_format)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, _ = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
@@ -262,6 +295,11 @@ def main(argv=None):
     summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
     write_whole(run_dir / "evaluation.json", json.dumps(record, indent=1) + "\n")
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
+    if flags.export:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
+        config = dataclasses.replace(config, dtype="float32")
+        network = build_model(config, network_image_shape(train), train.num_classes)
+        network.set_weights(model.get_weights())
+        export.write(network, test, flags.export, flags.export_format, flags.batch_size, run_dir, step)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ MUTATIONS = {
         (".transpose(0, 2, 1, 3, 4)", ".transpose(0, 1, 2, 3, 4)", "test_evaler.py::test_image_grids"),
     ],
     "evaler.py": [
+        ('config = dataclasses.replace(config, dtype="float32")', "",
+         "test_export.py::test_a_bfloat16_run_is_exported_in_float32"),
         ("variances.mean(axis=0) + means.var(axis=0)", "variances.mean(axis=0)",
          "test_evaler.py::test_reestimation_joins_the_variances_within_and_between_batches_and_drops_nothing_out"),
         ("model(images, training=False)  #", "model(images, training=True)  #",
@@ -209,6 +211,10 @@ MUTATIONS = {
          "test_input_ops.py::test_flip_and_crop_against_all_the_pictures_it_may_make"),
     ],
     "ops.py": [
+        ("standardize_weights(tf.cast(weights[0], layer.compute_dtype)).numpy()", "weights[0]",
+         "test_export.py::test_a_network_of_keras_layers_computes_the_same[resnet8-group-True]"),
+        ("[scale * weight for weight in twin.get_weights()]", "twin.get_weights()",
+         "test_export.py::test_a_network_of_keras_layers_computes_the_same[resnet8-none-False]"),
         ("tf.reduce_mean(variances, 0) + between, number", "tf.reduce_mean(variances, 0), number",
          "test_replicas.py::test_synchronized_batch_norm_is_that_of_the_whole_batch[0.0]"),
         ("                count *= replicas", "",
@@ -330,6 +336,18 @@ MUTATIONS = {
          "test_datasets.py::test_images_and_labels_are_those_of_the_archive"),
         (".transpose(0, 2, 3, 1), np", ".transpose(0, 3, 2, 1), np",
          "test_datasets.py::test_cifar_pixels_are_channel_row_column_in_the_archive"),
+    ],
+    "export.py": [
+        ("if not difference <= allowed:", "if difference > allowed:",
+         "test_export.py::test_the_difference_allowed_grows_with_the_logits"),
+        ("for path in paths if Path(path).resolve() != HERE", "for path in paths",
+         "test_export.py::test_a_file_that_needs_this_repo_is_refused"),
+        ("model(to_float(images), training=training)", "model(to_float(images), training=False)",
+         "test_export.py::test_a_saved_model_trains_as_the_network_does"),
+        ("tf.cast(tf.round(images * 255), tf.uint8)", "tf.cast(images * 255, tf.uint8)",
+         "test_export.py::test_stored_pixels_are_served_and_photographs_cut"),
+        ("if place.exists() and not (place.is_dir() and not any(place.iterdir())):", "if place.is_file():",
+         "test_export.py::test_bad_requests_are_named_before_any_work"),
     ],
     "datasets/__init__.py": [
         ("order = order[np.argsort(train.labels[order]", "order = order[np.argsort(0 * train.labels[order]",
