@@ -11,6 +11,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import archives
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ import model as models
 import ops
 import runs
 from command import UserError, WorldError
-from input_ops import to_float
+from datasets.hdf5 import Dataset
+from input_ops import create_input_ops, to_float
 
 
 @pytest.fixture(scope="module")
@@ -359,6 +362,31 @@ def test_stored_pixels_are_served_and_photographs_cut():
     photographs = SimpleNamespace(encoded=True, image_shape=(None, None, 3), dtype=np.uint8)
     assert "uint8 [N, 224, 224, 3], any N" in export.lines_of("saved_model", photographs)
     assert '(images / 255).astype("float32")' in export.lines_of("onnx", photographs)
+
+
+def test_photographs_are_compared_as_they_are_served(tmp_path):
+    """JPEG files of any size: uint8 [N, 224, 224, 3] on the disk, and the logits of just these, remainder included."""
+    rng = np.random.default_rng(0)
+    jpegs = [archives.picture_file(rng.integers(0, 256, (230 + i, 300, 3), dtype=np.uint8)) for i in range(3)]
+    model = models.create_model("resnet8", (224, 224, 3), 3, "group")
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file["jpeg"] = np.frombuffer(b"".join(jpegs), np.uint8)
+        data = Dataset(
+            ["a", "b", "c"],
+            "Photographs",
+            is_train=False,
+            labels=np.arange(3),
+            class_names=["x", "y", "z"],
+            image=file["jpeg"],
+            rows=np.arange(3),
+            offset=np.cumsum([0, *map(len, jpegs)]),
+        )
+        logits = export.write_images(model, data, 2, tmp_path / "images.npy")
+        cut = np.concatenate([batch.numpy() for batch, _ in create_input_ops(data, 2, is_training=False)])
+    images = np.load(tmp_path / "images.npy")
+    assert (images.dtype, images.shape) == (np.uint8, (3, 224, 224, 3))
+    np.testing.assert_allclose(images / 255, cut, rtol=0, atol=0.501 / 255)
+    np.testing.assert_allclose(logits, model(images.astype("float32") / 255), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", export.FURTHER)
