@@ -4,6 +4,7 @@
     python evaler.py --dataset CIFAR10 --train_dir train_dir/RUN        # one run folder
     python evaler.py --dataset CIFAR10 --split train --batch_statistics reestimate
     python evaler.py --dataset CIFAR10 --predict a.png photos/ --output predictions.csv     # what is in these images?
+    python evaler.py --dataset CIFAR10 --export exported                # files that load without this repo: export.py
 
 Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
 and TensorBoard summaries (scalars, the confusion matrix as an image). With --predict it prints the most likely classes
@@ -12,6 +13,7 @@ of each image file instead, and writes nothing but --output.
 
 import contextlib
 import csv
+import dataclasses
 import io
 import itertools
 import json
@@ -21,6 +23,7 @@ import sys
 import numpy as np
 
 import datasets
+import export
 import model as models
 import replicas
 import runs
@@ -291,14 +294,44 @@ def parse_flags(argv=None):
         "instead of evaluating",
     )
     parser.add_argument("--output", metavar="FILE", help="write what --predict prints as a CSV file, too")
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        help="also write the network into this new folder, in files that load without this repo, with a README.md",
+    )
+    parser.add_argument(
+        "--export_format", choices=export.FURTHER, nargs="+", default=[], help="further formats to --export"
+    )
     flags = parser.parse_args(argv)
-    without_effect = {"split", "batch_statistics", "validation"} if flags.predict else {"output"}
+    without_effect = {"output"}
+    if flags.predict:
+        without_effect = {"split", "batch_statistics", "validation", "export", "export_format"}
     for name in parser.names_given(argv):
         if name in without_effect:
             raise UserError(f"--{name} has no effect with{'' if flags.predict else 'out'} --predict: leave it out")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
+    check_export_flags(flags)
     return flags
+
+
+def check_export_flags(flags):
+    """Raise UserError for flags without effect on an export, which is of the weights as they are, and measured on the
+    test split."""
+    if flags.export is None:
+        if flags.export_format:
+            raise UserError(f"--export_format {flags.export_format[0]} has no effect without --export DIR")
+        return
+    for name, value, default in (
+        ("split", flags.split, "test"),
+        ("validation", flags.validation, None),
+        ("batch_statistics", " ".join(flags.batch_statistics), "moving"),
+    ):
+        if value != default:
+            raise UserError(
+                f"--{name} {value} has no effect on --export, which writes the weights as training left them and "
+                "measures them on the test split: leave it out"
+            )
 
 
 def print_result(title, result, class_names):
@@ -353,6 +386,8 @@ def main(argv=None):
     files = folder.find_images(flags.predict or [])
     if flags.output is not None:
         check_output(flags.output)
+    if flags.export:
+        export.check_request(flags.export, flags.export_format)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, _ = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
@@ -396,6 +431,11 @@ def main(argv=None):
     summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
     write_whole(run_dir / "evaluation.json", json.dumps(record, indent=1) + "\n")
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
+    if flags.export:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
+        config = dataclasses.replace(config, dtype="float32")
+        network = build_model(config, network_image_shape(train), train.num_classes)
+        network.set_weights(model.get_weights())
+        export.write(network, test, flags.export, flags.export_format, flags.batch_size, run_dir, step)
 
 
 if __name__ == "__main__":

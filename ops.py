@@ -716,3 +716,64 @@ def _channel_moments(model, layer, images, batch_size=64):
     mean = np.average(means, axis=0, weights=sizes)
     between = np.average(np.square(np.array(means) - mean), axis=0, weights=sizes)
     return mean, np.sqrt(np.average(variances, axis=0, weights=sizes) + between)
+
+
+# --------------------------------------------------------------------------------------------- without this module
+
+KERAS_LAYERS = {
+    GroupNorm: keras.layers.GroupNormalization,
+    BatchNorm: keras.layers.BatchNormalization,
+    Dropout: keras.layers.Dropout,
+    Conv2D: keras.layers.Conv2D,
+    StandardizedConv2D: keras.layers.Conv2D,
+}
+
+
+def to_keras_layers(model: keras.Model) -> keras.Model:
+    """The same network of Keras' own layers alone: a file of it is loaded, and trained on, without this module.
+
+    Weights that are standardized before each use become the kernels, and the scalar of SkipInit goes into the kernel
+    and bias of the convolution before it. Training on is therefore without both, and Keras' batch norm moves the
+    batch's own variance where BatchNorm moves the unbiased one.
+
+    Args:
+        model: a functional Keras model of any layers; those of this module are replaced.
+
+    Returns:
+        A model with weights of its own, from the same inputs to the same outputs in inference but for rounding.
+
+    Raises:
+        ValueError: if a SkipInit does not follow a linear convolution whose output nothing else uses.
+    """
+
+    twins = {}
+
+    def replace(layer):
+        if isinstance(layer, SkipInit):
+            twins[layer] = keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+        else:
+            twins[layer] = KERAS_LAYERS.get(type(layer), type(layer)).from_config(layer.get_config())
+        return twins[layer]
+
+    network = keras.models.clone_model(model, clone_function=replace)
+    for layer, twin in twins.items():  # in the order of the graph: a convolution before its SkipInit
+        weights = layer.get_weights()
+        if isinstance(layer, SkipInit):
+            twin, (scale,) = twins[_convolution_before(layer)], weights
+            weights = [scale * weight for weight in twin.get_weights()]
+        elif isinstance(layer, StandardizedConv2D):
+            weights[0] = standardize_weights(tf.cast(weights[0], layer.compute_dtype)).numpy()
+        twin.set_weights(weights)
+    return network
+
+
+def _convolution_before(layer):
+    """The convolution that a SkipInit scales; ValueError if the scalar cannot go into its kernel and bias."""
+    before = layer.input._keras_history.operation
+    linear = isinstance(before, keras.layers.Conv2D) and before.activation is keras.activations.linear
+    if not linear or len(before._outbound_nodes) != 1:
+        raise ValueError(
+            f"{layer.name} follows {before.name}: its scalar can go into a convolution without activation whose "
+            "output nothing else uses"
+        )
+    return before
