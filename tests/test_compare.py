@@ -446,7 +446,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
     error = scripts.run(
         "figure/compare.py", *flags, "--checkpoint", tmp_path / "nothing", "--train_dir", tmp_path / "other", code=1
     )
-    assert "2 of 2 runs failed" in error and "is no readable checkpoint" in error
+    assert "2 of 2 runs failed" in error and "lies in no run folder" in error
 
 
 @pytest.mark.parametrize(

@@ -34,12 +34,10 @@ from input_ops import create_input_ops, to_float
 def run_dir(data_dir, tmp_path_factory):
     """A short run with group norm and weight standardization."""
     train_dir = tmp_path_factory.mktemp("run")
-    scripts.run(
-        "trainer.py",
-        *("--dataset", "Digits", "--data_dir", data_dir, "--train_dir", train_dir),
-        *"--model resnet8 --norm_type group --weight_standardization --batch_size 4 --max_batch_size 32".split(),
-        *"--max_training_step 12 --learning_rate 0.01".split(),
-    )
+    flags = "--dataset Digits --model resnet8 --norm_type group --weight_standardization --batch_size 4".split()
+    flags += "--max_batch_size 32 --max_training_step 12 --learning_rate 0.01".split()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scripts.run_here(monkeypatch, *flags, "--data_dir", data_dir, "--train_dir", train_dir)
     return scripts.only_run(train_dir)
 
 
