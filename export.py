@@ -7,11 +7,9 @@ Each file is loaded by the lines that its README.md shows, in a process that doe
 the whole test split are compared with the network's.
 """
 
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -292,7 +290,6 @@ def card(model, test, run_dir, step, logits, differences) -> str:
         f"--{name}" if value is True else f"--{name} {value}" for name, value in runs.flags_given(run_dir).items()
     )
     source = stored.get("source") or {}
-    here = {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")}
     rows = {
         "data": f"{test.name}, {shape}; {test.made_from or 'made from: unknown'}",
         "images": f"{data['train']} to train, {len(test)} to test",
@@ -303,8 +300,8 @@ def card(model, test, run_dir, step, logits, differences) -> str:
         "trained": f"`trainer.py {flags}`, {step} steps" + ", in bfloat16" * (config.dtype == "bfloat16"),
         "run": Path(run_dir).resolve().name,
         "commit": source.get("commit", "unknown") + ", changed" * bool(source.get("changed")),
-        "versions, training": versions(stored.get("versions", {})),
-        "versions, export": versions({"python": platform.python_version()} | here),
+        "versions, training": in_words(stored.get("versions", {})),
+        "versions, export": in_words(runs.versions()),
         "classes, in the order of the logits": ", ".join(test.class_names),
     }
     table = "".join(f"| {name} | {cell(value)} |\n" for name, value in rows.items())
@@ -338,8 +335,8 @@ def describe_norm(config) -> str:
     return ", ".join(words)
 
 
-def versions(found) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items()) or "unknown"
+def in_words(versions) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"
 
 
 def cell(text) -> str:

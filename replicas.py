@@ -16,13 +16,12 @@ import os
 import select
 import signal
 import socket
-import sys
 import time
 from typing import NamedTuple
 
 import numpy as np
 
-from command import Later, UserError, WorldError
+from command import Later, UserError, WorldError, complain
 
 tf = Later("tensorflow")
 
@@ -135,8 +134,7 @@ def watch(others, parent):
                 if connection.recv(1) == STARTED:
                     others.remove(connection)
                     continue
-            name = os.path.basename(sys.argv[0])
-            print(f"{name}: error: another worker was lost; start all again", file=sys.stderr, flush=True)
+            complain("another worker was lost; start all again")
             os.kill(parent, signal.SIGKILL)
             os._exit(1)
     os._exit(0)

@@ -201,8 +201,7 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
                 "flags": given,
                 "derived": {name: getattr(config, name) for name in DERIVED},
                 "data": data,
-                "versions": {"python": platform.python_version()}
-                | {name: importlib.metadata.version(name) for name in ("tensorflow", "keras", "numpy")},
+                "versions": versions(),
                 "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
                 "source": source(),
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -252,6 +251,12 @@ def flags_given(run_dir) -> dict:
         for field in dataclasses.fields(Config)
         if field.name in given and given[field.name] not in (field.default, None) and field.name not in PLACES
     }
+
+
+def versions() -> dict:
+    """The versions of Python and of what computes."""
+    packages = ("tensorflow", "keras", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def processor() -> str:
