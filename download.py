@@ -4,7 +4,9 @@
     python download.py --dataset ImageNet --archive_dir DIR          # three files that you fetch yourself
     python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, as your own dataset
 
-A dataset that is packed already is left alone. A fetch that was cut off goes on where it stopped.
+Of your images, transparent ones are laid on white, float ones must lie in 0 ... 1, and those of more than 8 bits are
+scaled by one divisor for the whole dataset, which is printed. A dataset that is packed already is left alone. A fetch
+that was cut off goes on where it stopped.
 """
 
 import contextlib

@@ -409,7 +409,7 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     flags = (
         *GRID,
         *"--norm_type group --batch_size 1 2 --seeds 1".split(),
-        *"--max_training_step 400 --log_step 5 --jobs 2 --data_dir".split(),
+        *"--max_training_step 200 --log_step 5 --jobs 2 --data_dir".split(),
         data_dir,
         "--train_dir",
         tmp_path,
@@ -425,7 +425,7 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
     stopped = {run.path: run.rows[-1]["step"] for run in runs.read_runs([tmp_path])}
-    assert len(stopped) == 2 and max(stopped.values()) < 400
+    assert len(stopped) == 2 and max(stopped.values()) < 200
     assert all(list(path.glob("model-*.index")) for path in stopped)
     scripts.run("figure/compare.py", *flags)
     assert {run.path: run.state for run in runs.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")

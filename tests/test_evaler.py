@@ -73,31 +73,22 @@ def test_summaries_and_mistakes_are_pictures(batch_run):
     assert tf.io.decode_png(picture).shape == (int(height), int(width), 3)
 
 
-def test_checkpoint_and_split_can_be_chosen(batch_run, data_dir):
+def test_checkpoint_and_split_can_be_chosen(batch_run, data_dir, capsys):
     run_dir, _ = batch_run
-    printed = scripts.run(
-        "evaler.py",
-        "--dataset",
-        "Digits",
-        "--data_dir",
-        data_dir,
-        "--split",
-        "train",
-        "--checkpoint",
-        run_dir / "model-5",
-        "--batch_size",
-        100,
-    )
+    flags = "--dataset Digits --split train --batch_size 100 --data_dir".split()
+    evaler.main([*flags, data_dir, "--checkpoint", str(run_dir / "model-5")])
+    printed = capsys.readouterr().out
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert (result["images"], result["step"], result["split"]) == (1437, 5, "train")
     assert "step 5" in printed and "Digits train" in printed
 
 
-def test_the_newest_run_of_the_dataset_is_taken(batch_run, data_dir, tmp_path):
+def test_the_newest_run_of_the_dataset_is_taken(batch_run, data_dir, capsys, tmp_path):
     for name in ("older", "newer"):
         shutil.copytree(batch_run[0], tmp_path / name)
     (tmp_path / "newer" / "checkpoint").touch()
-    printed = scripts.run("evaler.py", "--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path)
+    evaler.main(["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", str(tmp_path)])
+    printed = capsys.readouterr().out
     assert f"{tmp_path / 'newer'}/model-12: resnet8, batch norm, step 12" in printed
 
 
@@ -155,17 +146,8 @@ def test_the_network_computes_in_the_dtype_of_the_run(dtype):
 def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir, digits):
     """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves."""
     run_dir, _ = batch_run
-    scripts.run(
-        "evaler.py",
-        "--dataset",
-        "Digits",
-        "--data_dir",
-        data_dir,
-        "--train_dir",
-        run_dir,
-        "--batch_statistics",
-        "batch",
-    )
+    flags = "--dataset Digits --batch_statistics batch --data_dir".split()
+    evaler.main([*flags, data_dir, "--train_dir", str(run_dir)])
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert result["by_batch"]["batch_size"] == 4 and result["by_batch"]["images"] == 360
     config, _ = runs.read_config(run_dir)

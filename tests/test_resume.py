@@ -49,18 +49,20 @@ def test_rows_and_events_after_the_checkpoint_are_dropped(digits, tmp_path):
     assert [step for tag, step in scripts.scalars(tmp_path) if tag == "loss/loss"] == [1, 2, 3, 4]
 
 
-def test_a_finished_run_stays_as_it_is(data_dir, tmp_path):
+def test_a_finished_run_stays_as_it_is(data_dir, main_of, capsys, tmp_path):
     flags = ("--dataset", "Digits", "--model", "resnet8", "--max_training_step", 2, "--data_dir", data_dir)
-    scripts.run("trainer.py", *flags, "--train_dir", tmp_path)
+    main_of(*flags, "--train_dir", tmp_path)
     run_dir = scripts.only_run(tmp_path)
     before, rows, points = scripts.checkpoint(run_dir), scripts.metrics(run_dir), scripts.scalars(run_dir)
-    assert "done: 2 steps" in scripts.run("trainer.py", "--resume", run_dir)
+    capsys.readouterr()
+    main_of("--resume", run_dir)
+    assert "done: 2 steps" in capsys.readouterr().out
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
     for name, value in scripts.checkpoint(run_dir).items():
         np.testing.assert_array_equal(value, before[name])
 
 
-def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, main_of, capsys, tmp_path):
     """A limit on the size of files stands for the full disk: no checkpoint fits, which ends the run in one line, and
     nothing is left that would count as one."""
     flags = (
@@ -75,7 +77,8 @@ def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, tmp_path):
     assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr, done.stderr
     run_dir = scripts.only_run(tmp_path)
     assert tf.train.latest_checkpoint(run_dir) is None
-    assert "done: 4 steps" in scripts.run("trainer.py", "--resume", run_dir)
+    main_of("--resume", run_dir)
+    assert "done: 4 steps" in capsys.readouterr().out
     assert not list(run_dir.glob("*temp*"))
 
 

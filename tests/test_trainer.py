@@ -588,7 +588,7 @@ def test_flags_are_parsed_before_tensorflow_loads(script):
     assert done.stdout.strip() == "[]"
 
 
-def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, tmp_path):
+def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, main_of, capsys, tmp_path):
     """--validation tests on training images that are left out, each class in proportion; evaler.py does the same."""
     whole, _ = datasets.create_default_splits("Digits", data_dir)
     train, held = datasets.create_default_splits("Digits", data_dir, validation=200)
@@ -601,7 +601,7 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, tmp
         np.testing.assert_array_equal(split.labels, whole.labels[rows])
     assert datasets.create_default_splits("Digits", data_dir, validation=200)[1].ids == held.ids
     common = ("--data_dir", data_dir, "--train_dir", tmp_path)
-    scripts.run("trainer.py", *SMALL, *common, "--max_training_step", 2, "--validation", 200)
+    main_of(*SMALL, *common, "--max_training_step", 2, "--validation", 200)
     run_dir = scripts.only_run(tmp_path)
     config = json.loads((run_dir / "config.json").read_text())
     assert (config["data"]["train"], config["data"]["test"]) == (1237, 200)
@@ -609,8 +609,10 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, tmp
     result = json.loads((run_dir / "evaluation.json").read_text())
     assert "Digits validation: accuracy" in printed and (result["split"], result["images"]) == ("validation", 200)
     assert result["accuracy"] == scripts.metrics(run_dir)[-1]["test_loss/accuracy"]
-    assert "held out 200" in scripts.run("evaler.py", "--dataset", "Digits", *common, "--validation", 100, code=2)
-    assert "going on at step 2" in scripts.run("trainer.py", "--resume", run_dir)
+    with pytest.raises(evaler.UserError, match="held out 200"):
+        evaler.main(["--dataset", "Digits", *map(str, common), "--validation", "100"])
+    main_of("--resume", run_dir)
+    assert "going on at step 2" in capsys.readouterr().out
 
 
 def test_the_configuration_says_what_made_the_run(finished):
@@ -656,10 +658,9 @@ def test_the_first_line_comes_before_tensorflow_and_says_what_comes(finished):
     assert any(line.startswith("about 0:00:0") and "tests included" in line for line in lines)
 
 
-def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, tmp_path):
+def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, main_of, tmp_path):
     """Fault 10: all variables of the model, and a fresh optimizer; at a rate of nearly 0 the accuracy stays."""
-    scripts.run(
-        "trainer.py",
+    main_of(
         *SMALL,
         *"--norm_type group --max_training_step 1 --learning_rate 1e-30 --checkpoint".split(),
         finished[0],

@@ -1,0 +1,169 @@
+"""What does the norm of a trained network cost when it goes on to another task at batch size 2?
+
+    python figure/finetune.py                   # trains what is not there yet, then the table
+    python figure/finetune.py --from_logs       # the table of the logs in --train_dir alone
+
+Networks trained at batch size 32 on the classes 0 to 4 of CIFAR-10, one for each norm and seed, go on to 500 images per
+class of the classes 5 to 9, in the WAYS below. Each way has the learning rate of RATES that does best on training
+images held out, with seed 0; then it is tested on the 5,000 test images of its classes. Every run is a run folder of
+trainer.py, made as those of compare.py; leaves table.md in --train_dir.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+import compare  # first: it finds the modules of the repo
+import datasets
+import results
+from command import ArgumentParser, WorldError, run, within
+from datasets import hdf5
+from runs import MEASURES, read_config, read_runs, run_dir_of
+
+BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, kept like datasets of a user's own
+CLASSES = {BEFORE: range(5), AFTER: range(5, 10)}
+IMAGES_PER_CLASS = {BEFORE: None, AFTER: 500}
+BATCH_SIZES = {BEFORE: 32, AFTER: 2}
+RATES = (0.02, 0.2)  # at 64 images per update
+HELD_OUT = 500
+WAYS = {  # norm it was trained with: (norm it goes on with, more flags)
+    "batch": ("batch", "batch", []),
+    "batch, moving statistics frozen": ("batch", "batch", ["--freeze_batch_norm"]),
+    "group, converted from batch": ("batch", "group", []),
+    "group": ("group", "group", []),
+    "group+ws": ("group+ws", "group+ws", []),
+}
+
+
+def make_task(name, data_dir):
+    """Pack a task's classes of CIFAR-10 into <data_dir>/<name>, unless they are there: the first images of each."""
+    if datasets.is_prepared(name, data_dir):
+        return
+    splits, classes, most = datasets.create_default_splits("CIFAR10", data_dir), CLASSES[name], IMAGES_PER_CLASS[name]
+    rows = [
+        np.sort(
+            np.concatenate(
+                [np.flatnonzero(split.labels == label)[: most if split.is_train else None] for label in classes]
+            )
+        )
+        for split in splits
+    ]
+    parts = (
+        (i, split.read(chosen), split.labels[chosen] - classes[0], [split.ids[row] for row in chosen])
+        for i, (split, chosen) in enumerate(zip(splits, rows))
+    )
+    made_from = f"CIFAR10, classes {classes[0]} to {classes[-1]}" + (f", {most} images of each" if most else "")
+    made_from += f": {splits[0].made_from}" if splits[0].made_from else ""
+    names = [splits[0].class_names[label] for label in classes]
+    folder = Path(datasets.folder_of(name, data_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {"made_from": made_from}
+    hdf5.write(str(folder), hdf5.Source(names, splits[0].image_shape, sum(map(len, rows)), parts, recipe))
+
+
+class Task:
+    """One of the two tasks: makes its cells, and trains them into a folder of its own."""
+
+    def __init__(self, name, flags, epochs, *more):
+        given = ["--dataset", name, "--train_dir", str(Path(flags.train_dir) / name), "--data_dir", flags.data_dir]
+        given += ["--jobs", str(flags.jobs), "--model", "resnet8", "--augment", *more]
+        self.name, self.epochs, (self.flags, self.rest) = name, epochs, compare.parse_flags(given)
+
+    def cell(self, arm, seed, *more):
+        rest = [*self.rest, *more]
+        held_out = HELD_OUT if "--validation" in more else None
+        train, test = datasets.create_default_splits(self.name, self.flags.data_dir, validation=held_out)
+        steps = self.epochs * math.ceil(len(train) / 64)
+        cell = compare.Cell(self.flags, rest, arm, BATCH_SIZES[self.name], seed, steps)
+        cell.derive(train, test)
+        return cell
+
+    def train(self, cells):
+        failures = compare.train_all(cells, self.flags)
+        if failures:
+            raise WorldError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
+
+    def runs(self):
+        return read_runs([self.flags.train_dir])
+
+
+def way_of(found):
+    """The name in WAYS of a run: by its norm, and by that of the run that its weights are from."""
+    here = found.path.parent.parent / BEFORE / run_dir_of(found.config.checkpoint).name
+    before, _ = read_config(here)
+    source = before.norm_type + "+ws" * before.weight_standardization
+    more = ["--freeze_batch_norm"] * found.config.freeze_batch_norm
+    return next(name for name, way in WAYS.items() if way == (source, found.arm, more))
+
+
+def best_rates(runs):
+    """{way: the rate with the highest accuracy on the images held out}."""
+    accuracies = {}
+    for found in runs:
+        if found.config.validation and "accuracy" in found.accuracies:
+            rates = accuracies.setdefault(way_of(found), {})
+            rates[found.config.base_learning_rate] = found.accuracies["accuracy"]
+    return {way: max(rates, key=rates.get) for way, rates in accuracies.items()}
+
+
+def table(runs):
+    """The runs as Markdown: a row for a way and what it was tested with, a column for a rate."""
+    rates = sorted({found.config.base_learning_rate for found in runs})
+    cells = {}
+    for found in runs:
+        for measure in found.accuracies or ["accuracy"]:
+            cells.setdefault((way_of(found), measure), {}).setdefault(found.config.base_learning_rate, []).append(found)
+    lines = ["| way | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
+    for way, measure in sorted(cells, key=lambda key: (list(WAYS).index(key[0]), list(MEASURES).index(key[1]))):
+        texts = [results.cell_text(cells[way, measure].get(rate, []), measure, None) for rate in rates]
+        lines.append(f"| {way}{MEASURES[measure]} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def report(runs, folder):
+    held_out = [found for found in runs if found.config.validation]
+    tested = [found for found in runs if not found.config.validation]
+    text = f"Accuracy in % on {HELD_OUT} training images held out, one seed, by learning rate:\n\n{table(held_out)}\n\n"
+    text += "Accuracy in % on the test split, smallest ← median → largest over seeds, each way at its best rate:\n\n"
+    text += table(tested) + "\n"
+    print(text)
+    (Path(folder) / "table.md").write_text(text)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per way, with the seeds 0, 1, ...")
+    parser.add_argument("--epochs", type=within(int, low=1), default=8, help="on the first five classes")
+    parser.add_argument("--finetune_epochs", type=within(int, low=1), default=20, help="on the last five")
+    parser.add_argument("--train_dir", default="studies/finetune", help="where the run folders are")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where CIFAR10 is, and its two parts are put")
+    parser.add_argument("--jobs", type=within(int, low=1), default=len(compare.available_cores()), help="processes")
+    parser.add_argument("--from_logs", action="store_true", help="make the table of the logs alone")
+    flags = parser.parse_args()
+    if not flags.from_logs:
+        for name in CLASSES:
+            make_task(name, flags.data_dir)
+        before = Task(BEFORE, flags, flags.epochs)
+        after = Task(AFTER, flags, flags.finetune_epochs, "--test_sample_step", "200")
+        sources = {
+            (norm, seed): before.cell(norm, seed)
+            for seed in range(flags.seeds)
+            for norm in dict.fromkeys(source for source, _, _ in WAYS.values())
+        }
+        before.train(list(sources.values()))
+        trained = before.runs()
+
+        def cell(way, seed, rate, *more):
+            source, norm, options = WAYS[way]
+            weights = sources[source, seed].find(trained).path
+            return after.cell(norm, seed, "--checkpoint", str(weights), "--learning_rate", str(rate), *options, *more)
+
+        after.train([cell(way, 0, rate, "--validation", str(HELD_OUT)) for way in WAYS for rate in RATES])
+        rates = best_rates(after.runs())
+        after.train([cell(way, seed, rates[way]) for seed in range(flags.seeds) for way in WAYS])
+    report(read_runs([Path(flags.train_dir) / AFTER]), flags.train_dir)
+
+
+if __name__ == "__main__":
+    run(main)
