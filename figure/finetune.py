@@ -25,7 +25,7 @@ BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, kept like data
 CLASSES = {BEFORE: range(5), AFTER: range(5, 10)}
 IMAGES_PER_CLASS = {BEFORE: None, AFTER: 500}
 BATCH_SIZES = {BEFORE: 32, AFTER: 2}
-RATES = (0.02, 0.2)  # at 64 images per update
+RATES = (0.02, 0.06, 0.2, 0.6)  # at 64 images per update
 HELD_OUT = 500
 WAYS = {  # norm it was trained with: (norm it goes on with, more flags)
     "batch": ("batch", "batch", []),
@@ -112,7 +112,8 @@ def table(runs):
     rates = sorted({found.config.base_learning_rate for found in runs})
     cells = {}
     for found in runs:
-        for measure in found.accuracies or ["accuracy"]:
+        measures = ["accuracy"] if found.config.freeze_batch_norm else found.accuracies or ["accuracy"]
+        for measure in measures:
             cells.setdefault((way_of(found), measure), {}).setdefault(found.config.base_learning_rate, []).append(found)
     lines = ["| way | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
     for way, measure in sorted(cells, key=lambda key: (list(WAYS).index(key[0]), list(MEASURES).index(key[1]))):
@@ -156,8 +157,10 @@ def main():
 
         def cell(way, seed, rate, *more):
             source, norm, options = WAYS[way]
-            weights = sources[source, seed].find(trained).path
-            return after.cell(norm, seed, "--checkpoint", str(weights), "--learning_rate", str(rate), *options, *more)
+            options = ["--checkpoint", str(sources[source, seed].find(trained).path), *options]
+            made = after.cell(norm, seed, "--learning_rate", str(rate), *options, *more)
+            made.name = f"{way}, rate {rate}, seed {seed}" + ", held out" * bool(more)
+            return made
 
         after.train([cell(way, 0, rate, "--validation", str(HELD_OUT)) for way in WAYS for rate in RATES])
         rates = best_rates(after.runs())
