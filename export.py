@@ -22,7 +22,7 @@ import runs
 from command import Later, UserError, WorldError, one_line, sync
 from input_ops import create_input_ops, network_image_shape, to_float
 
-tf, ops = Later("tensorflow"), Later("ops")
+tf, keras, ops = Later("tensorflow"), Later("keras"), Later("ops")
 
 TOLERANCE = 1e-5  # largest difference of a logit, times the largest logit where that is above 1: 24 bits round so
 HERE = Path(__file__).resolve().parent
@@ -171,7 +171,7 @@ def write(model, test, place, formats, batch_size, run_dir, step) -> None:
 def write_files(model, test, folder, names) -> None:
     """The network in each of the formats `names`, in `folder`."""
     write_saved_model(model, test, folder / FORMATS["saved_model"].file)
-    twin = ops.to_keras_layers(model)
+    twin = to_keras_layers(model)
     twin.save(folder / FORMATS["keras"].file)
     twin(tf.zeros([1, *network_image_shape(test)]))  # Keras makes ONNX only of a model that was called
     for name in names[len(ALWAYS) :]:
@@ -211,6 +211,65 @@ def lines_of(name, test) -> str:
     else:
         images, scaled = f"float32 [N, {shape}], any N, 0 ... 1", "images"
     return FORMATS[name].lines.replace("{images}", images).replace("{scaled}", scaled)
+
+
+# ------------------------------------------------------------------------------------------------ Keras' own layers
+
+
+def to_keras_layers(model):
+    """The same network of Keras' own layers alone: a file of it is loaded, and trained on, without this repo.
+
+    Weights that are standardized before each use become the kernels, and the scalar of SkipInit goes into the kernel
+    and bias of the convolution before it. Training on is therefore without both, and Keras' batch norm moves the
+    batch's own variance where ops.BatchNorm moves the unbiased one.
+
+    Args:
+        model: a functional Keras model of any layers; those of ops.py are replaced.
+
+    Returns:
+        A model with weights of its own, from the same inputs to the same outputs in inference but for rounding.
+
+    Raises:
+        ValueError: if a SkipInit does not follow a linear convolution whose output nothing else uses.
+    """
+    keras_layers = {
+        ops.GroupNorm: keras.layers.GroupNormalization,
+        ops.BatchNorm: keras.layers.BatchNormalization,
+        ops.Dropout: keras.layers.Dropout,
+        ops.Conv2D: keras.layers.Conv2D,
+        ops.StandardizedConv2D: keras.layers.Conv2D,
+    }
+    twins = {}
+
+    def replace(layer):
+        if isinstance(layer, ops.SkipInit):
+            twins[layer] = keras.layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+        else:
+            twins[layer] = keras_layers.get(type(layer), type(layer)).from_config(layer.get_config())
+        return twins[layer]
+
+    network = keras.models.clone_model(model, clone_function=replace)
+    for layer, twin in twins.items():  # in the order of the graph: a convolution before its SkipInit
+        weights = layer.get_weights()
+        if isinstance(layer, ops.SkipInit):
+            twin, (scale,) = twins[convolution_before(layer)], weights
+            weights = [scale * weight for weight in twin.get_weights()]
+        elif isinstance(layer, ops.StandardizedConv2D):
+            weights[0] = ops.standardize_weights(tf.cast(weights[0], layer.compute_dtype)).numpy()
+        twin.set_weights(weights)
+    return network
+
+
+def convolution_before(layer):
+    """The convolution that a SkipInit scales; ValueError if the scalar cannot go into its kernel and bias."""
+    before = layer.input._keras_history.operation
+    linear = isinstance(before, keras.layers.Conv2D) and before.activation is keras.activations.linear
+    if not linear or len(before._outbound_nodes) != 1:
+        raise ValueError(
+            f"{layer.name} follows {before.name}: its scalar can go into a convolution without activation whose "
+            "output nothing else uses"
+        )
+    return before
 
 
 # ------------------------------------------------------------------------------------------------- the comparison

@@ -180,7 +180,7 @@ def random_network(name, norm_type, weight_standardization):
 def test_a_network_of_keras_layers_computes_the_same(name, norm_type, weight_standardization):
     """The same logits, of Keras' classes alone, and one step of fit changes it."""
     model = random_network(name, norm_type, weight_standardization)
-    twin = ops.to_keras_layers(model)
+    twin = export.to_keras_layers(model)
     assert all(type(layer).__module__.startswith("keras.") for layer in twin.layers)
     assert [layer.name for layer in twin.layers] == [layer.name for layer in model.layers]
     x = np.random.default_rng(1).uniform(size=(4, 32, 32, 3)).astype("float32")
@@ -198,11 +198,11 @@ def test_an_input_needs_no_name():
     inputs = keras.Input([8, 8, 3])
     model = keras.Model(inputs, ops.GroupNorm(1)(ops.SkipInit()(ops.Conv2D(4, 3)(inputs))))
     x = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype("float32")
-    np.testing.assert_array_equal(ops.to_keras_layers(model)(x), model(x))  # a scalar of 0: beta
+    np.testing.assert_array_equal(export.to_keras_layers(model)(x), model(x))  # a scalar of 0: beta
 
 
 def test_dropout_stays():
-    twin = ops.to_keras_layers(random_network("convnet", "group", False))
+    twin = export.to_keras_layers(random_network("convnet", "group", False))
     assert [layer.rate for layer in twin.layers if type(layer) is keras.layers.Dropout] == [0.5] * 4
 
 
@@ -214,7 +214,7 @@ def test_a_scalar_that_no_convolution_can_take_is_refused(case):
         x = keras.layers.ReLU()(x)
     y = ops.SkipInit(name="scale")(x)
     with pytest.raises(ValueError, match="scale follows"):
-        ops.to_keras_layers(keras.Model(inputs, keras.layers.Add()([x, y]) if case == "another use" else y))
+        export.to_keras_layers(keras.Model(inputs, keras.layers.Add()([x, y]) if case == "another use" else y))
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -264,8 +264,8 @@ def test_nothing_stays_of_an_export_that_differs(run_dir, data_dir, tmp_path, mo
         twin.get_layer("logits").bias.assign_add(np.ones(10))
         return twin
 
-    keras_layers = ops.to_keras_layers
-    monkeypatch.setattr(ops, "to_keras_layers", other_weights)
+    keras_layers = export.to_keras_layers
+    monkeypatch.setattr(export, "to_keras_layers", other_weights)
     monkeypatch.setattr(command.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["evaler.py"])
     with pytest.raises(SystemExit) as ended:
