@@ -184,8 +184,8 @@ def receive(url, part, size, timeout, is_last):
 
 
 def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
-    """Return the folder where all archives of a dataset lie, verified, after fetching those that are missing; and words
-    for what they are: the original, or with other hashes, which --no_checksum takes."""
+    """Return the folder where all archives of a dataset lie, verified, after fetching those that are missing; and those
+    of them, in words, that have other hashes than the original, which --no_checksum takes."""
     if archive_dir is not None:
         places = [os.path.join(archive_dir, name.lower()), archive_dir]
         folder = next((p for p in places if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
@@ -210,8 +210,7 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
         else:
             found = verify(path, expected, checksum)
         others += [f"{file} {expected[1]} {found[:12]}"] * (found != expected[2])
-    made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
-    return folder, made_from
+    return folder, others
 
 
 def prepare(
@@ -234,8 +233,10 @@ def prepare(
             return
         hdf5.remove_unfinished(folder)
         module = datasets.module_of(name)
-        archives, made_from = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
-        pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
+        archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
+        made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
+        read = module.read if others else getattr(module, "read_original", module.read)
+        pack(name, folder, lambda: read(archives)._replace(recipe={"made_from": made_from}))
         # What --archive_dir names stays, and so does what no mirror gives again.
         done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
         for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:

@@ -37,7 +37,8 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
 
 def module_of(name: str):
     """The module that holds the facts of dataset `name`: EPOCHS to train by default, whether images may be MIRRORED,
-    whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(). A user's own: datasets.own."""
+    whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(), or read_original() for
+    archives whose hashes are those of FILES. A user's own: datasets.own."""
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 

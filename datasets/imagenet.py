@@ -35,14 +35,19 @@ MAX_DEVKIT, MAX_JPEG, MAX_CLASS = 1 << 28, 1 << 26, 1 << 31  # bytes: the devkit
 PART = 256
 
 
-def read(archive_dir):
+def read_original(archive_dir):
+    """read() for archives with the hashes of FILES: their photographs are known to decode."""
+    return read(archive_dir, is_original=True)
+
+
+def read(archive_dir, is_original=False):
     """Return the Source of the three archives: JPEG files; the class index is the rank of the WNID in sorted order."""
     wnids, class_names, truth = read_devkit(os.path.join(archive_dir, "ILSVRC2012_devkit_t12.tar.gz"))
     train = train_files(
         os.path.join(archive_dir, "ILSVRC2012_img_train.tar"), {wnid: i for i, wnid in enumerate(wnids)}
     )
     val = val_files(os.path.join(archive_dir, "ILSVRC2012_img_val.tar"), truth)
-    return Source(class_names, None, None, parts(train, val))
+    return Source(class_names, None, None, parts(is_original, train, val))
 
 
 def read_devkit(path):
@@ -109,22 +114,23 @@ def val_files(path, truth):
         raise UserError(f"{path} has {len(seen)} images, the devkit has {len(truth)} labels")
 
 
-def parts(*splits):
-    """Yield the checked JPEG files of the splits, PART at a time."""
+def parts(is_original, *splits):
+    """Yield the JPEG files of the splits, PART at a time; those that are not original are decoded first."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for split, files in enumerate(splits):
             while part := list(islice(files, PART)):
-                jpegs = list(pool.map(lambda file: as_rgb_jpeg(file[2], file[0], file[1]), part))
+                jpegs = list(pool.map(lambda file: as_rgb_jpeg(file[2], file[0], file[1], is_original), part))
                 yield split, jpegs, [label for *_, label in part], [name for _, name, *_ in part]
 
 
-def as_rgb_jpeg(data, path, name):
-    """Return `data` itself if it is a JPEG file in RGB or gray that decodes; a CMYK JPEG or a PNG as RGB JPEG."""
+def as_rgb_jpeg(data, path, name, is_original):
+    """Return `data` itself if it is a JPEG file in RGB or gray, which decodes or is original; another as RGB JPEG."""
     image = open_image(data, path, name)
     with refusing(path, name):
         if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            image.draft(image.mode, (1, 1))  # decode at 1/8 of the size: every byte is parsed
-            image.load()
+            if not is_original:
+                image.draft(image.mode, (1, 1))  # decode at 1/8 of the size: every byte is parsed
+                image.load()
             return data
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)

@@ -1,6 +1,7 @@
 """The readers against tiny archives in the official formats, element by element; hostile archives; own datasets."""
 
 import gzip
+import hashlib
 import io
 import os
 import pickle
@@ -720,6 +721,27 @@ def test_hostile_images_of_imagenet(tmp_path, name, jpeg, said):
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as tar:
         archives.add(tar, name, jpeg, **({"type": tarfile.DIRTYPE} if name == "folder/" else {}))
     refused(lambda: imagenet.read(tmp_path), "ILSVRC2012_img_val.tar", said)
+
+
+def test_photographs_of_the_original_archives_are_not_decoded_again(tmp_path, monkeypatch):
+    """Those that a pinned hash vouches for: one that does not decode goes through. Others are refused."""
+    archives.make("ImageNet", tmp_path / "imagenet")
+    with tarfile.open(tmp_path / "imagenet" / "ILSVRC2012_img_val.tar") as tar:
+        jpegs = {member.name: tar.extractfile(member).read() for member in tar}
+    last = max(jpegs)
+    with tarfile.open(tmp_path / "imagenet" / "ILSVRC2012_img_val.tar", "w") as tar:
+        for name, jpeg in jpegs.items():
+            archives.add(tar, name, jpeg[:-40] if name == last else jpeg)
+    flags = ("ImageNet", tmp_path / "data", tmp_path / "imagenet")
+    refused(lambda: download.prepare(*flags, checksum=False), last, "truncated")
+    found = {}
+    for file in imagenet.FILES:
+        data = (tmp_path / "imagenet" / file).read_bytes()
+        found[file] = (len(data), "md5", hashlib.md5(data).hexdigest())
+    monkeypatch.setattr(imagenet, "FILES", found)
+    download.prepare(*flags)
+    _, test = datasets.create_default_splits("ImageNet", tmp_path / "data")
+    assert test.read([test.ids.index(last)]) == [jpegs[last][:-40]]
 
 
 def test_imagenet_devkit_that_does_not_fit(tmp_path):
