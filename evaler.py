@@ -34,7 +34,8 @@ from input_ops import create_input_ops, image_of_file, network_image_shape
 
 tf, ops = Later("tensorflow"), Later("ops")
 
-TOP5_CLASSES = 100  # from so many classes on, top-5 accuracy stands beside accuracy
+MANY_CLASSES = 100  # from so many on, top-5 accuracy stands beside accuracy, and the classes that do worst are printed
+WORST = 10
 SCALARS = ("accuracy", "top5_accuracy", "loss")
 EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
 PREDICTED_CLASSES = 5  # that --predict names for each image
@@ -95,12 +96,12 @@ def summarize(losses, predictions, in_top5, labels, num_classes):
     Returns:
         dict with accuracy, loss (mean cross entropy, natural logarithm), images (N), per_class_accuracy [K] (None
         for a class without images), confusion [K, K] int (label, prediction), losses [N] and predictions [N]; from
-        TOP5_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most likely.
+        MANY_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most likely.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
     per_class = [int(row[k]) / int(row.sum()) if row.sum() else None for k, row in enumerate(confusion)]
-    top5 = {"top5_accuracy": int(in_top5.sum()) / len(labels)} if num_classes >= TOP5_CLASSES else {}
+    top5 = {"top5_accuracy": int(in_top5.sum()) / len(labels)} if num_classes >= MANY_CLASSES else {}
     return {
         "accuracy": int(np.trace(confusion)) / len(labels),
         **top5,
@@ -335,12 +336,19 @@ def check_export_flags(flags):
 
 
 def print_result(title, result, class_names):
-    top5 = f"top-5 accuracy {100 * result['top5_accuracy']:.2f} %, " if "top5_accuracy" in result else ""
+    top5 = ""
+    if "top5_accuracy" in result:
+        wrong = [100 - 100 * result[name] for name in ("accuracy", "top5_accuracy")]
+        top5 = f"top-5 accuracy {100 * result['top5_accuracy']:.2f} % (errors {wrong[0]:.2f} and {wrong[1]:.2f} %), "
     print(
         f"{title}: accuracy {100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.4f}, "
         f"{result['images']} images"
     )
-    for name, accuracy in zip(class_names, result["per_class_accuracy"]):
+    classes = list(zip(class_names, result["per_class_accuracy"]))
+    if len(classes) >= MANY_CLASSES:
+        classes = sorted((row for row in classes if row[1] is not None), key=lambda row: row[1])[:WORST]
+        print(f"the {WORST} classes that do worst; evaluation.json has all:")
+    for name, accuracy in classes:
         print(f"  {name:<24.24} " + ("no images" if accuracy is None else f"{100 * accuracy:6.2f} %"))
 
 

@@ -175,7 +175,15 @@ def test_top5_accuracy_where_there_are_many_classes():
     batches = [(x[i : i + 128], labels[i : i + 128]) for i in range(0, 300, 128)]
     result = evaler.evaluate(evaler.make_predictor(model), batches, labels, 100)
     assert result["top5_accuracy"] == (best == labels[:, None]).any(axis=1).mean() > result["accuracy"]
-    assert "top-5 accuracy" in capture(evaler.print_result, "SET", result, [])
+    names = [f"class {i}" for i in range(100)]
+    first, then, *rows = capture(evaler.print_result, "SET", result, names).splitlines()
+    errors = [100 - 100 * result[name] for name in ("accuracy", "top5_accuracy")]
+    assert "top-5 accuracy" in first and f"(errors {errors[0]:.2f} and {errors[1]:.2f} %)" in first
+    shown = [(int(row.split()[1]), float(row.split()[2]) / 100) for row in rows]
+    assert "evaluation.json has all" in then and len(shown) == 10
+    assert [accuracy for _, accuracy in shown] == pytest.approx(sorted(result["per_class_accuracy"])[:10], abs=1e-4)
+    for number, accuracy in shown:
+        assert accuracy == pytest.approx(result["per_class_accuracy"][number], abs=1e-4)
     few = keras.Sequential([keras.Input((4,)), keras.layers.Dense(99)])
     assert "top5_accuracy" not in evaler.evaluate(evaler.make_predictor(few), [(x, labels % 99)], labels % 99, 99)
 
