@@ -243,7 +243,7 @@ def part(values, parts: int):
 
 def map_parts(strategy, function, *values):
     """function(*values) of values [B, ...]: each replica of this process does its part, and the results are joined."""
-    parts = strategy.num_replicas_in_sync // len(workers().addresses)
+    parts = max(1, strategy.num_replicas_in_sync // len(workers().addresses))  # without a strategy 1, too
     if parts == 1:
         return strategy.run(function, values)
     results = strategy.run(lambda *values: function(*(part(value, parts) for value in values)), values)

@@ -157,6 +157,14 @@ def test_devices_share_the_images_of_a_test(images, two_devices):
     assert list(places.numpy()) == [0] * (images // 2) + [1] * (images - images // 2)
 
 
+def test_a_worker_tests_alone_what_is_no_run_of_all(monkeypatch):
+    """As before training, where the accuracy of converted weights is said: without a strategy it is one device."""
+    task = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(task))
+    tens = tf.function(lambda: replicas.map_parts(tf.distribute.get_strategy(), lambda v: v * 10, tf.range(5)))()
+    np.testing.assert_array_equal(tens, 10 * np.arange(5))
+
+
 # --------------------------------------------------------------------------------------------------- the division
 
 
