@@ -15,6 +15,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import typing
 
 # A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
@@ -47,9 +48,22 @@ def terminate(number, frame):
     raise Terminated
 
 
+def ask_again(dropped):
+    """Python drops what a signal's handler raises while objects are freed, and goes on: let the signal come again."""
+    number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(dropped.exc_type)
+    if number is None:
+        sys.__unraisablehook__(dropped)
+        return
+    timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+
+
 def run(main):
     """Call main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = ask_again
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letters for
     try:
         main()
         return

@@ -190,6 +190,7 @@ def readable(read, files):
     """Yield (file, read(file)) of the files; one that cannot be read is a line on stderr, and left out."""
     for file in files:
         try:
+            folder.check_name(file, os.curdir)
             result = read(file)
         except UserError as error:
             complain(error)
@@ -222,7 +223,7 @@ def predict_files(model, dataset, files, bits, batch_size):
     """
     classify = make_classifier(model, dataset.num_classes)
     images = readable(lambda file: image_of_file(file, dataset, bits), files)
-    while batch := list(itertools.islice(images, batch_size)):
+    while batch := list(itertools.islice(images, min(batch_size, len(files)))):
         probabilities, classes = (values.numpy() for values in classify(tf.stack([image for _, image in batch])))
         for (file, _), best, numbers in zip(batch, probabilities, classes):
             for rank, (probability, number) in enumerate(zip(best, numbers), 1):
@@ -243,11 +244,15 @@ def check_images(dataset):
             )
 
 
-def check_output(path):
-    """Raise UserError for a path at which no file can be written."""
-    place = os.path.abspath(path)
+def check_output(path, files):
+    """Raise UserError for a path at which no file can be written, or one of `files` would be lost."""
+    place = os.path.realpath(path)
     if os.path.isdir(place):
-        raise UserError(f"--output {path} is a folder: name a file in it, such as predictions.csv")
+        raise UserError(f"--output {path!r} is a folder: name a file in it, such as predictions.csv")
+    if os.path.exists(place) and not os.path.isfile(place):
+        raise UserError(f"--output {path} is no regular file: name one, such as predictions.csv")
+    if any(os.path.realpath(file) == place for file in files):
+        raise UserError(f"--output {path} is one of the images to predict: name another, such as predictions.csv")
     if not os.path.isdir(os.path.dirname(place)):
         raise UserError(f"--output {path}: there is no folder {os.path.dirname(place)} to write it in; make it first")
 
@@ -258,7 +263,7 @@ def write_predictions(path, rows):
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("file", "rank", "class", "probability"))
     writer.writerows(rows)
-    write_whole(path, table.getvalue())
+    write_whole(os.path.realpath(path), table.getvalue())
     print(f"wrote {path}")
 
 
@@ -304,35 +309,19 @@ def parse_flags(argv=None):
         "--export_format", choices=export.FURTHER, nargs="+", default=[], help="further formats to --export"
     )
     flags = parser.parse_args(argv)
-    without_effect = {"output"}
     if flags.predict:
-        without_effect = {"split", "batch_statistics", "validation", "export", "export_format"}
+        without_effect, why = ("split", "batch_statistics", "validation", "export", "export_format"), "with --predict"
+    elif flags.export is not None:
+        without_effect = ("split", "batch_statistics", "validation", "output")
+        why = "with --export, which writes the weights as training left them and measures them on the test split"
+    else:
+        without_effect, why = ("output", "export_format"), "without --predict and without --export"
     for name in parser.names_given(argv):
         if name in without_effect:
-            raise UserError(f"--{name} has no effect with{'' if flags.predict else 'out'} --predict: leave it out")
+            raise UserError(f"--{name} has no effect {why}: leave it out")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
-    check_export_flags(flags)
     return flags
-
-
-def check_export_flags(flags):
-    """Raise UserError for flags without effect on an export, which is of the weights as they are, and measured on the
-    test split."""
-    if flags.export is None:
-        if flags.export_format:
-            raise UserError(f"--export_format {flags.export_format[0]} has no effect without --export DIR")
-        return
-    for name, value, default in (
-        ("split", flags.split, "test"),
-        ("validation", flags.validation, None),
-        ("batch_statistics", " ".join(flags.batch_statistics), "moving"),
-    ):
-        if value != default:
-            raise UserError(
-                f"--{name} {value} has no effect on --export, which writes the weights as training left them and "
-                "measures them on the test split: leave it out"
-            )
 
 
 def print_result(title, result, class_names):
@@ -382,7 +371,7 @@ def print_predictions(flags, files, model, dataset):
             print(file)
         print(f"  {100 * probability:6.2f} %  {name}", flush=True)
         rows.append((file, rank, name, probability))
-    if flags.output is not None:
+    if flags.output is not None and rows:
         write_predictions(flags.output, rows)
     if sum(rank == 1 for _, rank, *_ in rows) < len(files):
         sys.exit(1)
@@ -393,8 +382,8 @@ def main(argv=None):
     datasets.folder_of(flags.dataset, flags.data_dir)  # a name that can name no dataset ends here
     files = folder.find_images(flags.predict or [])
     if flags.output is not None:
-        check_output(flags.output)
-    if flags.export:
+        check_output(flags.output, files)
+    if flags.export is not None:
         export.check_request(flags.export, flags.export_format)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, _ = runs.read_config(run_dir)
@@ -411,7 +400,7 @@ def main(argv=None):
         print_predictions(flags, files, model, train)
         return
 
-    batches = create_input_ops(split, flags.batch_size, is_training=False)
+    batches = create_input_ops(split, min(flags.batch_size, len(split)), is_training=False)
     result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
     print_result(name, result, split.class_names)
     record = summary_of(result) | {
@@ -439,7 +428,7 @@ def main(argv=None):
     summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
     write_whole(run_dir / "evaluation.json", json.dumps(record, indent=1) + "\n")
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
-    if flags.export:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
+    if flags.export is not None:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
         config = dataclasses.replace(config, dtype="float32")
         network = build_model(config, network_image_shape(train), train.num_classes)
         network.set_weights(model.get_weights())

@@ -122,10 +122,14 @@ np.save(sys.argv[2], np.concatenate(parts))
 
 def check_request(place, formats) -> None:
     """Raise UserError where `place` cannot become the export's folder, or a format's packages are missing."""
-    place = Path(place).absolute()
-    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        raise UserError(f"--export {place} is there and not an empty folder: name one that is not there yet")
-    if not os.access(place.parent, os.W_OK):
+    given, place = place, Path(os.path.abspath(place))
+    fixed = place.is_symlink() or os.path.ismount(place) or place == Path.cwd()  # an empty folder is replaced
+    if os.path.lexists(place) and (fixed or not place.is_dir() or any(place.iterdir())):
+        raise UserError(
+            f"--export {str(given)!r} is there, and not an empty folder that can be replaced: name one that is not "
+            "there yet"
+        )
+    if not (place.parent.is_dir() and os.access(place.parent, os.W_OK)):
         raise UserError(f"--export {place}: {place.parent} is no folder to write in: make it, or name another")
     for name in formats:
         packages = FORMATS[name].packages
@@ -145,22 +149,26 @@ def write(model, test, place, formats, batch_size, run_dir, step) -> None:
         run_dir, step: where the weights are from.
 
     Raises:
-        WorldError: if a file cannot be loaded without this repo, or its logits differ.
+        WorldError: if a file cannot be written, or loaded without this repo, or its logits differ.
     """
-    place = Path(place).absolute()
+    place, differences = Path(os.path.abspath(place)), {}
     names = [*ALWAYS, *(name for name in FURTHER if name in formats)]
-    with tempfile.TemporaryDirectory(prefix=f"{place.name}.", suffix=".part", dir=place.parent) as part:
-        folder, images = Path(part) / "export", Path(part) / "images.npy"
-        folder.mkdir()
-        write_files(model, test, folder, names)
-        logits = write_images(model, test, batch_size, images)
-        found = {name: logits_elsewhere(name, test, folder, images) for name in names}
-        differences = {name: check_difference(FORMATS[name].file, found[name], logits) for name in names}
-        text = card(model, test, run_dir, step, logits, differences)
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        for path in [*folder.rglob("*"), folder]:
-            sync(path)
-        os.replace(folder, place)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", suffix=".part", dir=place.parent) as part:
+            folder, images = Path(part) / "export", Path(part) / "images.npy"
+            folder.mkdir()
+            write_files(model, test, folder, names)
+            logits = write_images(model, test, batch_size, images)
+            for name in names:
+                found = logits_elsewhere(name, test, folder, images)
+                differences[name] = check_difference(FORMATS[name].file, found, logits)
+            text = card(model, test, run_dir, step, logits, differences)
+            (folder / "README.md").write_text(text, encoding="utf-8")
+            for path in [*folder.rglob("*"), folder]:
+                sync(path)
+            os.replace(folder, place)
+    except (OSError, tf.errors.OpError) as error:  # the disk is full, in Python's and in TensorFlow's words
+        raise WorldError(f"--export {place} could not be written: {error}; nothing was exported") from error
     for name, difference in differences.items():
         print(f"wrote {place / FORMATS[name].file}: largest difference of a logit {difference:.1e}, {len(test)} images")
 
@@ -209,7 +217,7 @@ def lines_of(name, test) -> str:
     if test.dtype == np.uint8:
         images, scaled = f"uint8 [N, {shape}], any N", '(images / 255).astype("float32")'
     else:
-        images, scaled = f"float32 [N, {shape}], any N, 0 ... 1", "images"
+        images, scaled = f"float32 [N, {shape}], any N, as {test.name} stores them", "images"
     return FORMATS[name].lines.replace("{images}", images).replace("{scaled}", scaled)
 
 
@@ -284,13 +292,16 @@ def served(images, dtype):
 def write_images(model, test, batch_size, path) -> np.ndarray:
     """Write the test split as an export takes it, [N, h, w, c], to a .npy file; returns the network's logits [N, K]."""
     predict = tf.function(lambda images: model(to_float(images), training=False), reduce_retracing=True)
-    written = np.lib.format.open_memmap(path, "w+", test.dtype, (len(test), *network_image_shape(test)))
+    header = {"shape": (len(test), *network_image_shape(test)), "fortran_order": False}
     logits = []
-    for images, _ in create_input_ops(test, batch_size, is_training=False):
-        images, start = served(images, test.dtype), batch_size * len(logits)
-        written[start : start + len(images)] = images.numpy()
-        logits.append(predict(images).numpy())
-    written.flush()
+    with open(path, "wb") as file:  # written as it comes, not mapped: a full disk is an error then, not a crash
+        np.lib.format.write_array_header_1_0(
+            file, header | {"descr": np.lib.format.dtype_to_descr(np.dtype(test.dtype))}
+        )
+        for images, _ in create_input_ops(test, batch_size, is_training=False):
+            images = served(images, test.dtype)
+            file.write(images.numpy().tobytes())
+            logits.append(predict(images).numpy())
     return np.concatenate(logits)
 
 
@@ -363,25 +374,32 @@ def card(model, test, run_dir, step, logits, differences) -> str:
         "versions, export": in_words(runs.versions()),
         "classes, in the order of the logits": ", ".join(test.class_names),
     }
+    if test.image_shape[2] in (1, 3):
+        how = "the shorter side to 256 pixels, of which the centre" if test.encoded else "bilinearly to that size"
+        colours = "RGB" if test.image_shape[2] == 3 else "luminance"
+        rows["an image file becomes one"] = f"turned upright, {colours}, transparent parts on white, resized: {how}"
     table = "".join(f"| {name} | {cell(value)} |\n" for name, value in rows.items())
-    return (
+    text = (
         f"# {config.model} for {test.name}\n\n| | |\n| --- | --- |\n{table}\n"
         f"Each file was loaded by the lines below, in a process without the code that trained it, and its logits were "
         f"compared with the network's in float32 over the {len(test)} test images. The largest logit is "
         f"{np.abs(logits).max():.3g}.\n"
-        + "".join(
-            f"\n## {FORMATS[name].file}\n\nLargest difference of a logit: {difference:.1e}. {REMARKS.get(name, '')}\n\n"
-            f"```python\n{lines_of(name, test)}```\n"
-            for name, difference in differences.items()
-        )
     )
+    for name, difference in differences.items():
+        words = f"Largest difference of a logit: {difference:.1e}. {remark(name, config)}".rstrip()
+        text += f"\n## {FORMATS[name].file}\n\n{words}\n\n```python\n{lines_of(name, test)}```\n"
+    return text
 
 
-REMARKS = {
-    "saved_model": "TensorFlow alone loads it; it trains on as the run did.",
-    "keras": "Of Keras' own layers: standardized weights and the scalars of SkipInit were multiplied into the kernels, "
-    "so it trains on without them.",
-}
+def remark(name, config) -> str:
+    """What there is to say of a format of a run's network."""
+    if name == "saved_model":
+        return "TensorFlow alone loads it; it trains on as the run did."
+    if name != "keras":
+        return ""
+    folded = ["the kernels are the standardized ones"] * config.weight_standardization
+    folded += ["the scalars of SkipInit were multiplied into the kernels"] * (config.norm_type == "none")
+    return "Of Keras' own layers" + (f": {', and '.join(folded)}; it trains on without that." if folded else ".")
 
 
 def describe_norm(config) -> str:

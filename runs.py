@@ -345,9 +345,15 @@ def find_run(train_dir, dataset: str) -> Path:
 
 
 def run_dir_of(checkpoint) -> Path:
-    """The run folder that a checkpoint lies in; a folder stands for its newest checkpoint."""
+    """The run folder that a checkpoint lies in; a folder stands for its newest checkpoint. UserError if it is none."""
     path = Path(checkpoint)
-    return path if path.is_dir() else path.parent
+    run_dir = path if path.is_dir() else path.parent
+    if not (run_dir / "config.json").exists():
+        raise UserError(
+            f"--checkpoint {checkpoint} lies in no run folder: name one as trainer.py writes them, such as "
+            f"RUN_FOLDER/model-1000, or the run folder"
+        )
+    return run_dir
 
 
 def weights_of(model) -> dict:

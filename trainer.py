@@ -510,11 +510,6 @@ def start_from_weights(model, config, splits):
     that this leaves is said.
     """
     train, test = splits
-    if not (runs.run_dir_of(config.checkpoint) / "config.json").exists():
-        raise UserError(
-            f"--checkpoint {config.checkpoint} lies in no run folder: name one as trainer.py writes them, such as "
-            f"RUN_FOLDER/model-1000, or the run folder"
-        )
     other, data = runs.read_config(runs.run_dir_of(config.checkpoint))
     converted = runs.check_convertible(config, other, config.checkpoint)
     source = evaler.build_model(other, network_image_shape(train), data["num_classes"])

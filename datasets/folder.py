@@ -89,9 +89,14 @@ def list_images(folder, class_names):
         place = os.path.join(folder, name)
         for file in names_in(place) if os.path.isdir(place) else []:
             (files if is_image_name(file) else ignored).append((os.path.join(place, file), label))
-    if ignored:
-        print(f"left out {len(ignored)} files that are no images by their names, such as {ignored[0][0]}", flush=True)
+    say_left_out([path for path, _ in ignored])
     return files
+
+
+def say_left_out(files):
+    """Print how many files were left out, and one of them."""
+    if files:
+        print(f"left out {len(files)} files that are no images by their names, such as {files[0]}", flush=True)
 
 
 def is_image_name(name):
@@ -100,35 +105,39 @@ def is_image_name(name):
 
 
 def find_images(paths):
-    """Return the files among `paths` as they are named, and in place of a folder all images in it and below, sorted.
+    """Return the files among `paths` as they are named, and in place of a folder all images in it and below, sorted;
+    what is no image by its name is counted in a line.
 
     Raises UserError for a path that is not there, and for a folder without images.
     """
     files = []
     for path in paths:
-        check_name(path, os.path.dirname(path) or os.curdir)
         if os.path.isdir(path):
-            found = images_below(path)
+            found, others = images_below(path)
+            say_left_out(others)
             if not found:
                 raise UserError(f"the folder {path} has no image in it or below it ({' '.join(SUFFIXES)})")
             files += found
         elif os.path.isfile(path):
             files.append(path)
         else:
-            raise UserError(f"{path} is no file and no folder: name image files, or folders of them")
+            raise UserError(f"{path!r} is no file and no folder: name image files, or folders of them")
     return files
 
 
 def images_below(folder):
-    """Return the sorted paths of all images in `folder` and below, without hidden ones and linked folders."""
-    found = []
-    for name in names_in(folder):
+    """Return the sorted paths of all images in `folder` and below, and of the other files, without what is hidden and
+    linked folders."""
+    found, others = [], []
+    for name in sorted(name for name in os.listdir(folder) if not name.startswith(".")):
         path = os.path.join(folder, name)
         if not os.path.isdir(path):
-            found += [path] * is_image_name(name)
-        elif not (name.startswith(".") or os.path.islink(path)):
-            found += images_below(path)
-    return found
+            is_special = os.path.exists(path) and not os.path.isfile(path)  # such as a pipe, which to read has no end
+            (found if is_image_name(name) and not is_special else others).append(path)
+        elif not os.path.islink(path):
+            below = images_below(path)
+            found, others = found + below[0], others + below[1]
+    return found, others
 
 
 def split_classes(files, class_names):
@@ -175,12 +184,16 @@ def parts(splits, shape, image_size, bits):
 @contextlib.contextmanager
 def opened(path):
     """Open an image file, not decoded yet. What is wrong with it ends in a UserError that names it."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # or it says a line of its own beside our error
     with refusing(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path) as image:
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            raise UserError(f"{path} is no image file that Pillow can read") from None
+        with image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(f"{path} has {image.width}x{image.height} pixels: expected {MAX_PIXELS} at most")
             yield image
@@ -260,8 +273,8 @@ def load(path, image_size, bits):
     with opened(path) as file:
         if is_deep_color(file) and bits < 16:
             raise UserError(
-                f"{path} is a color image of 16 bits a channel, but its values have {bits} bits, of which "
-                f"{bits - 8} could be read: save it with 8 bits a channel"
+                f"{path} is a color image of 16 bits a channel, but images of more than 8 bits are read as those of "
+                f"{bits} bits here, of which {bits - 8} could be read: save it with 8 bits a channel"
             )
         own_bits, image = own_depth(file), ImageOps.exif_transpose(file)
         if image.mode == "F":

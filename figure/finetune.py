@@ -19,7 +19,7 @@ import datasets
 import results
 from command import ArgumentParser, WorldError, run, within
 from datasets import hdf5
-from runs import MEASURES, read_config, read_runs, run_dir_of
+from runs import MEASURES, read_config, read_runs
 
 BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, kept like datasets of a user's own
 CLASSES = {BEFORE: range(5), AFTER: range(5, 10)}
@@ -90,7 +90,7 @@ class Task:
 
 def way_of(found):
     """The name in WAYS of a run: by its norm, and by that of the run that its weights are from."""
-    here = found.path.parent.parent / BEFORE / run_dir_of(found.config.checkpoint).name
+    here = found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name
     before, _ = read_config(here)
     source = before.norm_type + "+ws" * before.weight_standardization
     more = ["--freeze_batch_norm"] * found.config.freeze_batch_norm
@@ -108,28 +108,32 @@ def best_rates(runs):
 
 
 def table(runs):
-    """The runs as Markdown: a row for a way and what it was tested with, a column for a rate."""
-    rates = sorted({found.config.base_learning_rate for found in runs})
-    cells = {}
+    """The runs as Markdown: a row for a way and what it was tested with, the rates and the accuracies at each."""
+    rows = {}
     for found in runs:
         measures = ["accuracy"] if found.config.freeze_batch_norm else found.accuracies or ["accuracy"]
         for measure in measures:
-            cells.setdefault((way_of(found), measure), {}).setdefault(found.config.base_learning_rate, []).append(found)
-    lines = ["| way | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
-    for way, measure in sorted(cells, key=lambda key: (list(WAYS).index(key[0]), list(MEASURES).index(key[1]))):
-        texts = [results.cell_text(cells[way, measure].get(rate, []), measure, None) for rate in rates]
-        lines.append(f"| {way}{MEASURES[measure]} | " + " | ".join(texts) + " |")
+            rows.setdefault((way_of(found), measure), {}).setdefault(found.config.base_learning_rate, []).append(found)
+    lines = ["| way | rate | accuracy |", "| --- | --- | --- |"]
+    for way, measure in sorted(rows, key=lambda key: (list(WAYS).index(key[0]), list(MEASURES).index(key[1]))):
+        for rate, alike in sorted(rows[way, measure].items()):
+            lines.append(f"| {way}{MEASURES[measure]} | {rate:g} | {results.cell_text(alike, measure, None)} |")
     return "\n".join(lines)
 
 
-def report(runs, folder):
+def text_of(runs):
+    """What table.md holds."""
     held_out = [found for found in runs if found.config.validation]
     tested = [found for found in runs if not found.config.validation]
-    text = f"Accuracy in % on {HELD_OUT} training images held out, one seed, by learning rate:\n\n{table(held_out)}\n\n"
-    text += "Accuracy in % on the test split, smallest ← median → largest over seeds, each way at its best rate:\n\n"
-    text += table(tested) + "\n"
-    print(text)
-    (Path(folder) / "table.md").write_text(text)
+    return (
+        f"Accuracy in % on the test split, each way at its best rate, smallest ← median → largest over seeds:\n\n"
+        f"{table(tested)}\n\nOn {HELD_OUT} training images held out, seed 0:\n\n{table(held_out)}\n"
+    )
+
+
+def report(runs, folder):
+    print(text_of(runs))
+    (Path(folder) / "table.md").write_text(text_of(runs))
 
 
 def main():

@@ -29,6 +29,14 @@ BROKEN = ("ImportError", "ModuleNotFoundError", "NameError", "SyntaxError", "Unb
 # file: (what stands there, on one line and once in the file; what is put in its place; the test)
 # fmt: off
 MUTATIONS = {
+    "download.py": [
+        ("read = module.read if others else", "read = module.read if True else",
+         "test_datasets.py::test_photographs_of_the_original_archives_are_not_decoded_again"),
+    ],
+    "command.py": [
+        ("sys.unraisablehook = ask_again", "pass",
+         "test_command.py::test_a_signal_that_comes_while_objects_are_freed_is_not_lost[15-143-terminated]"),
+    ],
     "trainer.py": [
         ("if learning_rate_at(step, config) != learning_rate_at(step, extended):", "if False:",
          "test_resume.py::test_a_schedule_that_would_have_been_another_is_refused[cosine]"),
@@ -135,6 +143,8 @@ MUTATIONS = {
         (".transpose(0, 2, 1, 3, 4)", ".transpose(0, 1, 2, 3, 4)", "test_evaler.py::test_image_grids"),
     ],
     "evaler.py": [
+        ("if any(os.path.realpath(file) == place for file in files):", "if False:",
+         "test_predict.py::test_paths_that_cannot_be_predicted"),
         ('config = dataclasses.replace(config, dtype="float32")', "",
          "test_export.py::test_a_bfloat16_run_is_exported_in_float32"),
         ("variances.mean(axis=0) + means.var(axis=0)", "variances.mean(axis=0)",
@@ -302,6 +312,9 @@ MUTATIONS = {
          "test_compare.py::test_the_picture_has_the_median_and_the_range"),
     ],
     "replicas.py": [
+        ("parts = max(1, strategy.num_replicas_in_sync // len(workers().addresses))",
+         "parts = strategy.num_replicas_in_sync // len(workers().addresses)",
+         "test_replicas.py::test_a_worker_tests_alone_what_is_no_run_of_all"),
         ("return values[size * place // parts :", "return values[0 * place // parts :",
          "test_replicas.py::test_devices_share_the_images_of_a_test[7]"),
         ("tf.distribute.ReduceOp.MEAN, values, options)", "tf.distribute.ReduceOp.SUM, values, options)",
@@ -358,6 +371,7 @@ MUTATIONS = {
          "test_datasets.py::test_cifar_pixels_are_channel_row_column_in_the_archive"),
     ],
     "export.py": [
+        ("fixed = place.is_symlink()", "fixed = False", "test_export.py::test_bad_requests_are_named_before_any_work"),
         ("ops.standardize_weights(tf.cast(weights[0], layer.compute_dtype)).numpy()", "weights[0]",
          "test_export.py::test_a_network_of_keras_layers_computes_the_same[resnet8-group-True]"),
         ("[scale * weight for weight in twin.get_weights()]", "twin.get_weights()",
@@ -410,6 +424,8 @@ MUTATIONS = {
          "test_datasets.py::test_images_and_labels_are_those_of_the_archive"),
     ],
     "datasets/folder.py": [
+        ("is_special = os.path.exists(path) and not os.path.isfile(path)", "is_special = False",
+         "test_predict.py::test_folders_are_searched_and_files_are_taken_as_named"),
         ("tuple(image_size)[::-1]", "tuple(image_size)", "test_download.py::test_a_test_folder_and_a_size"),
         ("image.getexif().get(ORIENTATION) not in TURNED", "True",
          "test_predict.py::test_other_files_are_cut_like_jpeg_files"),

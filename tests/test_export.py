@@ -287,24 +287,41 @@ def test_bad_requests_are_named_before_any_work(run_dir, data_dir, tmp_path, mon
         importlib.util, "find_spec", lambda name: None if name in ("tf2onnx", "ai_edge_litert") else find_spec(name)
     )
     monkeypatch.setattr(export, "write", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
     for train_dir, place, more, said in (
-        (run_dir, tmp_path / "full", (), "full is there and not an empty folder"),
-        (run_dir, tmp_path / "full" / "file", (), "file is there and not an empty folder"),
+        (run_dir, tmp_path / "full", (), "full' is there, and not an empty folder"),
+        (run_dir, tmp_path / "full" / "file", (), "file' is there, and not an empty folder"),
+        (run_dir, tmp_path / "link", (), "link' is there, and not an empty folder that can be replaced"),
+        (run_dir, ".", (), "'.' is there, and not an empty folder that can be replaced"),
+        (run_dir, "", (), "'' is there, and not an empty folder that can be replaced"),
+        (run_dir, tmp_path / "full" / "file" / "new", (), "file is no folder to write in"),
         (run_dir, tmp_path / "none" / "new", (), "none is no folder to write in"),
-        (run_dir, new, ("--split", "train"), "--split train has no effect on --export"),
-        (run_dir, new, ("--validation", "9"), "--validation 9 has no effect on --export"),
-        (run_dir, new, ("--batch_statistics", "moving", "batch"), "--batch_statistics moving batch has no effect"),
+        (run_dir, new, ("--split", "test"), "--split has no effect with --export"),
+        (run_dir, new, ("--validation", "9"), "--validation has no effect with --export"),
+        (run_dir, new, ("--batch_statistics", "moving", "batch"), "--batch_statistics has no effect with --export"),
         (run_dir, new, ("--export_format", "onnx"), "onnx needs packages: pip install tf2onnx onnxruntime"),
         (run_dir, new, ("--export_format", "litert"), "litert needs packages: pip install ai-edge-litert"),
         (tmp_path / "unfinished", new, (), "have no checkpoint yet"),
     ):
         with pytest.raises(UserError, match=said):
             evaler.main(flags_of(train_dir, data_dir, place) + list(more))
-    with pytest.raises(UserError, match="--export_format onnx has no effect without --export DIR"):
+    with pytest.raises(UserError, match="--export_format has no effect without --predict and without --export"):
         evaler.parse_flags(["--dataset", "Digits", "--export_format", "onnx"])
     assert not new.exists() and (tmp_path / "full" / "file").read_text() == "mine"
     said = scripts.run("evaler.py", *flags_of(run_dir, data_dir, tmp_path / "full"), code=2)
-    assert "not an empty folder: name one that is not there yet" in said
+    assert "not an empty folder that can be replaced: name one that is not there yet" in said
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(run_dir, data_dir, tmp_path):
+    """A limit on the size of files stands for the full disk: the SavedModel does not fit."""
+    flags = flags_of(run_dir, data_dir, tmp_path / "taken")
+    limited = ["prlimit", "--fsize=200000", *scripts.command("evaler.py", *flags)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "taken could not be written" in done.stderr and "nothing was exported" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------------------- kinds of data
@@ -343,13 +360,17 @@ def test_a_saved_model_trains_as_the_network_does(tmp_path):
 def test_float_images_are_taken_as_they_are(tmp_path):
     """A dataset of float images: the SavedModel takes float32, and nothing is divided by 255."""
     model = models.create_model("resnet8", (8, 8, 1), 3, "group")
-    data = SimpleNamespace(encoded=False, image_shape=(8, 8, 1), dtype=np.float32, class_names=["a", "b|c", "ü"])
+    data = SimpleNamespace(
+        encoded=False, image_shape=(8, 8, 1), dtype=np.float32, name="MINE", class_names=["a", "b|c", "ü"]
+    )
     export.write_saved_model(model, data, tmp_path / "saved_model")
     x = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype("float32")
     loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
     np.testing.assert_allclose(loaded.serve(x)["logits"], model(x), rtol=0, atol=1e-5)
     assert [name.decode() for name in loaded.class_names.numpy()] == data.class_names
-    assert "255" not in export.lines_of("keras", data) and "float32 [N, 8, 8, 1]" in export.lines_of("keras", data)
+    assert "255" not in export.lines_of(
+        "keras", data
+    ) and "float32 [N, 8, 8, 1], any N, as MINE stores them" in export.lines_of("keras", data)
     assert export.served(x, np.float32) is x
 
 

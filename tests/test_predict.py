@@ -5,6 +5,7 @@ python -m pytest tests/test_predict.py
 
 import csv
 import os
+import shutil
 
 import h5py
 import keras
@@ -317,13 +318,29 @@ def test_a_broken_file_is_one_line_and_the_others_go_on(pets, tmp_path):
     assert list(table(tmp_path / "out.csv")) == [str(file) for file in good]
 
 
-def test_folders_are_searched_and_files_are_taken_as_named(tmp_path):
+def test_a_file_with_an_odd_name_is_one_line_and_the_others_go_on(pets, tmp_path, capsys):
+    run_dir, data_dir, images = pets
+    good, odd = tmp_path / "a, b.png", (b"new\nline.png", b"\xff\xfe.png")
+    for name in (os.fsencode(good), *(os.fsencode(tmp_path) + b"/" + name for name in odd)):
+        shutil.copy(images / "bee" / "01.png", name)
+    with pytest.raises(SystemExit) as end:
+        predict(run_dir, data_dir, tmp_path, "--output", tmp_path / "out.csv", "--batch_size", 10**20)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1 and len(lines) == 2 and all("rename it" in line for line in lines), lines
+    assert list(table(tmp_path / "out.csv")) == [str(good)]
+
+
+def test_folders_are_searched_and_files_are_taken_as_named(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.png")
     for name in ("b/x.PNG", "b/a/y.jpg", "a.gif", "notes.txt", ".hidden.png", ".cache/z.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     os.symlink(tmp_path, tmp_path / "b" / "loop")
     found = folder.find_images([str(tmp_path / "notes.txt"), str(tmp_path)])
     assert [os.path.relpath(path, tmp_path) for path in found] == ["notes.txt", "a.gif", "b/a/y.jpg", "b/x.PNG"]
+    assert (
+        f"left out 2 files that are no images by their names, such as {tmp_path}/notes.txt" in capsys.readouterr().out
+    )
 
 
 def test_paths_that_cannot_be_predicted(pets, tmp_path):
@@ -332,16 +349,33 @@ def test_paths_that_cannot_be_predicted(pets, tmp_path):
     (tmp_path / "empty" / "er" / "notes.txt").write_text("")
     os.mkfifo(tmp_path / "pipe.png")
     for path, said in (
-        (tmp_path / "missing.png", "missing.png is no file and no folder: name image files"),
-        (tmp_path / "pipe.png", "pipe.png is no file and no folder"),
+        (tmp_path / "missing.png", "missing.png' is no file and no folder: name image files"),
+        (tmp_path / "pipe.png", "pipe.png' is no file and no folder"),
+        ("", "'' is no file and no folder"),
         (tmp_path / "empty", f"the folder {tmp_path}/empty has no image in it or below it"),
-        (tmp_path / "a\nb.png", "line break"),
     ):
         with pytest.raises(UserError, match=said):
             predict(run_dir, data_dir, images / "ant", path)
-    for output, said in ((tmp_path, "is a folder"), (tmp_path / "none" / "out.csv", f"no folder {tmp_path}/none")):
+    (tmp_path / "photo.png").symlink_to(images / "ant" / "00.png")
+    for output, said in (
+        (tmp_path, "is a folder"),
+        ("", "'' is a folder"),
+        (tmp_path / "none" / "out.csv", f"no folder {tmp_path}/none"),
+        (tmp_path / "pipe.png", "pipe.png is no regular file"),
+        (tmp_path / "photo.png", "photo.png is one of the images to predict"),
+    ):
         with pytest.raises(UserError, match=said):
             predict(run_dir, data_dir, images / "ant", "--output", output)
+
+
+def test_a_table_goes_where_a_link_leads(pets, tmp_path):
+    run_dir, data_dir, images = pets
+    (tmp_path / "real.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    predict(run_dir, data_dir, images / "ant" / "00.png", "--output", tmp_path / "link.csv")
+    assert (tmp_path / "link.csv").is_symlink() and list(table(tmp_path / "real.csv")) == [
+        str(images / "ant" / "00.png")
+    ]
 
 
 def test_nothing_half_written_is_left(pets, tmp_path, monkeypatch):
@@ -363,7 +397,7 @@ def test_nothing_half_written_is_left(pets, tmp_path, monkeypatch):
         (("--predict", "a.png", "--split", "test"), "--split has no effect with --predict"),
         (("--predict", "a.png", "--batch_statistics", "moving"), "--batch_statistics has no effect with --predict"),
         (("--predict", "a.png", "--validation", "5"), "--validation has no effect with --predict"),
-        (("--output", "a.csv"), "--output has no effect without --predict"),
+        (("--output", "a.csv"), "--output has no effect without --predict and without --export"),
     ],
 )
 def test_flags_without_effect_are_refused(flags, said):
