@@ -384,7 +384,7 @@ MUTATIONS = {
          "test_export.py::test_a_saved_model_trains_as_the_network_does"),
         ("tf.cast(tf.round(images * 255), tf.uint8)", "tf.cast(images * 255, tf.uint8)",
          "test_export.py::test_stored_pixels_are_served_and_photographs_cut"),
-        ("if place.exists() and not (place.is_dir() and not any(place.iterdir())):", "if place.is_file():",
+        ("if os.path.lexists(place) and (fixed or not place.is_dir() or any(place.iterdir())):", "if place.is_file():",
          "test_export.py::test_bad_requests_are_named_before_any_work"),
     ],
     "datasets/__init__.py": [
