@@ -329,27 +329,23 @@ def measure_all(quick):
     return results
 
 
-def processor():
-    """The processor's name, and which instructions it has of those that matter here."""
+def instructions():
+    """Which instructions the processor has of those that matter here."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     words = {word for line in lines if line.startswith("flags") for word in line.split()}
-    return (names or [platform.processor() or platform.machine()])[0], [
-        name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in words
-    ]
+    return [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in words]
 
 
 def has_bfloat16():
     """Without such instructions a step of resnet50 takes minutes."""
-    return any("bf16" in name for name in processor()[1]) or bool(tf.config.list_physical_devices("GPU"))
+    return any("bf16" in name for name in instructions()) or bool(tf.config.list_physical_devices("GPU"))
 
 
 def describe_machine():
-    name, instructions = processor()
     gpus = len(tf.config.list_physical_devices("GPU"))
     return (
-        f"{name} ({', '.join(instructions)}), {os.cpu_count()} cores, {gpus} GPUs, Python "
+        f"{runs.processor()} ({', '.join(instructions())}), {os.cpu_count()} cores, {gpus} GPUs, Python "
         f"{platform.python_version()}, TensorFlow {tf.__version__}, Keras {keras.__version__}"
     )
 
