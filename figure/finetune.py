@@ -108,16 +108,28 @@ def best_rates(runs):
 
 
 def table(runs):
-    """The runs as Markdown: a row for a way and what it was tested with, the rates and the accuracies at each."""
+    """The runs as Markdown: a row for each way and what it was tested with."""
     rows = {}
     for found in runs:
         measures = ["accuracy"] if found.config.freeze_batch_norm else found.accuracies or ["accuracy"]
         for measure in measures:
-            rows.setdefault((way_of(found), measure), {}).setdefault(found.config.base_learning_rate, []).append(found)
+            rows.setdefault((way_of(found), measure), []).append(found)
     lines = ["| way | rate | accuracy |", "| --- | --- | --- |"]
     for way, measure in sorted(rows, key=lambda key: (list(WAYS).index(key[0]), list(MEASURES).index(key[1]))):
-        for rate, alike in sorted(rows[way, measure].items()):
-            lines.append(f"| {way}{MEASURES[measure]} | {rate:g} | {results.cell_text(alike, measure, None)} |")
+        alike = rows[way, measure]
+        rate = alike[0].config.base_learning_rate
+        lines.append(f"| {way}{MEASURES[measure]} | {rate:g} | {results.cell_text(alike, measure, None)} |")
+    return "\n".join(lines)
+
+
+def table_of_rates(runs):
+    """The accuracies by which a rate was chosen, as Markdown."""
+    found = {(way_of(run), run.config.base_learning_rate): [run] for run in runs}
+    rates = sorted({rate for _, rate in found})
+    lines = ["| way | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
+    for way in WAYS:
+        texts = [results.cell_text(found.get((way, rate), []), "accuracy", None) for rate in rates]
+        lines.append(f"| {way} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
@@ -127,7 +139,7 @@ def text_of(runs):
     tested = [found for found in runs if not found.config.validation]
     return (
         f"Accuracy in % on the test split, each way at its best rate, smallest ← median → largest over seeds:\n\n"
-        f"{table(tested)}\n\nOn {HELD_OUT} training images held out, seed 0:\n\n{table(held_out)}\n"
+        f"{table(tested)}\n\nOn {HELD_OUT} training images held out, seed 0:\n\n{table_of_rates(held_out)}\n"
     )
 
 

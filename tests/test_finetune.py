@@ -1,0 +1,82 @@
+"""figure/finetune.py: its two tasks are what it says, its rates are the best ones, and its table is that of the logs.
+
+python -m pytest tests/test_finetune.py
+"""
+
+import sys
+from types import SimpleNamespace
+
+import archives
+import numpy as np
+import pytest
+import scripts
+
+sys.path.insert(0, str(scripts.REPO / "figure"))
+
+import datasets
+import download
+import finetune
+import runs
+
+STUDY = scripts.REPO / "figure" / "studies" / "finetune"
+
+
+def test_the_tasks_are_the_two_halves_of_cifar10(tmp_path, monkeypatch):
+    """Every test image of its classes, and the first training images of each class as far as they count."""
+    archives.make("CIFAR10", tmp_path / "archives", per_class=7)
+    download.prepare("CIFAR10", tmp_path, tmp_path / "archives", checksum=False)
+    monkeypatch.setattr(finetune, "IMAGES_PER_CLASS", {finetune.BEFORE: None, finetune.AFTER: 5})
+    whole = datasets.create_default_splits("CIFAR10", tmp_path)
+    for name, first, most in ((finetune.BEFORE, 0, 1000), (finetune.AFTER, 5, 5)):
+        finetune.make_task(name, tmp_path)
+        made = datasets.create_default_splits(name, tmp_path)
+        assert made[0].class_names == whole[0].class_names[first : first + 5]
+        assert "other archives than the original" in made[0].made_from
+        for of_all, found, kept in zip(whole, made, (most, 1000)):
+            positions, seen = [], dict.fromkeys(range(10), 0)
+            for i, label in enumerate(of_all.labels):
+                seen[label] += 1
+                if first <= label < first + 5 and seen[label] <= kept:
+                    positions.append(i)
+            assert found.ids == [of_all.ids[i] for i in positions]
+            np.testing.assert_array_equal(found.images(), of_all.images()[positions])
+            np.testing.assert_array_equal(found.labels, of_all.labels[positions] - first)
+
+
+def run_of(way, rate, accuracy, validation=None):
+    return SimpleNamespace(
+        way=way,
+        config=SimpleNamespace(validation=validation, base_learning_rate=rate),
+        accuracies={} if accuracy is None else {"accuracy": accuracy},
+    )
+
+
+def test_a_rate_is_chosen_on_images_held_out(monkeypatch):
+    monkeypatch.setattr(finetune, "way_of", lambda found: found.way)
+    found = [
+        run_of("group", 0.02, 0.5, 500),
+        run_of("group", 0.2, 0.7, 500),
+        run_of("batch", 0.02, 0.6, 500),
+        run_of("batch", 0.2, None, 500),  # diverged
+        run_of("group", 0.06, 0.9),  # on the test split
+    ]
+    assert finetune.best_rates(found) == {"group": 0.2, "batch": 0.02}
+
+
+def test_the_table_is_that_of_the_logs():
+    """Fifteen runs on the test split and a run for each way and rate on images held out; README has the first table."""
+    found = runs.read_runs([STUDY / finetune.AFTER])
+    tested = [run for run in found if not run.config.validation]
+    assert sorted((finetune.way_of(run), run.config.seed) for run in tested) == sorted(
+        (way, seed) for way in finetune.WAYS for seed in range(3)
+    )
+    assert {run.config.base_learning_rate for run in found if run.config.validation} == set(finetune.RATES)
+    rates = finetune.best_rates(found)
+    assert all(run.config.base_learning_rate == rates[finetune.way_of(run)] for run in tested)
+    written = (STUDY / "table.md").read_text()
+    assert finetune.text_of(found) == written
+    page = (scripts.REPO / "README.md").read_text()
+    for line in finetune.table(tested).splitlines():
+        assert line in page, line
+    with pytest.raises(StopIteration):
+        finetune.way_of(found[0]._replace(config=runs.dataclasses.replace(found[0].config, norm_type="layer")))
