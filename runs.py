@@ -347,6 +347,7 @@ def find_run(train_dir, dataset: str) -> Path:
 def run_dir_of(checkpoint) -> Path:
     """The run folder that a checkpoint lies in; a folder stands for its newest checkpoint. UserError if it is none."""
     path = Path(checkpoint)
+    check_path(path)
     run_dir = path if path.is_dir() else path.parent
     if not (run_dir / "config.json").exists():
         raise UserError(
