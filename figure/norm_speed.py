@@ -92,7 +92,7 @@ def in_own_process(case):
 
 
 def transpose_formula(x, gamma, beta, groups):
-    """Group norm as the ancestor has it: to [N, C, H, W] and [N, G, C / G, H, W], moments there, and back."""
+    """Group norm as the original repo has it: to [N, C, H, W] and [N, G, C / G, H, W], moments there, and back."""
     n, h, w, c = x.shape
     x = tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [n, groups, c // groups, h, w])
     mean, variance = tf.nn.moments(x, [2, 3, 4], keepdims=True)

@@ -5,10 +5,10 @@
     python figure/scaling.py --resume       # go on with what an interruption left in figure/scaling.json
     python figure/scaling.py --resume --bandwidth 1.25e9 --latency 5e-5     # the model for another network
 
-What trains is `python trainer.py` with group norm, on random images, in three ways that take turns, round after
+What trains is `python trainer.py` with group norm, on random images, in three ways that alternate, round after
 round: one worker alone; two runs that do not talk, one a core; and two workers that average gradients (TF_CONFIG).
-Images a second are those of metrics.jsonl, counted while all processes train and without the first steps. The two runs
-are the yardstick: side by side, cores share memory and clock. A ratio is the median of the ratios within a round.
+Images per second are those of metrics.jsonl, counted while all processes train and without the first steps. The two
+runs are the yardstick: side by side, cores share memory and clock. A ratio is the median of the ratios within a round.
 
 The all-reduce is measured alone, too: replicas.mean of tensors like the gradients, and of one number. From that and the
 time of an update follows what more devices would do, as a model: nothing beyond two workers is measured.
@@ -140,7 +140,7 @@ def pack(network, data_dir):
 
 
 def train(network, batch_size, way, flags, data_dir):
-    """Images a second of all processes of a way together."""
+    """Images per second of all processes of a way together."""
     given = {
         "dataset": network.model,
         "model": network.model,
@@ -165,7 +165,7 @@ def train(network, batch_size, way, flags, data_dir):
 
 
 def speeds(processes, folder, places, wanted):
-    """Images a second of each run, the median of at least `wanted` rows that were written while all runs trained."""
+    """Images per second of each run, the median of at least `wanted` rows that were written while all runs trained."""
     first = None
     while True:
         check(processes, folder)
@@ -219,7 +219,7 @@ def allreduce_in_worker(network, calls, rounds):
 
 
 def measure_input(network, data_dir, seconds):
-    """Images a second of the input alone, on all cores of this host: packed pixels, not JPEG files."""
+    """Images per second of the input alone, on all cores of this host: packed pixels, not JPEG files."""
     train_split, _ = datasets.create_default_splits(network.model, data_dir)
     batches, count = iter(create_input_ops(train_split, network.step, is_training=True)), 0
     for _ in range(5):
@@ -240,7 +240,7 @@ def ring_seconds(devices, size, bandwidth, latency):
 
 
 def link(allreduces):
-    """(bytes a second, seconds of latency) with which ring_seconds gives what the largest all-reduce took."""
+    """(bytes per second, seconds of latency) with which ring_seconds gives what the largest all-reduce took."""
     largest = max(allreduces.values(), key=lambda allreduce: allreduce["bytes"])
     seconds, latency = largest["seconds"], min(a["seconds_of_one_number"] for a in allreduces.values()) / 2
     rest = seconds - 2 * latency
@@ -248,7 +248,7 @@ def link(allreduces):
 
 
 def predict(compute, communicate, images_on_host, images_per_second):
-    """The model's (efficiency, images a second that a host needs), of seconds of an update's compute and all-reduce.
+    """The model's (efficiency, images per second that a host needs), of seconds of an update's compute and all-reduce.
 
     They follow one another; an update takes longer if a host's input delivers too few images_per_second.
     """
@@ -269,7 +269,7 @@ def print_header(*names):
 
 
 def scaling(speed):
-    """Median over the rounds of images a second of two workers / those of two independent runs."""
+    """Median over the rounds of images per second of two workers / those of two independent runs."""
     return statistics.median(a / b for a, b in zip(speed["2 workers"], speed["2 independent"]))
 
 
@@ -352,10 +352,12 @@ def parse_flags():
     parser.add_argument("--output", default=str(HERE / "scaling"), help="where to write OUTPUT.json")
     parser.add_argument("--cores", type=int, nargs=2, metavar="CORE", help="by default the first two")
     positive = within(float, above=0)
-    parser.add_argument("--bandwidth", type=positive, help="of the model, bytes a second; by default as measured here")
+    parser.add_argument(
+        "--bandwidth", type=positive, help="of the model, bytes per second; by default as measured here"
+    )
     parser.add_argument("--latency", type=positive, help="of the model, seconds a message; by default as measured here")
     parser.add_argument(
-        "--input", type=positive, help="of the model, images a second of a host; by default as measured"
+        "--input", type=positive, help="of the model, images per second of a host; by default as measured"
     )
     parser.add_argument("--devices_per_host", type=within(int, low=1), default=8, help="of the model")
     parser.add_argument("--allreduce", help="(used by the script itself) take part in an all-reduce of this network")

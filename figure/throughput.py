@@ -1,11 +1,11 @@
-"""Measure images a second of trainer.py as users run it, its start, and the input pipeline alone.
+"""Measure images per second of trainer.py as users run it, its start, and the input pipeline alone.
 
     python figure/throughput.py                                 # CIFAR-10, convnet: about 25 minutes
     python figure/throughput.py --quick                         # two batch sizes, one round: two minutes
     python figure/throughput.py --model resnet20 --optimizer momentum
 
-Each run is `python trainer.py` with its default input, augmentation, summaries and log; images a second are those that
-it writes into metrics.jsonl, without the first step, which traces the graph. The runs take turns, norm by norm, in
+Each run is `python trainer.py` with its default input, augmentation, summaries and log; images per second are those
+that it writes into metrics.jsonl, without the first step, which traces the graph. They alternate, norm by norm, in
 rounds over all batch sizes: what is printed is the median over the rounds, with the least and the most in brackets.
 """
 
@@ -29,9 +29,9 @@ QUICK_BATCH_SIZES = (2,)
 NORMS = ("batch", "group")
 STEPS = 31  # logged every 10
 IMPORT = "import trainer; trainer.tf.constant(0); trainer.keras.Model; print('imported')"
-# Images a second of the 2018 repo's own trainer and network on CIFAR-10, with TensorFlow 1.15.5, medians of two runs on
-# the machine of the README's table (AMD EPYC, 2 cores, AVX2): elsewhere the ratio says little.
-ANCESTOR = {
+# Images per second of the 2018 repo's own trainer and network on CIFAR-10, with TensorFlow 1.15.5, medians of two runs
+# on the machine of the README's table (AMD EPYC, 2 cores, AVX2): elsewhere the ratio says little.
+ORIGINAL = {
     "batch": dict(zip(BATCH_SIZES, (40, 51, 71, 81, 88))),
     "group": dict(zip(BATCH_SIZES, (33, 49, 70, 82, 90))),
 }
@@ -50,7 +50,7 @@ def time_until(line_start, command):
 
 
 def train(flags, norm_type, batch_size):
-    """Run trainer.py; returns its images a second, and the seconds until it has a run folder."""
+    """Run trainer.py; returns its images per second, and the seconds until it has a run folder."""
     with tempfile.TemporaryDirectory() as train_dir:
         seconds = time_until(
             "run folder",
@@ -81,7 +81,7 @@ def train(flags, norm_type, batch_size):
 
 
 def measure_pipeline(flags):
-    """Images a second of the input alone, with augmentation, 64 at a time."""
+    """Images per second of the input alone, with augmentation, 64 at a time."""
     train_split, _ = datasets.create_default_splits(flags.dataset, flags.data_dir)
     batches = iter(create_input_ops(train_split, 64, is_training=True, augment="flip+crop"))
     for _ in range(20):
@@ -98,12 +98,12 @@ def show(values):
 
 def print_table(flags, speeds, batch_sizes):
     compare = (flags.dataset, flags.model, flags.optimizer) == ("CIFAR10", "convnet", "adam")
-    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images a second")
+    print(f"{flags.dataset}, {flags.model}, {flags.optimizer}: images per second")
     print(
         f"{'batch size':>10}  "
         + "".join(f"{norm_type + ' norm':<30}" for norm_type in NORMS)
         + "group / batch"
-        + ("   times the ancestor's: batch, group" if compare else "")
+        + ("   times the original's: batch, group" if compare else "")
     )
     for batch_size in batch_sizes:
         batch, group = (speeds[norm_type, batch_size] for norm_type in NORMS)
@@ -111,13 +111,13 @@ def print_table(flags, speeds, batch_sizes):
         line += f"{statistics.median(g / b for g, b in zip(group, batch)):13.2f}"
         if compare:
             line += "   " + ", ".join(
-                f"{statistics.median(speeds[n, batch_size]) / ANCESTOR[n][batch_size]:.1f}" for n in NORMS
+                f"{statistics.median(speeds[n, batch_size]) / ORIGINAL[n][batch_size]:.1f}" for n in NORMS
             )
         print(line)
 
 
 def main():
-    parser = ArgumentParser(description="Measure images a second of trainer.py as users run it.")
+    parser = ArgumentParser(description="Measure images per second of trainer.py as users run it.")
     parser.add_argument("--dataset", default="CIFAR10", help="a dataset that download.py packed")
     parser.add_argument("--model", default="convnet", help="the network")
     parser.add_argument("--optimizer", default="adam", choices=("adam", "momentum"), help="the optimizer")
@@ -137,7 +137,7 @@ def main():
             starts.append(seconds - imports[-1])
     print_table(flags, speeds, batch_sizes)
     pipeline, fastest = measure_pipeline(flags), max(statistics.median(rounds) for rounds in speeds.values())
-    print(f"the input alone: {pipeline:.0f} images a second, {pipeline / fastest:.1f} times the fastest step")
+    print(f"the input alone: {pipeline:.0f} images per second, {pipeline / fastest:.1f} times the fastest step")
     print(
         f"start: {statistics.median(imports):.1f} s to import TensorFlow and all else, "
         f"{statistics.median(starts):.1f} s more to open the data, build the network and make the run folder"

@@ -280,7 +280,7 @@ def png_16(values):
 
 
 def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):
-    """Write an own dataset in the ancestor's layout into `folder`; return (ids, images, labels)."""
+    """Write an own dataset in the original repo's layout into `folder`; return (ids, images, labels)."""
     os.makedirs(folder, exist_ok=True)
     rng = np.random.default_rng(seed)
     ids, labels = [str(i) for i in rng.permutation(num)], np.arange(num) % classes

@@ -30,7 +30,7 @@ def batch(x, training=True, channels=12, gamma=None, beta=None, **kwargs):
 @pytest.mark.parametrize(
     "call, words",
     [
-        # groups that do not divide: not clamped, not an error of a reshape (fault 8), but C, G and what would be right
+        # groups that do not divide: not clamped, not an error of a reshape, but C, G and what would be right
         (lambda: ops.group_norm(image(), None, None, 5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
         (lambda: ops.group_norm(image(), None, None, 24), ["12", "24", "1, 2, 3, 4, 6, 12"]),
         (lambda: ops.group_norm(image(), None, None, 0), ["12", "0", "1, 2, 3, 4, 6, 12"]),

@@ -105,7 +105,7 @@ def test_batch_norm_leaves_variables_alone(dtype):
 
 
 def test_batch_norm_epsilon_counts():
-    """Epsilon is 1e-5 unless given (fault 7: 1e-3 against 1e-5 for GN), in training and in inference."""
+    """Epsilon is 1e-5 unless given (in the original repo 1e-3 for BN, 1e-5 for GN), in training and in inference."""
     x, gamma, beta, dy = random_case((4, 3, 3, 4), np.float32)
     x *= 1e-3  # variance 4e-6, the size of epsilon
     mean, variance = np.zeros(4, "float32"), np.full(4, 4e-6, "float32")
@@ -134,7 +134,7 @@ def test_batch_norm_agrees_with_keras(training, axis):
 
 
 def test_batch_norm_in_inference_ignores_the_batch():
-    """An image's output is its own, whatever else is in the batch (fault 1: tests ran on batch statistics)."""
+    """An image's output is its own, whatever else is in the batch (the original repo tested on batch statistics)."""
     x, gamma, beta, _ = random_case((5, 4, 4, 6), np.float32)
     mean, variance = np.linspace(-1, 1, 6, dtype="float32"), np.linspace(0.5, 2, 6, dtype="float32")
     whole, *_ = ops.batch_norm(x, gamma, beta, mean, variance, False)

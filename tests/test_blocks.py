@@ -24,7 +24,7 @@ def chain(model):
 @pytest.mark.parametrize("norm_type", models.NORM_TYPES)
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
 def test_conv2d_is_convolution_norm_activation(norm_type, activation):
-    """Convolution → norm → activation (fault 6), a bias only without a norm, and the values that follow from it."""
+    """Convolution → norm → activation, a bias only without a norm, and the values that follow from it."""
     inputs = keras.Input([7, 6, 3])
     norm = models.make_norm(norm_type, groups=4)
     model = keras.Model(inputs, models.conv2d(inputs, 8, 3, 2, "block", activation, norm=norm))

@@ -150,7 +150,7 @@ def test_read_from_many_threads(tmp_path):
     assert wrong == []
 
 
-def test_get_data_is_the_ancestors(tmp_path):
+def test_get_data_is_that_of_the_original_repo(tmp_path):
     splits, _, (train, _) = packed("MNIST", tmp_path)
     image, label = train.get_data(train.ids[5])
     np.testing.assert_array_equal(image, splits["train"][0][5] / np.float32(255))
@@ -753,7 +753,7 @@ def test_imagenet_devkit_that_does_not_fit(tmp_path):
     refused(lambda: imagenet.read(tmp_path), "n03000001.tar", "the devkit does not name")
 
 
-# --- own datasets in the ancestor's layout ----------------------------------------------------------------------------
+# --- own datasets in the original repo's layout -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["data.hy", "data.hdf5"])

@@ -229,7 +229,7 @@ def test_an_example_is_the_same_in_every_batch(shape, groups):
 )
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_batch_height_and_width_may_be_unknown(norm_type, data_format, jit_compile):
-    """One graph serves every batch size and image size, compiled or not (the ancestor's #1 and #8: it crashed)."""
+    """One graph serves every batch size and image size, compiled or not (the original repo's #1 and #8: it crashed)."""
     channels, zeros, ones = 6, np.zeros(6, "float32"), np.ones(6, "float32")
     signature = [None, None, None, channels] if data_format == "channels_last" else [None, channels, None, None]
 

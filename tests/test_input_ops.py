@@ -16,7 +16,7 @@ from datasets.hdf5 import Dataset
 
 
 def own_data(folder, images, labels, classes):
-    """Write a dataset in the ancestor's layout: a group an id with `image` and one-hot `label`, and id.txt."""
+    """Write a dataset in the original repo's layout: a group an id with `image` and one-hot `label`, and id.txt."""
     folder.mkdir(parents=True)
     with h5py.File(folder / "data.hy", "w") as file:
         for i, (image, label) in enumerate(zip(images, labels)):

@@ -85,7 +85,7 @@ def small_resnet_parameters(blocks, classes, gamma_beta=2):
 
 
 def convnet_parameters(classes, gamma_beta=2):
-    """Trainable parameters of the ancestor's network on 32x32x3."""
+    """Trainable parameters of the original repo's network on 32x32x3."""
     total = 0
     for inputs, filters in ((3, 64), (64, 128), (128, 256), (256, 512)):
         total += 4 * 4 * inputs * filters + gamma_beta * filters
@@ -178,7 +178,7 @@ WALKED += [
 
 @pytest.mark.parametrize("name, shape, classes, norm_type", WALKED)
 def test_convolution_norm_activation_each_once(name, shape, classes, norm_type):
-    """conv → norm → activation everywhere, each norm once, and a bias just where no norm follows (fault 6)."""
+    """conv → norm → activation everywhere, each norm once, and a bias just where no norm follows."""
     model = built(name, shape, classes, norm_type)
     assert len(of_type(model, NORMS)) == (0 if norm_type == "none" else len(of_type(model, keras.layers.Conv2D)))
     assert len(of_type(model, LAYER_OF.get(norm_type, ops.GroupNorm))) == len(of_type(model, NORMS))
@@ -191,7 +191,7 @@ def test_convolution_norm_activation_each_once(name, shape, classes, norm_type):
         if isinstance(layer, NORMS):
             assert isinstance(sources[0], keras.layers.Conv2D), layer.name
             assert len(takers) == 1 and isinstance(takers[0], ACTIVATIONS + (keras.layers.Add,)), layer.name
-            assert layer.epsilon == 1e-5, layer.name  # fault 7: the same for BN and GN
+            assert layer.epsilon == 1e-5, layer.name  # the same for BN and GN, unlike in the original repo
         if isinstance(layer, keras.layers.Add):  # ... plus the shortcut, then relu
             assert len(sources) == 2 and len(takers) == 1 and isinstance(takers[0], keras.layers.ReLU)
         if isinstance(layer, keras.layers.Dense):
@@ -321,7 +321,7 @@ def test_channels_of_a_network_are_those_of_its_norms(name):
     ],
 )
 def test_groups_of_every_norm(name, options, groups):
-    """groups, group_size or the default reach every norm of the model, never clamped to the channels (fault 8)."""
+    """groups, group_size or the default reach every norm of the model, never clamped to the channels."""
     norms = of_type(models.create_model(name, (32, 32, 3), 10, **{"norm_type": "group", **options}), NORMS)
     assert norms
     for layer in norms:
@@ -374,7 +374,7 @@ def test_dropout_of_the_convnet():
 @pytest.mark.parametrize("name", ["convnet", "resnet8"])
 def test_predictions_in_inference_are_each_images_own(name, norm_type):
     """In inference an image's logits do not depend on the batch, its size or the last call, and nothing moves
-    (faults 1 and 8: test runs in training mode, batch size baked in)."""
+    (the original repo tested in training mode, at a batch size that was part of the graph)."""
     model = randomize(models.create_model(name, (32, 32, 3), 10, norm_type))
     x, before = images(5), model.get_weights()
     together = model(x, training=False).numpy()
@@ -410,7 +410,7 @@ def test_training_mode_differs_where_it_should():
 
 @pytest.mark.parametrize("name", ["convnet", "resnet8"])
 def test_logits_are_linear(name):
-    """No activation on the logits (fault 6): other signs of the last layer give other signs of the logits."""
+    """No activation on the logits: other signs of the last layer give other signs of the logits."""
     model = randomize(models.create_model(name, (32, 32, 3), 10))
     x, logits = images(2), of_type(model, keras.layers.Dense)[-1]
     plain = model(x).numpy()

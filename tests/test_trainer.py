@@ -98,14 +98,14 @@ def test_metrics_have_a_row_each_interval_and_the_end(finished):
 
 
 def test_the_rate_in_use_is_scaled_and_logged(finished):
-    """Faults 3: --learning_rate is the rate at max_batch_size, the log has what the optimizer used (cosine here)."""
+    """--learning_rate is the rate at max_batch_size, the log has what the optimizer used (cosine here)."""
     for row in scripts.metrics(finished[0]):
         used = 0.01 * 8 / 32 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1) / 9))
         assert row["learning_rate"] == pytest.approx(used, rel=1e-6)
 
 
 def test_the_last_step_is_saved(finished):
-    """Fault 10."""
+    """The original repo saved every so many steps only, and lost the rest."""
     assert tf.train.latest_checkpoint(finished[0]).endswith("model-9")
     assert scripts.checkpoint(finished[0])["step/.ATTRIBUTES/VARIABLE_VALUE"] == 9
     assert {path.name for path in finished[0].glob("model-*.index")} == {
@@ -115,7 +115,7 @@ def test_the_last_step_is_saved(finished):
     }
 
 
-def test_tensorboard_serves_the_ancestors_tags(finished):
+def test_tensorboard_serves_the_tags_of_the_original_repo(finished):
     """TensorBoard itself, on loopback, reads the scalars, the images and the settings of the run."""
     import socket
     import sys
@@ -191,7 +191,7 @@ def clipped(gradients):
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
 @pytest.mark.parametrize("scale", [1.0, 1e4])  # 1e4: gradients beyond the clipping norm of 20
 def test_two_updates_against_the_papers_formulas(data_dir, optimizer, scale):
-    """Fault 5: one optimizer, one set of slots. Clipped gradients with L2 decay, in float64 by the definitions."""
+    """One optimizer, one set of slots. Clipped gradients with L2 decay, in float64 by the definitions."""
     config, model, updater, totals, step = machinery(
         data_dir,
         "--norm_type",
@@ -261,7 +261,7 @@ def test_weight_decay_pulls_every_weight_to_zero(data_dir):
 
 
 def test_a_step_is_max_batch_size_images_in_equal_updates(data_dir):
-    """Fault 4: four updates of 8 images are what one call does, and equal four steps of 8 images."""
+    """Four updates of 8 images are what one call does, and equal four steps of 8 images."""
     images, labels = random_batch(32)
     _, model, updater, totals, step = machinery(data_dir, "--norm_type", "batch", "--batch_size", 8)
     _, other, other_updater, other_totals, other_step = machinery(
@@ -427,7 +427,7 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, 
 
 
 def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
-    """Faults 1 and 2: the whole test split, by moving statistics, without dropout; nothing moves."""
+    """The whole test split, by moving statistics, without dropout; nothing moves."""
     config, train, test = configuration(data_dir, "--norm_type", "batch", "--model", "convnet")
     model = evaler.build_model(config, train.image_shape, train.num_classes)
     before = {variable.path: variable.numpy().copy() for variable in model.variables}
@@ -659,7 +659,7 @@ def test_the_first_line_comes_before_tensorflow_and_says_what_comes(finished):
 
 
 def test_checkpoint_starts_from_the_weights_of_another_run(finished, data_dir, main_of, tmp_path):
-    """Fault 10: all variables of the model, and a fresh optimizer; at a rate of nearly 0 the accuracy stays."""
+    """All variables of the model, and a fresh optimizer; at a rate of nearly 0 the accuracy stays."""
     main_of(
         *SMALL,
         *"--norm_type group --max_training_step 1 --learning_rate 1e-30 --checkpoint".split(),
@@ -710,7 +710,7 @@ def test_other_ways_to_compute_learn_the_same(flag, norm_type, data_dir, digits)
 
 
 def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
-    """Fault 12: the ancestor's layout, by name alone."""
+    """The original repo's layout, by name alone."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "data" / "MY_SHAPES"
     folder.mkdir(parents=True)
