@@ -400,7 +400,8 @@ def main(argv=None):
         print_predictions(flags, files, model, train)
         return
 
-    batches = create_input_ops(split, min(flags.batch_size, len(split)), is_training=False)
+    batch_size = min(flags.batch_size, len(split))
+    batches = create_input_ops(split, batch_size, is_training=False)
     result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
     print_result(name, result, split.class_names)
     record = summary_of(result) | {
@@ -432,7 +433,7 @@ def main(argv=None):
         config = dataclasses.replace(config, dtype="float32")
         network = build_model(config, network_image_shape(train), train.num_classes)
         network.set_weights(model.get_weights())
-        export.write(network, test, flags.export, flags.export_format, flags.batch_size, run_dir, step)
+        export.write(network, test, flags.export, flags.export_format, batch_size, run_dir, step)
 
 
 if __name__ == "__main__":

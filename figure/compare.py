@@ -314,7 +314,10 @@ def time_left(cells, runs, jobs):
 
 
 def train_all(cells, flags):
-    """Run all cells that are not done, --jobs at a time; returns the failures. Interrupted, stops them after saving."""
+    """Run all cells that are not done, --jobs at a time. Interrupted, stops them after saving.
+
+    Raises WorldError at the end, if some failed.
+    """
     cores = available_cores()
     free = [set(cores[i :: flags.jobs]) or set(cores) for i in range(flags.jobs)]
     runs = read_runs([flags.train_dir])
@@ -347,7 +350,8 @@ def train_all(cells, flags):
         raise
     finally:
         bar.close()
-    return failures
+    if failures:
+        raise WorldError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
 
 
 def outcome(found):
@@ -404,13 +408,11 @@ def main():
         print_plan(cells, flags)
         return
     try:
-        failures = train_all(cells, flags)
+        train_all(cells, flags)
     finally:
         runs = read_runs([flags.train_dir])
         if runs:
             results.report(runs, flags.train_dir, flags.called)
-    if failures:
-        raise WorldError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
 
 
 if __name__ == "__main__":

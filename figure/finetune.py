@@ -9,6 +9,7 @@ images held out, with seed 0; then it is tested on the 5,000 test images of its 
 trainer.py, made as those of compare.py; leaves table.md in --train_dir.
 """
 
+import functools
 import math
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import numpy as np
 import compare  # first: it finds the modules of the repo
 import datasets
 import results
-from command import ArgumentParser, WorldError, run, within
+from command import ArgumentParser, run, within
 from datasets import hdf5
-from runs import MEASURES, read_config, read_runs
+from runs import MAX_BATCH_SIZE, MEASURES, read_run, read_runs
 
 BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, kept like datasets of a user's own
 CLASSES = {BEFORE: range(5), AFTER: range(5, 10)}
@@ -41,14 +42,10 @@ def make_task(name, data_dir):
     if datasets.is_prepared(name, data_dir):
         return
     splits, classes, most = datasets.create_default_splits("CIFAR10", data_dir), CLASSES[name], IMAGES_PER_CLASS[name]
-    rows = [
-        np.sort(
-            np.concatenate(
-                [np.flatnonzero(split.labels == label)[: most if split.is_train else None] for label in classes]
-            )
-        )
-        for split in splits
-    ]
+    rows = []
+    for split, limit in zip(splits, (most, None)):
+        of_classes = [np.flatnonzero(split.labels == label)[:limit] for label in classes]
+        rows.append(np.sort(np.concatenate(of_classes)))
     parts = (
         (i, split.read(chosen), split.labels[chosen] - classes[0], [split.ids[row] for row in chosen])
         for i, (split, chosen) in enumerate(zip(splits, rows))
@@ -63,38 +60,35 @@ def make_task(name, data_dir):
 
 
 class Task:
-    """One of the two tasks: makes its cells, and trains them into a folder of its own."""
+    """One of the two tasks: the flags that all of its runs share, in a folder of its own, and its cells."""
 
     def __init__(self, name, flags, epochs, *more):
         given = ["--dataset", name, "--train_dir", str(Path(flags.train_dir) / name), "--data_dir", flags.data_dir]
         given += ["--jobs", str(flags.jobs), "--model", "resnet8", "--augment", *more]
         self.name, self.epochs, (self.flags, self.rest) = name, epochs, compare.parse_flags(given)
+        self.splits = functools.cache(
+            lambda held_out: datasets.create_default_splits(name, flags.data_dir, validation=held_out)
+        )
 
-    def cell(self, arm, seed, *more):
-        rest = [*self.rest, *more]
-        held_out = HELD_OUT if "--validation" in more else None
-        train, test = datasets.create_default_splits(self.name, self.flags.data_dir, validation=held_out)
-        steps = self.epochs * math.ceil(len(train) / 64)
+    def cell(self, arm, seed, *more, held_out=None):
+        rest = [*self.rest, *more, *(("--validation", str(held_out)) if held_out else ())]
+        train, test = self.splits(held_out)
+        steps = self.epochs * math.ceil(len(train) / MAX_BATCH_SIZE)
         cell = compare.Cell(self.flags, rest, arm, BATCH_SIZES[self.name], seed, steps)
         cell.derive(train, test)
         return cell
 
     def train(self, cells):
-        failures = compare.train_all(cells, self.flags)
-        if failures:
-            raise WorldError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
-
-    def runs(self):
+        """The runs of the folder, once all cells are trained."""
+        compare.train_all(cells, self.flags)
         return read_runs([self.flags.train_dir])
 
 
 def way_of(found):
     """The name in WAYS of a run: by its norm, and by that of the run that its weights are from."""
     here = found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name
-    before, _ = read_config(here)
-    source = before.norm_type + "+ws" * before.weight_standardization
     more = ["--freeze_batch_norm"] * found.config.freeze_batch_norm
-    return next(name for name, way in WAYS.items() if way == (source, found.arm, more))
+    return next(name for name, way in WAYS.items() if way == (read_run(here).arm, found.arm, more))
 
 
 def best_rates(runs):
@@ -144,8 +138,9 @@ def text_of(runs):
 
 
 def report(runs, folder):
-    print(text_of(runs))
-    (Path(folder) / "table.md").write_text(text_of(runs))
+    text = text_of(runs)
+    print(text)
+    (Path(folder) / "table.md").write_text(text)
 
 
 def main():
@@ -168,18 +163,16 @@ def main():
             for seed in range(flags.seeds)
             for norm in dict.fromkeys(source for source, _, _ in WAYS.values())
         }
-        before.train(list(sources.values()))
-        trained = before.runs()
+        trained = before.train(list(sources.values()))
 
-        def cell(way, seed, rate, *more):
+        def cell(way, seed, rate, held_out=None):
             source, norm, options = WAYS[way]
             options = ["--checkpoint", str(sources[source, seed].find(trained).path), *options]
-            made = after.cell(norm, seed, "--learning_rate", str(rate), *options, *more)
-            made.name = f"{way}, rate {rate}, seed {seed}" + ", held out" * bool(more)
+            made = after.cell(norm, seed, "--learning_rate", str(rate), *options, held_out=held_out)
+            made.name = f"{way}, rate {rate}, seed {seed}" + ", held out" * bool(held_out)
             return made
 
-        after.train([cell(way, 0, rate, "--validation", str(HELD_OUT)) for way in WAYS for rate in RATES])
-        rates = best_rates(after.runs())
+        rates = best_rates(after.train([cell(way, 0, rate, HELD_OUT) for way in WAYS for rate in RATES]))
         after.train([cell(way, seed, rates[way]) for seed in range(flags.seeds) for way in WAYS])
     report(read_runs([Path(flags.train_dir) / AFTER]), flags.train_dir)
 

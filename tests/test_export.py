@@ -368,9 +368,8 @@ def test_float_images_are_taken_as_they_are(tmp_path):
     loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
     np.testing.assert_allclose(loaded.serve(x)["logits"], model(x), rtol=0, atol=1e-5)
     assert [name.decode() for name in loaded.class_names.numpy()] == data.class_names
-    assert "255" not in export.lines_of(
-        "keras", data
-    ) and "float32 [N, 8, 8, 1], any N, as MINE stores them" in export.lines_of("keras", data)
+    lines = export.lines_of("keras", data)
+    assert "255" not in lines and "float32 [N, 8, 8, 1], any N, as MINE stores them" in lines
     assert export.served(x, np.float32) is x
 
 
