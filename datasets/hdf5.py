@@ -29,7 +29,7 @@ from command import UserError, one_line, sync, whole_file, write_whole
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
-JPEG_CHUNK = 1 << 22
+JPEG_CHUNK = 1 << 20
 MAX_CHUNK, MAX_RATIO = 1 << 28, 1100  # bytes; deflate packs at most 1 : 1032
 KINDS = {"buif": "uint8 or float numbers", "ui": "integers", "S": "bytes", "SO": "strings"}  # numpy's letters
 LOCK = threading.Lock()  # HDF5 serves one thread at a time anyway
@@ -79,16 +79,14 @@ def fill(file, source, bar):
     encoded, shape, total = source.image_shape is None, source.image_shape, source.num_images
     if encoded:
         image = file.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(JPEG_CHUNK,))
-        lengths = []
+        lengths, rest = [], b""
     else:
         image = file.create_dataset("image", (total, *shape), np.uint8)
     labels, splits, ids = [], [], []
     for split, images, part_labels, part_ids in source.parts:
         start, stop = len(labels), len(labels) + len(images)
         if encoded:
-            blob = np.frombuffer(b"".join(images), np.uint8)
-            image.resize(len(image) + len(blob), axis=0)
-            image[len(image) - len(blob) :] = blob
+            rest = add_chunks(image, b"".join([rest, *images]))
             lengths.extend(len(jpeg) for jpeg in images)
         else:
             if images.shape[1:] != tuple(shape) or stop > total:
@@ -103,11 +101,22 @@ def fill(file, source, bar):
         raise UserError(f"found {len(labels)} images where {total} were expected")
     check(np.asarray(labels), np.asarray(splits), ids, source.class_names)
     if encoded:
+        image.resize(sum(lengths), axis=0)
+        image[len(image) - len(rest) :] = np.frombuffer(rest, np.uint8)
         file["offset"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     file["label"], file["split"] = np.asarray(labels, np.int32), np.asarray(splits, np.uint8)
     file["id"] = np.array([name.encode() for name in ids])
     file.create_dataset("class_names", data=list(source.class_names), dtype=h5py.string_dtype())
     return ids
+
+
+def add_chunks(image, data):
+    """Append the whole chunks in `data` to a dataset of whole chunks, past HDF5's cache, and return the rest."""
+    data, old = memoryview(data), len(image)
+    image.resize(old + len(data) // JPEG_CHUNK * JPEG_CHUNK, axis=0)
+    for start in range(0, len(image) - old, JPEG_CHUNK):
+        image.id.write_direct_chunk((old + start,), data[start : start + JPEG_CHUNK])
+    return data[len(image) - old :].tobytes()
 
 
 def check(labels, splits, ids, class_names):

@@ -32,7 +32,7 @@ SHAPES = {
     "synsets": lambda shape, kind: kind == "struct" and 0 < max(shape, default=0) < 100_000 and sum(shape) - 1 in shape
 }
 MAX_DEVKIT, MAX_JPEG, MAX_CLASS = 1 << 28, 1 << 26, 1 << 31  # bytes: the devkit, one image, the tar of a class
-PART = 256
+PART = 32  # images: what is read stays in the cache of the processor until it is written
 
 
 def read_original(archive_dir):
@@ -117,9 +117,10 @@ def val_files(path, truth):
 def parts(is_original, *splits):
     """Yield the JPEG files of the splits, PART at a time; those that are not original are decoded first."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        check = map if is_original else pool.map  # a header is read sooner than it is handed to a thread
         for split, files in enumerate(splits):
             while part := list(islice(files, PART)):
-                jpegs = list(pool.map(lambda file: as_rgb_jpeg(file[2], file[0], file[1], is_original), part))
+                jpegs = list(check(lambda file: as_rgb_jpeg(file[2], file[0], file[1], is_original), part))
                 yield split, jpegs, [label for *_, label in part], [name for _, name, *_ in part]
 
 

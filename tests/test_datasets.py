@@ -24,7 +24,7 @@ from scipy.io import savemat
 import archives
 import datasets
 import download
-from datasets import cifar10, digits, imagenet, mnist, svhn, tinyimagenet
+from datasets import cifar10, digits, hdf5, imagenet, mnist, svhn, tinyimagenet
 from command import UserError, one_line
 
 CIFAR, ZIP = "cifar-10-python.tar.gz", "tiny-imagenet-200.zip"
@@ -102,6 +102,19 @@ def test_imagenet_index_is_the_rank_of_the_wnid(tmp_path):
     assert train.nbytes == sum(map(len, jpegs)) and train.get_data(train.ids[4])[0].shape == (72, 96, 3)
     with pytest.raises(TypeError, match="read"):
         train.images()
+
+
+@pytest.mark.parametrize("last", [1, hdf5.JPEG_CHUNK])
+def test_encoded_images_of_any_size_are_stored_in_a_row(tmp_path, last):
+    sizes = [100, 3 * hdf5.JPEG_CHUNK, hdf5.JPEG_CHUNK - 100, 700_000, 700_000, 1, 1_800_000]
+    sizes.append(-sum(sizes) % hdf5.JPEG_CHUNK + last)  # that of the last chunk
+    images = [np.random.default_rng(i).bytes(size) for i, size in enumerate(sizes)]
+    parts = [(0, images[:3], [0, 1, 0], None), (0, images[3:4], [1], None), (1, images[4:], [0, 1, 0, 1], None)]
+    hdf5.write(tmp_path, hdf5.Source(["a", "b"], None, None, iter(parts)))
+    train, test = hdf5.open_packed(tmp_path, "MINE")
+    assert train.read(range(4)) == images[:4] and test.read([3, 0, 1, 2]) == [images[i] for i in (7, 4, 5, 6)]
+    with h5py.File(tmp_path / "data.hdf5", locking=False) as file:
+        assert file["jpeg"].shape == (sum(sizes),)
 
 
 def test_digits_are_those_of_scikit_learn(tmp_path):
