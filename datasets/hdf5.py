@@ -29,7 +29,7 @@ from command import UserError, one_line, sync, whole_file, write_whole
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
-JPEG_CHUNK = 1 << 20
+JPEG_CHUNK = 1 << 20  # bytes
 MAX_CHUNK, MAX_RATIO = 1 << 28, 1100  # bytes; deflate packs at most 1 : 1032
 KINDS = {"buif": "uint8 or float numbers", "ui": "integers", "S": "bytes", "SO": "strings"}  # numpy's letters
 LOCK = threading.Lock()  # HDF5 serves one thread at a time anyway
