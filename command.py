@@ -41,7 +41,7 @@ class WorldError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM: as after Ctrl-C, nothing half-written stays behind."""
+    """SIGTERM, or SIGHUP from a closed terminal: as after Ctrl-C, nothing half-written stays behind."""
 
 
 def terminate(number, frame):
@@ -62,6 +62,8 @@ def ask_again(dropped):
 def run(main):
     """Call main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it: the terminal was closed
+        signal.signal(signal.SIGHUP, terminate)
     sys.unraisablehook = ask_again
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letters for
     try:

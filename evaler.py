@@ -16,7 +16,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import os
 import sys
 
@@ -134,13 +133,20 @@ def by_batch(model, momentum):
             norm.momentum, norm.use_batch_statistics = before, False
 
 
-def reestimate_batch_statistics(model, train, seed=0):
+def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=EVALUATION_BATCH):
     """Set the moving statistics of every BatchNorm to those of training images under the present weights.
 
-    Every norm normalizes by its own batch of EVALUATION_BATCH images meanwhile; the mean over the batches, and the mean
-    of their (unbiased) variances plus the variance of their means, replace what training left. Weights stay.
+    Meanwhile every norm normalizes by its own batch. The mean over the batches, and the mean of their (unbiased)
+    variances plus the variance of their means, replace what training left. Weights stay.
+
+    Args:
+        model: whose moving statistics are set.
+        train: the training split, of which REESTIMATION_IMAGES are used.
+        augment: the augmentation of the run: the statistics must be of images as the weights were trained on.
+        seed: of the order of the images and the augmentation.
+        batch_size: images that a norm sees together.
     """
-    size = min(EVALUATION_BATCH, len(train))
+    size = min(batch_size, len(train))
     steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
 
     @tf.function
@@ -149,7 +155,7 @@ def reestimate_batch_statistics(model, train, seed=0):
 
     with by_batch(model, momentum=0.0) as norms:  # the moving statistics become those of the last batch
         moments = [[] for _ in norms]
-        for images, _ in create_input_ops(train, size, is_training=True, seed=seed, last_step=steps):
+        for images, _ in create_input_ops(train, size, True, augment, seed, last_step=steps):
             batch_statistics(images)
             for found, norm in zip(moments, norms):
                 found.append((norm.moving_mean.numpy(), norm.moving_variance.numpy()))
@@ -280,11 +286,12 @@ def parse_flags(argv=None):
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
     parser.add_argument(
         "--batch_statistics",
-        choices=("moving", "reestimate", "batch"),
+        choices=("moving", "reestimate", "reestimate_small", "batch"),
         nargs="+",
         default=["moving"],
-        help="of batch norm: those that training left; also those re-estimated over training images; "
-        "also those of the test batch, at the training batch size",
+        help="of batch norm: those that training left; also those re-estimated over training images, augmented as in "
+        "training, in large batches or in batches of the training batch size; also those of the test batch, at the "
+        "training batch size",
     )
     parser.add_argument(
         "--validation",
@@ -343,7 +350,8 @@ def print_result(title, result, class_names):
 
 def summary_of(result):
     """What evaluation.json holds of a result."""
-    return {key: result[key] for key in (*SCALARS, "images", "per_class_accuracy") if key in result}
+    names = (*SCALARS, "images", "batch_size", "augment", "per_class_accuracy")
+    return {name: result[name] for name in names if name in result}
 
 
 def check_request(flags, run_dir, config):
@@ -404,30 +412,30 @@ def main(argv=None):
     batches = create_input_ops(split, batch_size, is_training=False)
     result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
     print_result(name, result, split.class_names)
-    record = summary_of(result) | {
-        "step": step,
-        "split": "validation" if flags.validation else flags.split,
-        "dataset": flags.dataset,
-        "checkpoint": checkpoint,
-        "class_names": split.class_names,
-    }
+    measured = {"accuracy": result}
     if "batch" in flags.batch_statistics:
-        of_batches = evaluate_by_batch(model, split, config.batch_size, config.seed)
-        print_result(f"{name}, statistics of each {config.batch_size} test images", of_batches, split.class_names)
-        record["by_batch"] = summary_of(of_batches) | {"batch_size": config.batch_size}
-    if "reestimate" in flags.batch_statistics:
-        reestimate_batch_statistics(model, train, config.seed)
-        again = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
-        print_result(f"{name}, statistics re-estimated", again, split.class_names)
-        record["reestimated"] = summary_of(again)
+        size = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)
+        measured["by_batch"] = evaluate_by_batch(model, split, size, config.seed) | {"batch_size": size}
+        print_result(f"{name}, statistics of each {size} test images", measured["by_batch"], split.class_names)
+    for choice, measure, size in (
+        ("reestimate", "reestimated", EVALUATION_BATCH),
+        ("reestimate_small", "reestimated_small", config.batch_size),
+    ):
+        if choice in flags.batch_statistics:
+            reestimate_batch_statistics(model, train, config.augment, config.seed, size)
+            measured[measure] = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
+            measured[measure] |= {"batch_size": size, "augment": config.augment}
+            print_result(f"{name}{runs.MEASURES[measure]}", measured[measure], split.class_names)
 
-    tag = f"evaluation_{record['split']}"
+    split_name = "validation" if flags.validation else flags.split
+    tag = f"evaluation_{split_name}"
     with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):
         tf.summary.scalar(f"{tag}/accuracy", result["accuracy"])
         tf.summary.scalar(f"{tag}/loss", result["loss"])
         tf.summary.image(f"{tag}/confusion", summaries.confusion_image(result["confusion"], split.class_names))
     summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
-    write_whole(run_dir / "evaluation.json", json.dumps(record, indent=1) + "\n")
+    results = {measure: summary_of(found) for measure, found in measured.items()}
+    runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
     if flags.export is not None:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
         config = dataclasses.replace(config, dtype="float32")

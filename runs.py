@@ -4,7 +4,9 @@ config, data = runs.read_config("train_dir/RUN")
 for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accuracies)
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -59,12 +61,18 @@ class Config(models.Network):
     )
     sync_batch_norm: bool = flag(False, "batch norm takes its statistics over the images of all replicas")
     worker_timeout: float = flag(300.0, "seconds to wait for the other hosts of TF_CONFIG", above=0, on_resume=True)
+    accumulate: bool = flag(
+        False,
+        "average the gradients of all batches of a step and update the weights once: the memory of batch_size images, "
+        "updates of max_batch_size; batch norm still sees batch_size",
+    )
     max_training_step: int | None = flag(
         None,
         "steps to train; by default a number of epochs that suits the dataset; with --resume, to train longer",
         low=1,
         on_resume=True,
     )
+    epochs: int | None = flag(None, "passes over the training images, instead of --max_training_step", low=1)
     optimizer: str | None = flag(
         None,
         f"by default momentum (0.9), for convnet adam; gradients are clipped to the global norm {CLIP_NORM:g}",
@@ -121,7 +129,12 @@ class Config(models.Network):
         "norm can become group, layer or instance norm",
     )
     freeze_batch_norm: bool = flag(False, "with --checkpoint: batch norm keeps the moving statistics that it came with")
-    log_step: int = flag(10, "steps between lines of log; each is a row of metrics.jsonl too", low=1)
+    log_step: int = flag(
+        10,
+        "steps between lines of log; each is a row of metrics.jsonl too, and every row has the mean training loss and "
+        "accuracy of the last log_step steps",
+        low=1,
+    )
     write_summary_step: int = flag(10, "steps between TensorBoard scalars; each is a row of metrics.jsonl too", low=1)
     test_sample_step: int | None = flag(None, "steps between tests on the whole test split; by default an epoch", low=1)
     ckpt_save_step: int = flag(1000, "steps between checkpoints; there is one every 10 minutes at least", low=1)
@@ -134,6 +147,11 @@ class Config(models.Network):
     batch_norm_momentum: float | None = None  # of the moving statistics, per update
     updates_per_step: int | None = None
     num_replicas: int = 1  # on all hosts
+
+    @property
+    def batches_per_step(self) -> int:
+        """How many batches each replica goes through in a step: an update for each, or one update with --accumulate."""
+        return self.max_batch_size // (self.num_replicas * self.batch_size)
 
 
 FLAGS = [field.name for field in dataclasses.fields(Config) if field.metadata]
@@ -166,11 +184,13 @@ IGNORED = PLACES | {
     "no_adjust_learning_rate",
     "no_augment",
     "replicas",
+    "epochs",
 }
 MEASURES = {
     "accuracy": "",
     "last_epochs": ", median of the last epochs",
     "reestimated": ", statistics re-estimated",
+    "reestimated_small": ", statistics re-estimated in training-size batches",
     "by_batch": ", statistics of the test batch",
 }
 
@@ -322,6 +342,19 @@ def make_run_dir(config: Config) -> Path:
     raise UserError(f"{config.train_dir} has 999 run folders called {name}: name another --train_dir")
 
 
+@contextlib.contextmanager
+def lock(run_dir: Path):
+    """Keep a run folder for this process; UserError if another process trains in it."""
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{run_dir} is being trained by another process: wait for it, or stop it first") from None
+    finally:
+        os.close(handle)  # which ends the lock, as the end of the process does
+
+
 def find_run(train_dir, dataset: str) -> Path:
     """The run folder of this dataset whose checkpoint is the newest; train_dir may itself be one run folder."""
     train_dir = Path(train_dir)
@@ -369,7 +402,10 @@ class Checkpoints:
         checkpoint = tf.train.Checkpoint(**tracked)
         self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
         if self.newest():
-            checkpoint.restore(self.newest()).assert_consumed()
+            restored = checkpoint.restore(self.newest())
+            stored = {name.split("/")[0] for name, _ in tf.train.list_variables(self.newest())}
+            if "recent" in stored:  # else it was written before rows covered a fixed window
+                restored.assert_consumed()
         self.every, self.writes = config.ckpt_save_step, writes
         self.saved, self.clock = int(tracked["step"]), time.monotonic()
 
@@ -477,7 +513,8 @@ class Run(NamedTuple):
     @property
     def arm(self) -> str:
         """The norm as compare.py's --norm_type spells it."""
-        return self.config.norm_type + "+ws" * self.config.weight_standardization
+        config = self.config
+        return config.norm_type + "+ws" * config.weight_standardization + "+acc" * config.accumulate
 
 
 def comparable(config: Config, data: dict) -> dict:
@@ -526,20 +563,46 @@ def read_rows(path: Path) -> list:
         raise UserError(f"{path} is damaged ({error}): it should hold a JSON object with its step per line") from error
 
 
-def read_evaluation(path: Path, config: Config) -> dict:
-    """{measure: accuracy} of the last step on the split that the run was tested on; empty if there is none."""
+def write_evaluation(run_dir: Path, split: str, step: int, checkpoint: str, class_names: list, results: dict) -> None:
+    """Put the results {measure: dict} of an evaluation into evaluation.json, which keeps one result for each split and
+    measure: {split: {measure: {"step", "checkpoint", "accuracy", "loss", ...}}}."""
+    path = run_dir / "evaluation.json"
+    splits = read_evaluations(path)
+    made = {measure: {"step": step, "checkpoint": checkpoint} | result for measure, result in results.items()}
+    splits[split] = splits.get(split, {}) | made
+    write_whole(path, json.dumps({"class_names": class_names, "splits": splits}, indent=1) + "\n")
+
+
+def read_evaluations(path: Path) -> dict:
+    """{split: {measure: result}} of evaluation.json, empty if there is none; UserError if it is damaged."""
     if not path.exists():
         return {}
     try:
-        record = json.loads(path.read_text())
-        split = "validation" if config.validation else "test"
-        if record["step"] != config.max_training_step or record["split"] != split:
-            return {}
-        return {"accuracy": record["accuracy"]} | {
-            name: record[name]["accuracy"] for name in MEASURES if isinstance(record.get(name), dict)
-        }
+        stored = json.loads(path.read_text())
+        if "splits" in stored:
+            return stored["splits"]
+        # Written before there was a result for each split: one evaluation, of all measures.
+        results = {name: stored[name] for name in MEASURES if isinstance(stored.get(name), dict)}
+        results["accuracy"] = {name: value for name, value in stored.items() if name not in (*results, "split")}
+        return {stored["split"]: {name: {"step": stored["step"]} | result for name, result in results.items()}}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): run evaler.py again") from error
+        raise UserError(f"{path} is damaged ({error}): delete it and run evaler.py again") from error
+
+
+def read_evaluation(path: Path, config: Config) -> dict:
+    """{measure: accuracy} of the last step on the split that the run was tested on; empty if there is none."""
+    results = read_evaluations(path).get("validation" if config.validation else "test", {})
+    try:
+        return {
+            name: results[name]["accuracy"]
+            for name in MEASURES
+            if name in results
+            and results[name]["step"] == config.max_training_step
+            # Statistics were once re-estimated over images as they are, whatever a run was trained on.
+            and (name != "reestimated" or results[name].get("augment") == config.augment)
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run evaler.py again") from error
 
 
 def read_runs(folders) -> list[Run]:

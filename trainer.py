@@ -30,17 +30,23 @@ from summaries import Log
 
 tf, keras, ops = Later("tensorflow"), Later("keras"), Later("ops")
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: its terminal was closed
 CONVERSION_IMAGES = 256  # training images over which the norms of --checkpoint are converted
 
 
 # ------------------------------------------------------------------------------------------------- configuration
 
 
-def parse_flags(argv=None):
-    """(runs.Config of the flags alone, run folder to resume or None)."""
+def make_parser():
     parser = ArgumentParser(description="Train a classifier with the normalization and batch size of your choice.")
     parser.add_flags(runs.Config)
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with the flags that it was given")
+    return parser
+
+
+def parse_flags(argv=None):
+    """(runs.Config of the flags alone, run folder to resume or None)."""
+    parser = make_parser()
     parsed = vars(parser.parse_args(argv))
     resume = parsed.pop("resume")
     flags = runs.Config(**parsed)
@@ -72,6 +78,11 @@ def check_flags(flags):
         raise UserError("--freeze_batch_norm is for --norm_type batch and weights of --checkpoint: leave it out")
     if flags.augment and flags.no_augment:
         raise UserError("--augment and --no_augment contradict each other: give one of them")
+    if flags.epochs and flags.max_training_step:
+        raise UserError(
+            f"--epochs {flags.epochs} and --max_training_step {flags.max_training_step} both say how long to train: "
+            f"give one of them"
+        )
     if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
         raise UserError(
             f"--warmup_steps {flags.warmup_steps} is more than --max_training_step {flags.max_training_step}"
@@ -89,6 +100,11 @@ def check_replicas(flags):
         raise UserError(
             f"{each} does not divide --max_batch_size {max_batch_size}: a "
             f"step is max_batch_size images in whole updates; --max_batch_size {fitting} would do"
+        )
+    if flags.accumulate and max_batch_size == images:
+        raise UserError(
+            f"--accumulate has no effect with one batch per step ({images} images): leave it out, or give a smaller "
+            f"--batch_size"
         )
     if flags.sync_batch_norm and (flags.norm_type != "batch" or number == 1):
         what = f"--norm_type {flags.norm_type}" if flags.norm_type != "batch" else "one replica"
@@ -114,14 +130,15 @@ def derive(flags, train):
     optimizer = flags.optimizer or ("adam" if model == "convnet" else "momentum")
     number = replicas.number(flags.replicas)
     batch_size, max_batch_size = batch_sizes(flags)
-    share = number * batch_size / max_batch_size
+    batch_share = number * batch_size / max_batch_size
+    update_share = 1.0 if flags.accumulate else batch_share
     learning_rate = flags.learning_rate or runs.LEARNING_RATES[optimizer]
     if "momentum_rate" in recipe and optimizer == "momentum" and flags.learning_rate is None:
         learning_rate = recipe["momentum_rate"] * max_batch_size / recipe["max_batch_size"]  # arXiv 1706.02677
     scaling = "none" if flags.no_adjust_learning_rate else runs.SCALING[optimizer]
-    scale = {"none": 1.0, "linear": share, "square root": math.sqrt(share)}[scaling]
+    scale = {"none": 1.0, "linear": update_share, "square root": math.sqrt(update_share)}[scaling]
     epoch = math.ceil(len(train) / max_batch_size)
-    steps = flags.max_training_step or facts.EPOCHS * epoch
+    steps = flags.max_training_step or (flags.epochs or facts.EPOCHS) * epoch
     if flags.warmup_steps > steps:
         raise UserError(f"--warmup_steps {flags.warmup_steps} is more than the {steps} steps of this run")
     return dataclasses.replace(
@@ -130,7 +147,7 @@ def derive(flags, train):
         groups=flags.groups or models.default_groups(model),
         batch_size=batch_size,
         max_batch_size=max_batch_size,
-        updates_per_step=max_batch_size // (number * batch_size),
+        updates_per_step=1 if flags.accumulate else max_batch_size // (number * batch_size),
         num_replicas=number,
         optimizer=optimizer,
         lr_schedule=flags.lr_schedule or recipe.get("lr_schedule", "cosine"),
@@ -138,9 +155,9 @@ def derive(flags, train):
         learning_rate_scaling=scaling,
         peak_learning_rate=learning_rate * scale,
         weight_decay={"adam": 0.0, "momentum": 1e-4}[optimizer] if flags.weight_decay is None else flags.weight_decay,
-        # A step forgets a tenth of the statistics, in however many updates: every batch size averages over the same
+        # A step forgets a tenth of the statistics, in however many batches: every batch size averages over the same
         # number of images.
-        batch_norm_momentum=0.9**share,
+        batch_norm_momentum=0.9**batch_share,
         augment=flags.augment or ("flip+crop" if facts.MIRRORED and not flags.no_augment else None),
         max_training_step=steps,
         test_sample_step=flags.test_sample_step or epoch,
@@ -259,8 +276,12 @@ class Optimizer:
 
 
 class State:
-    """What training changes and a checkpoint holds: the model, the optimizer, the number of steps done, and `totals`:
-    the sums of losses, correct predictions and images, in training mode, since the last row of the log."""
+    """What training changes and a checkpoint holds: the model, the optimizer, the number of steps done, and the sums of
+    losses, correct predictions and images, in training mode, of each of the last log_step steps.
+
+    `totals` has these sums of the present step, `window` [log_step, 3] those of the last ones, `recent` the same for
+    the checkpoint.
+    """
 
     def __init__(self, strategy, model, config, run_dir, writes=True):
         self.strategy, self.model = strategy, model
@@ -268,19 +289,29 @@ class State:
             self.optimizer = Optimizer(config.optimizer, [variable.value for variable in model.trainable_variables])
             self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.recent = tf.Variable(tf.zeros([config.log_step, 3], tf.float64), trainable=False)
         self.checkpoints = runs.Checkpoints(
             run_dir,
             config,
             writes,
             model=runs.weights_of(model),
-            totals=self.totals,
+            recent=self.recent,
             optimizer=self.optimizer.tracked(),
             step=self.step,
         )
+        self.window = self.recent.numpy()
+
+    def finish_step(self, step):
+        self.step.assign(step)
+        self.window[step % len(self.window)] = self.totals.numpy()
+
+    def save(self, step):
+        self.recent.assign(self.window)
+        self.checkpoints.save(step)
 
     def row(self):
-        """The row of the log of this step: means since the last row, and the rate that the optimizer used."""
-        loss, correct, images = self.totals.numpy()
+        """The row of the log of this step: means over the window, and the rate that the optimizer used."""
+        loss, correct, images = self.window.sum(axis=0)
         return {
             "step": int(self.step),
             "loss/accuracy": correct / images,
@@ -289,38 +320,56 @@ class State:
         }
 
 
-def make_train_step(
-    model, optimizer, totals, batch_size, updates=1, weight_decay=0.0, jit_compile=False, strategy=None
-):
-    """The graph of a step, from (images [updates * replicas here * batch_size, h, w, c], labels, whether to stop) to
+def make_train_step(model, optimizer, totals, config, strategy=None):
+    """The graph of a step, from (images [batches * replicas here * batch_size, h, w, c], labels, whether to stop) to
     whether all was finite, the loss of the last update, and whether any worker asked to stop. totals: as in State.
 
-    Losses and gradients are means over all replicas, so that all agree on norm, clipping and finiteness.
+    Losses and gradients are means over all replicas, so that all agree on norm, clipping and finiteness. An update is
+    made of each batch, or with --accumulate of the mean of all gradients of the step.
     """
     strategy = strategy or tf.distribute.get_strategy()
+    batches = config.batches_per_step
     weights = [variable.value for variable in model.trainable_variables]
     moving = [v.value for v in model.non_trainable_variables if v.dtype == "float32"]  # statistics of batch norm
+    with strategy.scope():  # for --accumulate: the mean loss and gradients of the batches so far
+        sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in [0.0, *weights]] if config.accumulate else []
 
-    def update(images, labels):
-        images, labels = (replicas.part(values, values.shape[0] // batch_size) for values in (images, labels))
+    def start_step():
+        totals.assign(tf.zeros_like(totals))
+        for variable in sums:
+            variable.assign(tf.zeros_like(variable))
+
+    def loss_and_gradients(images, labels):
+        images, labels = (replicas.part(values, values.shape[0] // config.batch_size) for values in (images, labels))
         with tf.GradientTape() as tape:
             logits = model(images, training=True)
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
             objective = loss = tf.reduce_mean(losses)
-            if weight_decay:
-                objective += weight_decay * tf.add_n([tf.nn.l2_loss(weight) for weight in weights])
-        loss, *gradients = replicas.mean([loss, *tape.gradient(objective, weights)])
+            if config.weight_decay:
+                objective += config.weight_decay * tf.add_n([tf.nn.l2_loss(weight) for weight in weights])
+        gradients = tape.gradient(objective, weights)
+        correct = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
+        sum_of_losses, hits = (tf.reduce_sum(tf.cast(values, tf.float64)) for values in (losses, correct))
+        totals.assign_add(tf.stack([sum_of_losses, hits, config.batch_size]))
+        return [loss, *gradients]
+
+    def apply(loss_and_gradients):
+        loss, *gradients = replicas.mean(loss_and_gradients)
         norm = tf.linalg.global_norm(gradients)
         optimizer.apply(
             tf.cond(norm > runs.CLIP_NORM, lambda: [g * (runs.CLIP_NORM / norm) for g in gradients], lambda: gradients)
         )
-        correct = tf.equal(tf.argmax(logits, axis=1, output_type=labels.dtype), labels)
-        totals.assign_add(
-            tf.stack(
-                [tf.reduce_sum(tf.cast(losses, tf.float64)), tf.reduce_sum(tf.cast(correct, tf.float64)), batch_size]
-            )
-        )
         return tf.math.is_finite(loss) & tf.math.is_finite(norm), loss
+
+    def update(images, labels):
+        return apply(loss_and_gradients(images, labels))
+
+    def accumulate(images, labels):
+        for variable, value in zip(sums, loss_and_gradients(images, labels)):
+            variable.assign_add(value / batches)
+
+    def update_by_sums():
+        return apply([variable.read_value() for variable in sums])
 
     def end_step(stop):
         """Average what the replicas have apart: so it is the same in all of them between two steps."""
@@ -336,15 +385,21 @@ def make_train_step(
         results = strategy.run(function, arguments)
         return tf.nest.map_structure(lambda value: strategy.experimental_local_results(value)[0], results)
 
-    @tf.function(jit_compile=jit_compile or None)
+    @tf.function(jit_compile=config.jit_compile or None)
     def train_step(images, labels, stop=False):
-        if updates == 1:
+        in_replicas(start_step)
+        if batches == 1:
             finite, loss = in_replicas(update, images, labels)
+            return finite, loss, in_replicas(end_step, stop)
+        images = tf.reshape(images, [batches, images.shape[0] // batches, *images.shape[1:]])
+        labels = tf.reshape(labels, [batches, labels.shape[0] // batches])
+        if config.accumulate:
+            for i in tf.range(batches):
+                in_replicas(accumulate, images[i], labels[i])
+            finite, loss = in_replicas(update_by_sums)
         else:
-            images = tf.reshape(images, [updates, images.shape[0] // updates, *images.shape[1:]])
-            labels = tf.reshape(labels, [updates, labels.shape[0] // updates])
             finite, loss = True, 0.0
-            for i in tf.range(updates):
+            for i in tf.range(batches):
                 if finite:  # nothing is learned after the update that failed
                     finite, loss = in_replicas(update, images[i], labels[i])
         return finite, loss, in_replicas(end_step, stop)
@@ -360,7 +415,7 @@ class Stopped(Exception):
 
 
 class Interruption:
-    """SIGTERM or Ctrl-C is remembered, so that the run can save; a second one, or one before there is anything to save,
+    """A signal to stop is remembered, so that the run can save; a second one, or one before there is anything to save,
     ends the process at once.
 
     Python runs its handlers between two calls of TensorFlow, which may take minutes: a thread reads the signals'
@@ -373,13 +428,14 @@ class Interruption:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
         threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+                signal.signal(number, lambda *_: None)
 
     def watch(self, pipe):
         while True:
             number = os.read(pipe, 1)[0]
-            if number not in (signal.SIGTERM, signal.SIGINT):
+            if number not in STOPPING:
                 continue
             if self.signal or not self.worth_saving:
                 print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
@@ -406,16 +462,7 @@ def train_run(run_dir, config, splits, state, interruption):
     """The training loop, from the step of `state` to the last one, or to the one in which a signal comes."""
     train, test = splits
     who, step = replicas.workers(), int(state.step)
-    train_step = make_train_step(
-        state.model,
-        state.optimizer,
-        state.totals,
-        config.batch_size,
-        config.updates_per_step,
-        config.weight_decay,
-        config.jit_compile,
-        state.strategy,
-    )
+    train_step = make_train_step(state.model, state.optimizer, state.totals, config, state.strategy)
     batches = create_input_ops(
         train,
         config.max_batch_size,
@@ -424,7 +471,7 @@ def train_run(run_dir, config, splits, state, interruption):
         config.seed,
         first_step=step,
         last_step=config.max_training_step,
-        rows=replicas.rows_of(who, config.max_batch_size, config.updates_per_step),
+        rows=replicas.rows_of(who, config.max_batch_size, config.batches_per_step),
     )
     test_here = test.subset(replicas.test_share(who, len(test)), is_train=False)
     test_batches = create_input_ops(test_here, evaler.EVALUATION_BATCH, is_training=False)
@@ -440,7 +487,6 @@ def train_run(run_dir, config, splits, state, interruption):
                 result = evaler.summarize(*outputs, test.labels, test.num_classes)
             row |= {f"test_loss/{name}": result[name] for name in evaler.SCALARS if name in result}
         log.write(row, images)
-        state.totals.assign(tf.zeros_like(state.totals))
 
     done = False
     with contextlib.suppress(Stopped):  # by a signal in a test: its row is written when the run goes on
@@ -452,19 +498,19 @@ def train_run(run_dir, config, splits, state, interruption):
             if not finite:
                 stop_at_nan(log, run_dir, step + 1, float(loss), state)
             step += 1
-            state.step.assign(step)
+            state.finish_step(step)
             log.stepped(step)
             interruption.worth_saving = True
             if log.due(step):
                 test_and_log(images)
             if state.checkpoints.due(step):
                 with log.paused():
-                    state.checkpoints.save(step)
+                    state.save(step)
             if interruption.stops(stop):
                 break
         done = step == config.max_training_step
     if state.checkpoints.saved != step:
-        state.checkpoints.save(step)
+        state.save(step)
     log.close()
     return done
 
@@ -538,11 +584,14 @@ def identity(config, train, test, run_dir):
 def introduce(config, train, test):
     """Say what will be done, before TensorFlow takes seconds to start."""
     tests = -(-config.max_training_step // config.test_sample_step)
+    updates = f"{config.updates_per_step} updates each"
+    if config.accumulate:
+        updates = f"one update each, of {config.batches_per_step} batches"
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of "
         f"{'x'.join(map(str, network_image_shape(train)))} in {train.num_classes} classes\n"
         f"{config.model}, {config.norm_type} norm: {config.max_training_step} steps of {config.max_batch_size} "
-        f"images, in {config.updates_per_step} updates each; {tests} tests. Starting TensorFlow; how long it will "
+        f"images, in {updates}; {tests} tests. Starting TensorFlow; how long it will "
         f"take is said after two steps",
         flush=True,
     )
@@ -569,22 +618,28 @@ def main():
     if not going_on and who.is_chief:
         run_dir = runs.make_run_dir(config)
         runs.write_config(run_dir, flags, config, runs.describe_data(train, test))
-    state = State(strategy, model, config, run_dir, who.is_chief)
-    if going_on:
-        if who.is_chief:
-            runs.drop_after(run_dir, int(state.step))
-            runs.extend(run_dir, config)
-        print(f"going on at step {int(state.step)} of {config.max_training_step}")
+    with runs.lock(run_dir) if who.is_chief else contextlib.nullcontext():
+        state = State(strategy, model, config, run_dir, who.is_chief)
+        if going_on:
+            if who.is_chief:
+                runs.drop_after(run_dir, int(state.step))
+                runs.extend(run_dir, config)
+            print(f"going on at step {int(state.step)} of {config.max_training_step}")
+        finish(run_dir, config, (train, test), state, interruption)
+
+
+def finish(run_dir, config, splits, state, interruption):
+    """Train to the last step, and print how it ended; exit code 128 + the signal's number if one came."""
+    who = replicas.workers()
     place = run_dir or "RUN_FOLDER_OF_WORKER_0"
     together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""
     print(
-        f"{model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
+        f"{state.model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
         f"batch size {config.batch_size}{together}\nrun folder: {place}",
         flush=True,
     )
-
     try:
-        done = train_run(run_dir, config, (train, test), state, interruption)
+        done = train_run(run_dir, config, splits, state, interruption)
     except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
         # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
         raise WorldError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error

@@ -10,8 +10,9 @@ what was interrupted goes on, the rest is trained, --jobs processes side by side
 listed here pass through. Leaves table.md, results.json, batch_size.png and curves.png in --train_dir.
 """
 
-import math
+import ctypes
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,10 +34,14 @@ from summaries import duration
 
 PLAIN_NORMS = ("batch", "group", "layer", "instance", "none")
 NORMS = (*PLAIN_NORMS, *(f"{norm}+ws" for norm in PLAIN_NORMS), "batch+renorm")
+ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))
+SMALL = 2  # batch sizes up to this are evaluated with statistics re-estimated in batches of their own size, too
 FIRST_BATCH_SIZES = (2, 32)  # these two tell the story
 LOG_STEP = 50
+EPOCHS = 8
 PROCESS_BYTES = 1.2e9  # TensorFlow, the network and its batches, without the images
 POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 # ------------------------------------------------------------------------------------------------------ the grid
@@ -48,10 +53,11 @@ def parse_flags(argv=None):
     parser.add_argument(
         "--norm_type",
         nargs="+",
-        choices=NORMS,
+        choices=ARMS,
         metavar="NORM",
         default=["batch", "group", "group+ws"],
-        help=f"norms to compare, of {', '.join(NORMS)} (ws: weight standardization)",
+        help=f"norms to compare, of {', '.join(NORMS)} (ws: weight standardization), each also with +acc at its end "
+        "(accumulate: one update per step)",
     )
     parser.add_argument(
         "--batch_size", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], help="batch sizes to compare"
@@ -59,11 +65,6 @@ def parse_flags(argv=None):
     parser.add_argument("--groups", type=int, help="of group norm")
     parser.add_argument("--group_size", type=int, help="of group norm, channels per group")
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per cell, with the seeds 0, 1, ...")
-    parser.add_argument(
-        "--epochs",
-        type=within(int, low=1),
-        help="passes over the training images; by default 8, unless --max_training_step is given",
-    )
     parser.add_argument("--train_dir", default="studies/comparison", help="where the run folders are")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
     parser.add_argument(
@@ -88,12 +89,19 @@ def parse_flags(argv=None):
         if given:
             raise UserError(f"--from_logs trains nothing, so {given[0]} has no effect: leave it out")
         return flags, rest
-    if "--seed" in rest:
-        raise UserError("--seed has no effect here: --seeds N trains with the seeds 0 to N - 1")
-    if flags.epochs and "--max_training_step" in rest:
-        raise UserError(f"--epochs {flags.epochs} and --max_training_step say the same in two ways: give one of them")
-    for name, default in (("--log_step", LOG_STEP), ("--write_summary_step", LOG_STEP)):
-        rest += [] if name in rest else [name, str(default)]
+    given = trainer.make_parser().names_given(rest)
+    for name, remedy in (
+        ("seed", "--seeds N trains with the seeds 0 to N - 1"),
+        ("resume", "the same command goes on with what it has begun"),
+        ("weight_standardization", "put +ws at the end of a --norm_type"),
+        ("accumulate", "put +acc at the end of a --norm_type"),
+    ):
+        if name in given:
+            raise UserError(f"--{name} has no effect here: {remedy}")
+    if not {"epochs", "max_training_step"} & set(given):
+        rest += ["--epochs", str(EPOCHS)]
+    for name in ("log_step", "write_summary_step"):
+        rest += [] if name in given else [f"--{name}", str(LOG_STEP)]
     return flags, rest
 
 
@@ -105,8 +113,9 @@ def available_cores():
 class Cell:
     """One run of the grid: what it is, the flags that make it, and the settings by which its folder is known."""
 
-    def __init__(self, flags, rest, arm, batch_size, seed, steps):
-        norm = arm.removesuffix("+ws")
+    def __init__(self, flags, rest, arm, batch_size, seed):
+        plain = arm.removesuffix("+acc")
+        norm = plain.removesuffix("+ws")
         self.arm, self.batch_size, self.seed = arm, batch_size, seed
         self.name = f"{arm}, batch size {batch_size}, seed {seed}"
         self.flags = [
@@ -124,9 +133,7 @@ class Cell:
             flags.data_dir,
             *rest,
         ]
-        self.flags += ["--weight_standardization"] if arm != norm else []
-        if steps is not None:
-            self.flags += ["--max_training_step", str(steps)]
+        self.flags += ["--weight_standardization"] * (plain != norm) + ["--accumulate"] * (arm != plain)
         if norm == "group":
             for name in ("groups", "group_size"):
                 value = getattr(flags, name)
@@ -150,13 +157,10 @@ def make_grid(flags, rest):
         raise UserError(f"--dataset is missing: give one of {', '.join(datasets.NAMES)} or your own")
     probe, _ = trainer.parse_flags(["--dataset", flags.dataset, "--data_dir", flags.data_dir, *rest])
     train, test = trainer.load_data(probe)
-    steps = None
-    if "--max_training_step" not in rest:
-        steps = (flags.epochs or 8) * math.ceil(len(train) / trainer.batch_sizes(probe)[1])
     first = [size for size in FIRST_BATCH_SIZES if size in flags.batch_size]
     sizes = first + [size for size in dict.fromkeys(flags.batch_size) if size not in first]
     cells = [
-        Cell(flags, rest, arm, size, seed, steps)
+        Cell(flags, rest, arm, size, seed)
         for seed in range(flags.seeds)
         for size in sizes
         for arm in dict.fromkeys(flags.norm_type)
@@ -167,14 +171,14 @@ def make_grid(flags, rest):
 
 
 def check_train_dir(train_dir, cells, runs):
-    """Raise UserError if the folder holds runs that do not belong beside this grid: of another dataset, length, ..."""
-    free = results.FOLLOWING | {"norm_type", "weight_standardization", "batch_size"}
+    """Raise UserError if the folder holds runs that do not belong beside this grid: of another dataset, length, ...
+    Norms that this grid has not may have another rate and other groups: each norm can be trained at its own best."""
+    free = results.FOLLOWING | {"norm_type", "weight_standardization", "accumulate", "batch_size"}
     for found in runs:
         alike = next((cell.settings for cell in cells if cell.arm == found.arm), None)
         settings = alike or cells[0].settings
-        for name in sorted(
-            (settings.keys() | found.settings.keys()) - free - ({"groups", "group_size"} if alike is None else set())
-        ):
+        of_norm = {"groups", "group_size", "base_learning_rate"} if alike is None else set()
+        for name in sorted((settings.keys() | found.settings.keys()) - free - of_norm):
             here, there = settings.get(name), found.settings.get(name)
             if here != there:
                 raise UserError(
@@ -200,6 +204,12 @@ def check_memory(jobs, train, test):
 # ------------------------------------------------------------------------------------------------ the running of it
 
 
+def end_with_parent():
+    """Have Linux send SIGTERM to this process when its parent ends, however that ends: it saves and stops."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class Job:
     """The processes of one cell, one after the other: trainer.py, then evaler.py, on cores of their own."""
 
@@ -219,7 +229,7 @@ class Job:
         found = self.found()
         if found is None:
             command = ["trainer.py", *self.cell.flags]
-        elif found.state == "unfinished" or (found.state == "finished" and not can_evaluate(found)):
+        elif found.state == "unfinished" or (needs_evaluation(found) and not has_checkpoint(found)):
             command = ["trainer.py", "--resume", str(found.path), "--data_dir", self.data_dir]
         elif needs_evaluation(found):
             command = [
@@ -232,7 +242,8 @@ class Job:
                 self.data_dir,
             ]
             if found.config.norm_type == "batch":
-                command += ["--batch_statistics", "moving", "reestimate", "batch"]
+                small = ["reestimate_small"] * (found.config.batch_size <= SMALL)
+                command += ["--batch_statistics", "moving", "reestimate", *small, "batch"]
             if found.config.validation:
                 command += ["--validation", str(found.config.validation)]
         else:
@@ -249,6 +260,7 @@ class Job:
         return True
 
     def pin(self):
+        end_with_parent()
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
 
@@ -269,14 +281,18 @@ def tail(path, lines=3):
     return path.read_text(errors="replace").splitlines()[-lines:]
 
 
-def can_evaluate(found):
-    return not needs_evaluation(found) or any(found.path.glob("model-*.index"))
+def has_checkpoint(found):
+    return any(found.path.glob("model-*.index"))
 
 
 def needs_evaluation(found):
-    """Whether a finished run lacks what evaler.py measures."""
-    of_batch_norm = found.config.norm_type == "batch"
-    return found.state == "finished" and not ("by_batch" in found.evaluation if of_batch_norm else found.evaluation)
+    """Whether a finished run lacks what evaler.py measures; logs without a checkpoint are kept as they are."""
+    needed = {"accuracy"}
+    if found.config.norm_type == "batch":
+        needed |= {"reestimated", "by_batch"} | ({"reestimated_small"} if found.config.batch_size <= SMALL else set())
+    if found.state != "finished" or needed <= found.evaluation.keys():
+        return False
+    return not found.evaluation or has_checkpoint(found)
 
 
 def is_done(cell, runs):

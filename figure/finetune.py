@@ -10,7 +10,6 @@ trainer.py, made as those of compare.py; leaves table.md in --train_dir.
 """
 
 import functools
-import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import datasets
 import results
 from command import ArgumentParser, run, within
 from datasets import hdf5
-from runs import MAX_BATCH_SIZE, MEASURES, read_run, read_runs
+from runs import MEASURES, read_run, read_runs
 
 BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, kept like datasets of a user's own
 CLASSES = {BEFORE: range(5), AFTER: range(5, 10)}
@@ -64,18 +63,16 @@ class Task:
 
     def __init__(self, name, flags, epochs, *more):
         given = ["--dataset", name, "--train_dir", str(Path(flags.train_dir) / name), "--data_dir", flags.data_dir]
-        given += ["--jobs", str(flags.jobs), "--model", "resnet8", "--augment", *more]
-        self.name, self.epochs, (self.flags, self.rest) = name, epochs, compare.parse_flags(given)
+        given += ["--jobs", str(flags.jobs), "--model", "resnet8", "--augment", "--epochs", str(epochs), *more]
+        self.name, (self.flags, self.rest) = name, compare.parse_flags(given)
         self.splits = functools.cache(
             lambda held_out: datasets.create_default_splits(name, flags.data_dir, validation=held_out)
         )
 
     def cell(self, arm, seed, *more, held_out=None):
         rest = [*self.rest, *more, *(("--validation", str(held_out)) if held_out else ())]
-        train, test = self.splits(held_out)
-        steps = self.epochs * math.ceil(len(train) / MAX_BATCH_SIZE)
-        cell = compare.Cell(self.flags, rest, arm, BATCH_SIZES[self.name], seed, steps)
-        cell.derive(train, test)
+        cell = compare.Cell(self.flags, rest, arm, BATCH_SIZES[self.name], seed)
+        cell.derive(*self.splits(held_out))
         return cell
 
     def train(self, cells):

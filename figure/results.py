@@ -5,6 +5,7 @@ the rows of a table differ in the norm, and in what they name.
 """
 
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -26,6 +27,9 @@ COLOURS = {
     "instance+ws": "#553f61",
     "none+ws": "#222222",
 }
+COLOURS |= {f"{norm}+acc": colour for norm, colour in COLOURS.items()}
+LEVEL = 2  # differences of fewer standard errors are not claimed
+SPREAD_SEEDS = 5  # with fewer seeds, ranges that do not overlap show nothing: with 3 and 3 chance makes 1 in 10
 FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
 PLAIN = {
     "base_learning_rate": "rate",
@@ -89,7 +93,7 @@ def tables(runs, called=None):
         these = [run for run in runs if (run.config.dataset, run.config.model) == (dataset, model)]
         names = differing(these)
         cells = {}
-        for run in these:
+        for run in without_repeats(these):
             for measure in run.accuracies if run.state == "finished" and run.accuracies else ["accuracy"]:
                 cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
         order = list(COLOURS)
@@ -102,8 +106,19 @@ def tables(runs, called=None):
     return found
 
 
+def without_repeats(runs):
+    """The runs without a second one of the same settings and seed, such as in a folder that was copied: a finished
+    one is kept. What is left out is printed."""
+    kept = {}
+    for run in sorted(runs, key=lambda run: (run.state != "finished", -len(run.accuracies), str(run.path))):
+        first = kept.setdefault((frozen(run.settings), run.config.seed), run)
+        if first is not run:
+            print(f"left out {run.path}: {first.path} is the same run, seed {run.config.seed}")
+    return [run for run in runs if any(run is other for other in kept.values())]
+
+
 def shared(runs, names):
-    """Words for what all runs share: steps, epochs, optimizer, rate, images held out."""
+    """Words for what all runs share: steps, epochs, optimizer, rate, images held out, test images."""
     settings, words = runs[0].settings, []
     if "max_training_step" not in names:
         epochs = settings["max_training_step"] * settings["max_batch_size"] / settings["train"]
@@ -111,9 +126,10 @@ def shared(runs, names):
             f"{settings['max_training_step']} steps of {settings['max_batch_size']} images ({epochs:.3g} epochs)"
         )
     if not {"optimizer", "base_learning_rate"} & set(names):
-        words.append(f"{settings['optimizer']} at {settings['base_learning_rate']:g}")
-    if settings.get("validation"):
-        words.append(f"tested on {settings['validation']} training images held out")
+        rates = {run.arm: f"{run.config.optimizer} at {run.config.base_learning_rate:g}" for run in runs}
+        words += [rates[runs[0].arm]] if len(set(rates.values())) == 1 else [f"{arm}: {rates[arm]}" for arm in rates]
+    what = "training images held out" if settings.get("validation") else "test images"
+    words.append(f"{settings['test']} {what}")
     made_from = settings.get("made_from") if "made_from" not in names else None
     return "".join(f", {word}" for word in words) + (f"; data: {made_from}" if made_from else "")
 
@@ -145,6 +161,20 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def compared(other, base, images):
+    """Words for how the accuracies [seeds] of one norm stand to those of another, on so many test images.
+
+    A difference of less than LEVEL standard errors is level: those that the choice of the images alone gives.
+    """
+    medians = statistics.median(other), statistics.median(base)
+    difference = 100 * (medians[0] - medians[1])
+    error = 100 * math.sqrt(sum(share * (1 - share) for share in medians) / images)
+    words = f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
+    if abs(difference) < LEVEL * error:
+        words = f"level with ({difference:+.1f} points, standard error {error:.1f})"
+    return words
+
+
 def sentences(table):
     """What the numbers of a table support at its smallest and largest batch size, norm against batch norm."""
     _, rows, batch_sizes, cells = table
@@ -162,17 +192,13 @@ def sentences(table):
             other = values(row, size)
             if row[0] == "batch" or not base or not other or not row[0].startswith("group"):
                 continue
-            difference = 100 * (statistics.median(other) - statistics.median(base))
             apart = min(other) > max(base) or min(base) > max(other)
-            ranges = (
-                "one seed each"
-                if len(base) == len(other) == 1
-                else (f"{min(len(base), len(other))} seeds, the ranges " + ("do not overlap" if apart else "overlap"))
-            )
-            said.append(
-                f"at batch size {size} {row[0]} is {abs(difference):.1f} points "
-                f"{'above' if difference >= 0 else 'below'} batch ({ranges})"
-            )
+            seeds = min(len(base), len(other))
+            spreads = f"{spread(other)} and {spread(base)} %, {seeds} seed{'s' * (seeds > 1)}"
+            if seeds >= SPREAD_SEEDS:
+                spreads += ", the ranges " + ("do not overlap" if apart else "overlap")
+            images = cells[row, "accuracy", size][0].settings["test"]
+            said.append(f"at batch size {size} {row[0]} is {compared(other, base, images)} batch ({spreads})")
     return [words[0].upper() + words[1:] + "." for words in said]
 
 

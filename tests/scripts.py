@@ -40,7 +40,7 @@ def run_here(monkeypatch, *flags):
 
     monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
     monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         trainer.main()
     finally:

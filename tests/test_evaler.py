@@ -37,27 +37,33 @@ def batch_run(data_dir, tmp_path_factory):
     return scripts.only_run(train_dir), printed
 
 
+def results_of(run_dir, split="test"):
+    """{measure: result} that evaluation.json has of a split."""
+    return json.loads((run_dir / "evaluation.json").read_text())["splits"][split]
+
+
 def test_it_agrees_with_the_trainers_last_test(batch_run):
     run_dir, printed = batch_run
     last = scripts.metrics(run_dir)[-1]
-    result = json.loads((run_dir / "evaluation.json").read_text())
+    result = results_of(run_dir)["accuracy"]
     assert result["accuracy"] == last["test_loss/accuracy"] and result["loss"] == last["test_loss/loss"]
-    assert (result["images"], result["step"], result["split"]) == (360, 12, "test")
+    assert (result["images"], result["step"]) == (360, 12)
     assert f"accuracy {100 * result['accuracy']:.2f} %" in printed and "360 images" in printed
 
 
 def test_accuracy_is_the_mean_of_its_classes(batch_run, digits):
     run_dir, _ = batch_run
-    result = json.loads((run_dir / "evaluation.json").read_text())
+    result = results_of(run_dir)["accuracy"]
     counts = np.bincount(digits[1].labels, minlength=10)
     assert np.dot(result["per_class_accuracy"], counts) / 360 == pytest.approx(result["accuracy"], abs=1e-12)
 
 
 def test_reestimated_statistics_stand_beside_the_moving_ones(batch_run):
     run_dir, printed = batch_run
-    result = json.loads((run_dir / "evaluation.json").read_text())
+    results = results_of(run_dir)
     assert "statistics re-estimated: accuracy" in printed
-    assert result["reestimated"]["images"] == 360 and 0 < result["reestimated"]["accuracy"] != result["accuracy"]
+    assert results["reestimated"]["images"] == 360
+    assert 0 < results["reestimated"]["accuracy"] != results["accuracy"]["accuracy"]
 
 
 def test_summaries_and_mistakes_are_pictures(batch_run):
@@ -78,9 +84,40 @@ def test_checkpoint_and_split_can_be_chosen(batch_run, data_dir, capsys):
     flags = "--dataset Digits --split train --batch_size 100 --data_dir".split()
     evaler.main([*flags, data_dir, "--checkpoint", str(run_dir / "model-5")])
     printed = capsys.readouterr().out
-    result = json.loads((run_dir / "evaluation.json").read_text())
-    assert (result["images"], result["step"], result["split"]) == (1437, 5, "train")
+    result = results_of(run_dir, "train")["accuracy"]
+    assert (result["images"], result["step"]) == (1437, 5)
     assert "step 5" in printed and "Digits train" in printed
+
+
+def test_an_evaluation_keeps_the_results_of_the_others(batch_run, data_dir, tmp_path):
+    """Of the other split, and of statistics that it does not measure."""
+    run_dir = shutil.copytree(batch_run[0], tmp_path / "run")
+    before = results_of(run_dir)
+    for flags in (["--split", "train"], ["--batch_size", "10"]):
+        evaler.main(["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", str(run_dir), *flags])
+    assert results_of(run_dir)["reestimated"] == before["reestimated"]
+    assert results_of(run_dir, "train")["accuracy"]["images"] == 1437
+
+
+def test_statistics_are_reestimated_over_training_images_as_the_run_saw_them(data_dir, digits, main_of, tmp_path):
+    """Cut at random where it trained on such images: in batches of 250, and in batches of its own batch size."""
+    flags = ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", str(tmp_path)]
+    training = (
+        "--model resnet8 --norm_type batch --augment crop --batch_size 4 --max_batch_size 8 --max_training_step 2"
+    )
+    main_of(*flags, *training.split(), "--seed", 3)
+    evaler.main([*flags, "--batch_statistics", "reestimate", "reestimate_small"])
+    run_dir, (train, test) = scripts.only_run(tmp_path), digits
+    model = evaler.build_model(runs.read_config(run_dir)[0], (8, 8, 1), 10)
+
+    def loss(augment, size):
+        runs.load_weights(model, run_dir)
+        evaler.reestimate_batch_statistics(model, train, augment, 3, size)
+        batches = create_input_ops(test, 250, is_training=False)
+        return evaler.evaluate(evaler.make_predictor(model), batches, test.labels, 10)["loss"]
+
+    for measure, size in (("reestimated", 250), ("reestimated_small", 4)):
+        assert results_of(run_dir)[measure]["loss"] == loss("crop", size) != loss(None, size)
 
 
 def test_the_newest_run_of_the_dataset_is_taken(batch_run, data_dir, capsys, tmp_path):
@@ -116,11 +153,10 @@ def test_statistics_of_the_first_norm_are_those_of_its_input(data_dir, digits):
 
 def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_nothing_out(digits, monkeypatch):
     """Batches of 2, whose means differ: the formulas in float64, of the images themselves, for dropout is off."""
-    monkeypatch.setattr(evaler, "EVALUATION_BATCH", 2)
     monkeypatch.setattr(evaler, "REESTIMATION_IMAGES", 100)
     norm = ops.BatchNorm(momentum=0.7)
     model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Dropout(0.5), norm])
-    evaler.reestimate_batch_statistics(model, digits[0], seed=3)
+    evaler.reestimate_batch_statistics(model, digits[0], seed=3, batch_size=2)
     batches = create_input_ops(digits[0], 2, True, seed=3, last_step=50)
     images = np.stack([images.numpy() for images, _ in batches]).astype(np.float64)  # [50, 2, 8, 8, 1]
     means, within = images.mean(axis=(1, 2, 3)), images.var(axis=(1, 2, 3), ddof=1)
@@ -148,8 +184,8 @@ def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir,
     run_dir, _ = batch_run
     flags = "--dataset Digits --batch_statistics batch --data_dir".split()
     evaler.main([*flags, data_dir, "--train_dir", str(run_dir)])
-    result = json.loads((run_dir / "evaluation.json").read_text())
-    assert result["by_batch"]["batch_size"] == 4 and result["by_batch"]["images"] == 360
+    results = results_of(run_dir)
+    assert results["by_batch"]["batch_size"] == 4 and results["by_batch"]["images"] == 360
     config, _ = runs.read_config(run_dir)
     model = evaler.build_model(config, (8, 8, 1), 10)
     runs.load_weights(model, run_dir)
@@ -163,7 +199,7 @@ def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir,
         rows = order[start : start + 4]
         logits = model(test.images()[rows].astype(np.float32) / 255, training=True)
         correct += int((np.argmax(logits, axis=1) == test.labels[rows]).sum())
-    assert again["accuracy"] == result["by_batch"]["accuracy"] == correct / 360 != result["accuracy"]
+    assert again["accuracy"] == results["by_batch"]["accuracy"] == correct / 360 != results["accuracy"]["accuracy"]
 
 
 def test_top5_accuracy_where_there_are_many_classes():

@@ -37,7 +37,7 @@ def two_devices():
 # ---------------------------------------------------------------------------------------- two devices of a process
 
 
-def weights_after(strategy, batch_size, updates, optimizer, norm_type="group", sync=False, offset=0.0):
+def weights_after(strategy, batch_size, optimizer, norm_type="group", sync=False, offset=0.0, accumulate=False):
     """The variables of a small network after 3 steps on 8 random images each, by trainer.py's own step."""
     config = runs.Config(
         model="resnet8",
@@ -47,6 +47,10 @@ def weights_after(strategy, batch_size, updates, optimizer, norm_type="group", s
         batch_norm_momentum=0.5,
         sync_batch_norm=sync,
         optimizer=optimizer,
+        max_batch_size=8,
+        num_replicas=strategy.num_replicas_in_sync,
+        weight_decay=1e-2,
+        accumulate=accumulate,
     )
     keras.utils.set_random_seed(3)
     with strategy.scope():
@@ -54,7 +58,7 @@ def weights_after(strategy, batch_size, updates, optimizer, norm_type="group", s
         trained = trainer.Optimizer(optimizer, [variable.value for variable in model.trainable_variables])
         totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
     trained.learning_rate.assign({"momentum": 0.1, "adam": 1e-3}[optimizer])
-    step = trainer.make_train_step(model, trained, totals, batch_size, updates, weight_decay=1e-2, strategy=strategy)
+    step = trainer.make_train_step(model, trained, totals, config, strategy)
     rng = np.random.default_rng(0)
     for _ in range(3):
         images = tf.constant(rng.random((8, 8, 8, 1)) + offset, tf.float32)
@@ -66,11 +70,20 @@ def weights_after(strategy, batch_size, updates, optimizer, norm_type="group", s
 @pytest.mark.parametrize("optimizer, clip_norm", [("momentum", 20.0), ("momentum", 0.1), ("adam", 20.0)])
 def test_with_group_norm_two_devices_are_one_of_twice_the_batch(optimizer, clip_norm, two_devices, monkeypatch):
     monkeypatch.setattr(runs, "CLIP_NORM", clip_norm)
-    one, sums = weights_after(tf.distribute.get_strategy(), 4, 2, optimizer)
-    two, means = weights_after(two_devices, 2, 2, optimizer)
+    one, sums = weights_after(tf.distribute.get_strategy(), 4, optimizer)
+    two, means = weights_after(two_devices, 2, optimizer)
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=2e-6, err_msg=name)
     np.testing.assert_allclose(means * 2, sums, rtol=1e-6)  # totals are means over the replicas: their ratios count
+
+
+@pytest.mark.parametrize("norm_type, sync", [("group", False), ("batch", True)])
+def test_two_devices_accumulate_as_one_does(norm_type, sync, two_devices):
+    """The same mean gradient; synchronized batch norm sees the same batch of 4 images."""
+    one, _ = weights_after(tf.distribute.get_strategy(), 4, "momentum", norm_type, accumulate=True)
+    two, _ = weights_after(two_devices, 2, "momentum", norm_type, sync, accumulate=True)
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, atol=2e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
@@ -106,15 +119,15 @@ def test_synchronized_batch_norm_is_that_of_the_whole_batch(offset, two_devices)
 
 
 def test_synchronized_batch_norm_trains_as_one_device_with_the_whole_batch(two_devices):
-    one, _ = weights_after(tf.distribute.get_strategy(), 8, 1, "momentum", "batch", offset=30.0)
-    two, _ = weights_after(two_devices, 4, 1, "momentum", "batch", sync=True, offset=30.0)
+    one, _ = weights_after(tf.distribute.get_strategy(), 8, "momentum", "batch", offset=30.0)
+    two, _ = weights_after(two_devices, 4, "momentum", "batch", sync=True, offset=30.0)
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=3e-5 * max(1.0, np.abs(value).max()), err_msg=name)
 
 
 def test_own_statistics_differ_from_the_whole_batch_and_are_averaged(two_devices):
-    one, _ = weights_after(tf.distribute.get_strategy(), 8, 1, "momentum", "batch")
-    two, _ = weights_after(two_devices, 4, 1, "momentum", "batch")
+    one, _ = weights_after(tf.distribute.get_strategy(), 8, "momentum", "batch")
+    two, _ = weights_after(two_devices, 4, "momentum", "batch")
     assert max(np.abs(two[name] - value).max() for name, value in one.items()) > 1e-3
     with two_devices.scope():
         layer = ops.BatchNorm(momentum=0.0)
@@ -122,7 +135,8 @@ def test_own_statistics_differ_from_the_whole_batch_and_are_averaged(two_devices
         model = keras.Sequential([keras.Input((2,)), layer])
         totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
         optimizer = trainer.Optimizer("momentum", [variable.value for variable in model.trainable_variables])
-    step = trainer.make_train_step(model, optimizer, totals, 2, strategy=two_devices)
+    config = runs.Config(batch_size=2, max_batch_size=4, num_replicas=2)
+    step = trainer.make_train_step(model, optimizer, totals, config, two_devices)
     x = np.float32([[1, 2], [3, 4], [50, 60], [70, 90]])
     step(tf.constant(x), tf.constant([0, 1, 0, 1]), tf.constant(False))
     variances = (x[:2].var(axis=0, ddof=1) + x[2:].var(axis=0, ddof=1)) / 2
