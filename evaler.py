@@ -394,9 +394,10 @@ def main(argv=None):
     if flags.export is not None:
         export.check_request(flags.export, flags.export_format)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
-    config, _ = runs.read_config(run_dir)
+    config, data = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
     train, test = datasets.create_default_splits(flags.dataset, flags.data_dir, validation=flags.validation)
+    runs.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
     if flags.predict:
         check_images(train)
     split = test if flags.split == "test" else train

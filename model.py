@@ -132,8 +132,8 @@ def create_model(
         x = large_resnet(image, conv, *LARGE_RESNETS[model])
     else:
         x = small_resnet(image, conv, blocks=(int(model.removeprefix("resnet")) - 2) // 6)
-    logits = fc(x, num_classes, name="logits", initializer=keras.initializers.RandomNormal(stddev=LOGITS_STDDEV))
-    logits = keras.layers.Activation("linear", dtype="float32", name="float32")(logits)
+    small = keras.initializers.RandomNormal(stddev=LOGITS_STDDEV)
+    logits = fc(x, num_classes, name="logits", initializer=small, dtype="float32")
     return keras.Model(image, logits, name=model)
 
 
@@ -256,9 +256,9 @@ def conv2d(
     return x
 
 
-def fc(x, units, name, activation=None, initializer="he_normal"):
-    """A dense layer with bias on x [N, inputs], then None or 'leaky_relu' (slope 0.2)."""
-    x = keras.layers.Dense(units, kernel_initializer=initializer, name=name)(x)
+def fc(x, units, name, activation=None, initializer="he_normal", dtype=None):
+    """A dense layer with bias on x [N, inputs], then None or 'leaky_relu' (slope 0.2); dtype: None is Keras' policy."""
+    x = keras.layers.Dense(units, kernel_initializer=initializer, dtype=dtype, name=name)(x)
     return x if activation is None else keras.layers.LeakyReLU(0.2, name=f"{name}_relu")(x)
 
 

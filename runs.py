@@ -210,6 +210,25 @@ def describe_data(train, test) -> dict:
     }
 
 
+def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
+    """Raise UserError unless the splits are the data that a run was trained on, as config.json describes them.
+
+    counts: False where the run held out images that are not held out now, so that the numbers of images differ.
+    """
+    here = json.loads(json.dumps(describe_data(train, test)))
+    for name in here.keys() & data.keys() - (set() if counts else {"train", "test"}):
+        there, now = data[name], here[name]
+        if there == now:
+            continue
+        if name == "class_names" and len(there) == len(now):
+            number = next(i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1])
+            name, there, now = f"class {number}", there[number], now[number]
+        raise UserError(
+            f"{run_dir} was trained on other data: its {name} is {there!r}, that of {train.name} is now {now!r}; bring "
+            f"the old data back (--data_dir), or train anew"
+        )
+
+
 def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
     """Write config.json: the flags as given, what follows from them, the data, the versions, machine and commit."""
     given = {name: getattr(flags, name) for name in FLAGS}
@@ -453,10 +472,10 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
     return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
-def take_weights(model, source) -> list[str]:
-    """Give a model the variables of another that have the same name and shape; returns the names that nothing was
-    taken for."""
-    there = weights_of(source)
+def take_weights(model, source, same_classes: bool) -> list[str]:
+    """Give a model the variables of another that have the same name and shape, those of the last layer only where the
+    classes are the same; returns the names that nothing was taken for."""
+    there = {name: v for name, v in weights_of(source).items() if same_classes or not name.startswith("logits/")}
     left = []
     for name, variable in weights_of(model).items():
         if name in there and there[name].shape == variable.shape:
@@ -509,12 +528,21 @@ class Run(NamedTuple):
     accuracies: dict  # by the names in MEASURES
     evaluation: dict  # the part of them that evaler.py measured
     state: str  # finished, diverged or unfinished
+    commit: str | None = None  # of the code that made it
 
     @property
     def arm(self) -> str:
         """The norm as compare.py's --norm_type spells it."""
         config = self.config
         return config.norm_type + "+ws" * config.weight_standardization + "+acc" * config.accumulate
+
+    @property
+    def training_accuracy(self) -> float | None:
+        """The mean over the last epoch, of the rows that log_step steps lie between; None before there is one."""
+        epoch = math.ceil(self.settings["train"] / self.config.max_batch_size)
+        rows = [row for row in self.rows if row["step"] % self.config.log_step == 0 and "loss/accuracy" in row]
+        last = [row["loss/accuracy"] for row in rows if row["step"] > self.config.max_training_step - epoch]
+        return statistics.mean(last) if last and self.state == "finished" else None
 
 
 def comparable(config: Config, data: dict) -> dict:
@@ -539,7 +567,8 @@ def read_run(path: Path) -> Run:
     accuracies = evaluation = read_evaluation(path / "evaluation.json", config)
     if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test is what evaler.py repeats
         accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows) | accuracies
-    return Run(path, config, comparable(config, data), rows, accuracies, evaluation, state)
+    source = json.loads((path / "config.json").read_text()).get("source") or {}
+    return Run(path, config, comparable(config, data), rows, accuracies, evaluation, state, source.get("commit"))
 
 
 def last_epochs(config: Config, data: dict, rows: list) -> dict:

@@ -201,12 +201,7 @@ def reopen(run_dir, flags):
     config = dataclasses.replace(config, data_dir=data_dir, replicas=here, worker_timeout=flags.worker_timeout)
     config = longer(config, run_dir, flags.max_training_step)
     splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
-    for name, split in zip(("train", "test"), splits):
-        if len(split) != data[name]:
-            raise UserError(
-                f"{run_dir} was trained with {data[name]} {name} images, but {data_dir} has {len(split)} "
-                f"now: the data changed"
-            )
+    runs.check_data(run_dir, data, *splits)
     return config, *splits
 
 
@@ -560,7 +555,7 @@ def start_from_weights(model, config, splits):
     converted = runs.check_convertible(config, other, config.checkpoint)
     source = evaler.build_model(other, network_image_shape(train), data["num_classes"])
     path, _ = runs.load_weights(source, config.checkpoint)
-    fresh = runs.take_weights(model, source)
+    fresh = runs.take_weights(model, source, data.get("class_names", train.class_names) == train.class_names)
     print(f"starting from the weights of {path}" + (f"; new: {', '.join(fresh)}" if fresh else ""), flush=True)
     if converted:
         batches = create_input_ops(train, min(len(train), CONVERSION_IMAGES), True, seed=config.seed, last_step=1)

@@ -7,7 +7,7 @@
 
 Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at its last step. What is finished is kept,
 what was interrupted goes on, the rest is trained, --jobs processes side by side. Flags of trainer.py that are not
-listed here pass through. Leaves table.md, results.json, batch_size.png and curves.png in --train_dir.
+listed here pass through. Leaves table.md, results.csv, batch_size.png and curves.png in --train_dir.
 """
 
 import ctypes

@@ -4,6 +4,7 @@ Runs are alike when all their settings are alike but for the seed. A cell of the
 the rows of a table differ in the norm, and in what they name.
 """
 
+import csv
 import json
 import math
 import re
@@ -28,6 +29,18 @@ COLOURS = {
     "none+ws": "#222222",
 }
 COLOURS |= {f"{norm}+acc": colour for norm, colour in COLOURS.items()}
+CSV_ORDER = (
+    "dataset",
+    "model",
+    "norm",
+    "accumulate",
+    "batch_size",
+    "rate",
+    "groups",
+    "channels_per_group",
+    "seed",
+    "run",
+)
 LEVEL = 2  # differences of fewer standard errors are not claimed
 SPREAD_SEEDS = 5  # with fewer seeds, ranges that do not overlap show nothing: with 3 and 3 chance makes 1 in 10
 FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
@@ -162,17 +175,21 @@ def markdown(table):
 
 
 def compared(other, base, images):
-    """Words for how the accuracies [seeds] of one norm stand to those of another, on so many test images.
-
-    A difference of less than LEVEL standard errors is level: those that the choice of the images alone gives.
-    """
+    """'1.5 points above batch (...)': how the accuracies [seeds] of a norm stand to those of batch norm on so many test
+    images. A difference of less than LEVEL standard errors, which the choice of the images alone gives, is level."""
     medians = statistics.median(other), statistics.median(base)
     difference = 100 * (medians[0] - medians[1])
     error = 100 * math.sqrt(sum(share * (1 - share) for share in medians) / images)
-    words = f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
+    seeds = min(len(base), len(other))
+    details = [f"{spread(other)} and {spread(base)} %", f"{seeds} seed{'s' * (seeds > 1)}"]
+    verdict = f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
     if abs(difference) < LEVEL * error:
-        words = f"level with ({difference:+.1f} points, standard error {error:.1f})"
-    return words
+        verdict = "level with"
+        details.insert(0, f"{difference:+.1f} points, standard error {error:.1f}")
+    if seeds >= SPREAD_SEEDS:
+        apart = min(other) > max(base) or min(base) > max(other)
+        details.append("the ranges " + ("do not overlap" if apart else "overlap"))
+    return f"{verdict} batch ({', '.join(details)})"
 
 
 def sentences(table):
@@ -192,40 +209,42 @@ def sentences(table):
             other = values(row, size)
             if row[0] == "batch" or not base or not other or not row[0].startswith("group"):
                 continue
-            apart = min(other) > max(base) or min(base) > max(other)
-            seeds = min(len(base), len(other))
-            spreads = f"{spread(other)} and {spread(base)} %, {seeds} seed{'s' * (seeds > 1)}"
-            if seeds >= SPREAD_SEEDS:
-                spreads += ", the ranges " + ("do not overlap" if apart else "overlap")
             images = cells[row, "accuracy", size][0].settings["test"]
-            said.append(f"at batch size {size} {row[0]} is {compared(other, base, images)} batch ({spreads})")
+            said.append(f"at batch size {size} {row[0]} is {compared(other, base, images)}")
     return [words[0].upper() + words[1:] + "." for words in said]
 
 
-def as_json(table):
-    """The cells of a table with every run behind them."""
-    title, _, _, cells = table
+def as_row(run):
+    """What results.csv has of a run; accuracies are shares of 1, rate is that at max_batch_size images per update."""
+    config, data = run.config, run.settings
+    speeds = [row["images_per_second"] for row in run.rows if "images_per_second" in row]
     return {
-        "title": title,
-        "cells": [
-            {
-                "norm": row[0],
-                "settings": row[1],
-                "measure": measure,
-                "batch_size": size,
-                "runs": [
-                    {
-                        "run": run.path.name,
-                        "seed": run.config.seed,
-                        "state": run.state,
-                        "accuracy": run.accuracies.get(measure),
-                    }
-                    for run in runs
-                ],
-            }
-            for (row, measure, size), runs in sorted(cells.items(), key=str)
-        ],
+        "dataset": config.dataset,
+        "model": config.model,
+        "norm": run.arm.removesuffix("+acc"),
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+        "seed": config.seed,
+        "rate": config.base_learning_rate,
+        "groups": data["groups"],
+        "channels_per_group": data["group_size"],
+        "epochs": f"{config.max_training_step * config.max_batch_size / data['train']:.3g}",
+        "state": run.state,
+        **{measure: run.accuracies.get(measure) for measure in MEASURES},
+        "training_accuracy": None if run.training_accuracy is None else f"{run.training_accuracy:.4f}",
+        "images_per_second": f"{statistics.median(speeds):.0f}" if speeds else None,
+        "commit": run.commit,
+        "run": run.path.name,
     }
+
+
+def write_csv(runs, path):
+    """Write results.csv: a row per run, sorted by what it is."""
+    rows = sorted(map(as_row, runs), key=lambda row: [str(row[name]).zfill(9) for name in CSV_ORDER])
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # -------------------------------------------------------------------------------------------------- the pictures
@@ -296,13 +315,13 @@ def draw_curves(found, path):
 
 
 def report(runs, folder, called=None):
-    """Print the tables and sentences of `runs`; leave them in folder/table.md, results.json and the two pictures."""
+    """Print the tables and sentences of `runs`; leave them in folder/table.md, results.csv and the two pictures."""
     found, folder = tables(runs, called), Path(folder)
     parts = [part for table in found for part in (markdown(table), "\n".join(sentences(table))) if part]
     text = "\n\n".join(parts) + "\n"
     print(text)
     (folder / "table.md").write_text(text)
-    (folder / "results.json").write_text(json.dumps([as_json(table) for table in found], indent=1) + "\n")
+    write_csv(runs, folder / "results.csv")
     draw_batch_sizes(found, folder / "batch_size.png")
     draw_curves(found, folder / "curves.png")
-    print(f"wrote table.md, results.json, batch_size.png and curves.png to {folder}")
+    print(f"wrote table.md, results.csv, batch_size.png and curves.png to {folder}")

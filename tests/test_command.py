@@ -41,7 +41,8 @@ def python(code, **environment):
 
 
 @pytest.mark.parametrize(
-    "number, code, word", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    "number, code, word",
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
 def test_a_signal_that_comes_while_objects_are_freed_is_not_lost(number, code, word):
     """Python drops what its handler raises there."""

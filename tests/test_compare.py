@@ -3,7 +3,9 @@
 python -m pytest tests/test_compare.py
 """
 
+import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,7 +56,7 @@ def config(norm="batch", batch_size=2, seed=0, ws=False, **other):
             "max_training_step": 100,
             "updates_per_step": 64 // batch_size,
         },
-        "data": {"train": 800, "test": 100, "num_classes": 10, "class_names": ["a"]},
+        "data": {"train": 800, "test": 10_000, "num_classes": 10, "class_names": ["a"]},
     }
     for part in made.values():
         part |= {name: value for name, value in other.items() if name in part}
@@ -139,7 +141,23 @@ def test_the_title_says_what_the_runs_share(tmp_path):
     write_run(tmp_path, "one", 0.5)
     write_run(tmp_path, "other", 0.6, norm="group")
     ((title, *_),) = results.tables(runs.read_runs([tmp_path]))
-    assert title == "SET, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1"
+    assert title == "SET, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1, 10000 test images"
+
+
+def test_each_norm_can_have_its_own_rate(tmp_path):
+    write_run(tmp_path, "one", 0.5)
+    write_run(tmp_path, "other", 0.6, norm="group", base_learning_rate=0.4)
+    ((title, *_),) = results.tables(runs.read_runs([tmp_path]))
+    assert "batch: momentum at 0.1, group: momentum at 0.4" in title
+    assert list(table_of(tmp_path))[2:] == ["batch", "group"]
+
+
+def test_a_copied_run_does_not_count_as_another_seed(tmp_path, capsys):
+    write_run(tmp_path, "first", 0.5)
+    write_run(tmp_path, "second", 0.6, seed=1)
+    shutil.copytree(tmp_path / "second", tmp_path / "copies" / "second")
+    assert table_of(tmp_path)["batch"] == ["50.0 ← 55.0 → 60.0"]
+    assert "seed 1" in capsys.readouterr().out
 
 
 def test_runs_without_a_result_are_named(tmp_path):
@@ -179,27 +197,27 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
         assert table_of(tmp_path) == {"norm": ["batch size 2"], "---": ["---"], "batch": ["25.0"]}
 
 
-def test_sentences_say_what_the_numbers_support(tmp_path):
-    for seed in range(2):
-        write_run(tmp_path, f"b{seed}", 0.50 + 0.02 * seed, seed=seed)
-        write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
-        write_run(tmp_path, f"B{seed}", 0.70 + 0.02 * seed, seed=seed, batch_size=32)
-        write_run(tmp_path, f"G{seed}", 0.69 + 0.02 * seed, seed=seed, batch_size=32, norm="group")
+@pytest.mark.parametrize(
+    "base, other, images, said",
+    [
+        ([0.50, 0.52], [0.60, 0.62], 10_000, "10.0 points above batch (60.0 ← 61.0 → 62.0 and 50.0 ← 51.0 → 52.0 %, 2"),
+        ([0.70], [0.60], 10_000, "10.0 points below batch (60.0 and 70.0 %, 1 seed)"),
+        # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) / 140) 3.6 points
+        ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.6, "),
+        ([0.70] * 5, [0.60] * 4 + [0.69], 10_000, "5 seeds, the ranges do not overlap"),
+        ([0.60] * 4 + [0.69], [0.70] * 5, 10_000, "5 seeds, the ranges do not overlap"),
+        ([0.60] * 4 + [0.75], [0.70] * 5, 10_000, "5 seeds, the ranges overlap"),
+    ],
+)
+def test_sentences_say_what_the_numbers_support(base, other, images, said, tmp_path):
+    """The ranges are only compared from five seeds on, and small differences are called level."""
+    for norm, accuracies in (("batch", base), ("group", other)):
+        for seed, accuracy in enumerate(accuracies):
+            write_run(tmp_path, f"{norm}{seed}", accuracy, seed=seed, norm=norm, test=images)
     (table,) = results.tables(runs.read_runs([tmp_path]))
-    assert results.sentences(table) == [
-        "At batch size 2 group is 10.0 points above batch (2 seeds, the ranges do not overlap).",
-        "At batch size 32 group is 1.0 points below batch (2 seeds, the ranges overlap).",
-    ]
-
-
-def test_ranges_that_do_not_overlap_are_seen_from_below_too(tmp_path):
-    for seed in range(2):
-        write_run(tmp_path, f"b{seed}", 0.70 + 0.02 * seed, seed=seed)
-        write_run(tmp_path, f"g{seed}", 0.60 + 0.02 * seed, seed=seed, norm="group")
-    (table,) = results.tables(runs.read_runs([tmp_path]))
-    assert results.sentences(table) == [
-        "At batch size 2 group is 10.0 points below batch (2 seeds, the ranges do not overlap)."
-    ]
+    (sentence,) = results.sentences(table)
+    assert sentence.startswith("At batch size 2 group is ") and said in sentence
+    assert ("ranges" in sentence) == (len(base) >= 5)
 
 
 def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
@@ -222,9 +240,11 @@ def test_results_and_pictures_come_from_logs_alone(tmp_path):
         write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm="group")
     printed = scripts.run("figure/compare.py", "--from_logs", tmp_path)
     assert (tmp_path / "table.md").read_text() in printed
-    (found,) = json.loads((tmp_path / "results.json").read_text())
-    cells = {(cell["norm"], cell["measure"], cell["batch_size"]): cell["runs"] for cell in found["cells"]}
-    assert cells["batch", "by_batch", 4] == [{"run": "b4", "seed": 0, "state": "finished", "accuracy": 0.6}]
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 10
+    expected = {"norm": "batch", "batch_size": "4", "rate": "0.1", "epochs": "8", "accuracy": "0.5", "by_batch": "0.6"}
+    assert rows["b4"] | expected | {"training_accuracy": "0.5000", "seed": "0"} == rows["b4"]
     for name in ("batch_size.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
@@ -269,21 +289,22 @@ def grid(monkeypatch, data_dir, *flags):
         (("--epochs", 3), 3 * 23),
         (("--epochs", 1, "--max_batch_size", 32), 45),  # 1437 images
         (("--max_training_step", 7), 7),
+        (("--max_training_step=7", "--log_step=3"), 7),
     ],
 )
 def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, data_dir, monkeypatch):
-    cells = grid(
-        monkeypatch, data_dir, *flags, "--norm_type", "group+ws", "batch", "--batch_size", 4, 32, 2, "--seeds", 2
-    )
+    arms = ("group+ws", "batch+acc", "group+ws+acc")
+    cells = grid(monkeypatch, data_dir, *flags, "--norm_type", *arms, "--batch_size", 4, 16, 2, "--seeds", 2)
     assert [(cell.seed, cell.batch_size, cell.arm) for cell in cells] == [
-        (seed, size, arm) for seed in (0, 1) for size in (2, 32, 4) for arm in ("group+ws", "batch")
+        (seed, size, arm) for seed in (0, 1) for size in (2, 4, 16) for arm in arms
     ]
     for cell in cells:
         config = cell.config
-        assert config.norm_type + "+ws" * config.weight_standardization == cell.arm
+        assert config.norm_type + "+ws" * config.weight_standardization + "+acc" * config.accumulate == cell.arm
         assert config.batch_size == cell.batch_size
         assert config.max_training_step == steps and cell.images == steps * config.max_batch_size
         assert cell.flags[cell.flags.index("--seed") + 1] == str(cell.seed)
+        assert config.log_step == (3 if "--log_step=3" in flags else 50)
 
 
 def run_of(cell, step, speeds, state="finished"):
@@ -327,6 +348,7 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
     for change, said in (
         (("--groups", 4), "groups 4, where this grid has 16"),
         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
+        (("--augment", "crop"), "augment crop, where this grid has None"),
         (("--epochs", 2), "max_training_step 46, where this grid has 23"),
     ):
         other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))
@@ -340,18 +362,31 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
         ("group", {}, True),
         ("group", {"accuracy": 0.5}, False),
         ("batch", {"accuracy": 0.5}, True),
-        ("batch", {"accuracy": 0.5, "by_batch": 0.6}, False),
+        ("batch", {"accuracy": 0.5, "by_batch": 0.6, "reestimated": 0.6}, True),
+        ("batch", {"accuracy": 0.5, "by_batch": 0.6, "reestimated": 0.6, "reestimated_small": 0.6}, False),
     ],
 )
-def test_batch_norm_is_evaluated_until_it_has_its_three_rows(norm, evaluation, needed):
+def test_batch_norm_is_evaluated_until_it_has_its_rows(norm, evaluation, needed, tmp_path):
+    """At batch size 2, four; where no checkpoint is left, what there is of an evaluation is kept as it is."""
+    config = runs.Config(norm_type=norm, batch_size=2)
     of_state = [
-        runs.Run(None, runs.Config(norm_type=norm), {}, [], {}, evaluation, state)
-        for state in ("finished", "unfinished", "diverged")
+        runs.Run(tmp_path, config, {}, [], {}, evaluation, state) for state in ("finished", "unfinished", "diverged")
     ]
+    assert [compare.needs_evaluation(found) for found in of_state] == [needed and not evaluation, False, False]
+    (tmp_path / "model-1.index").touch()
     assert [compare.needs_evaluation(found) for found in of_state] == [needed, False, False]
 
 
 # ----------------------------------------------------------------------------------------- through the real scripts
+
+
+def is_locked(run_dir):
+    """Whether a process trains in a run folder."""
+    try:
+        with runs.lock(run_dir):
+            return False
+    except runs.UserError:
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -404,8 +439,10 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
         assert path.stat().st_mtime_ns == time_of, path
 
 
-def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
-    """Ctrl-C stops every run after saving it; the same command goes on with them, to one run per cell."""
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_grid_goes_on(stop, data_dir, tmp_path):
+    """Ctrl-C, or the death of compare.py, stops every run after saving it; the same command goes on with them, to one
+    run per cell."""
     flags = (
         *GRID,
         *"--norm_type group --batch_size 1 2 --seeds 1".split(),
@@ -421,9 +458,12 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     while sum(bool(run.rows) for run in runs.read_runs([tmp_path])) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
+    if stop == signal.SIGINT:
+        assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
+    while time.monotonic() < deadline and any(is_locked(run.path) for run in runs.read_runs([tmp_path])):
+        time.sleep(0.1)
     stopped = {run.path: run.rows[-1]["step"] for run in runs.read_runs([tmp_path])}
     assert len(stopped) == 2 and max(stopped.values()) < 200
     assert all(list(path.glob("model-*.index")) for path in stopped)
@@ -459,6 +499,9 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         (("--jobs", "1000000"), "--jobs 1000000 needs"),
         (("--batch_sise", "4"), "--batch_sise"),
         (("--seed", "1"), "--seeds"),
+        (("--seed=7",), "--seeds"),
+        (("--accumulate",), "+acc"),
+        (("--weight_standardization",), "+ws"),
         (("--groups", "7"), "7 groups"),
         (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"),
         (("--max_training_step", "7"), "6"),

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import datasets
+import download
 import evaler
 import ops
 import runs
@@ -357,3 +358,30 @@ def test_reestimation_needs_batch_norm(data_dir, tmp_path):
         code=2,
     )
     assert datasets.is_prepared("Digits", data_dir)
+
+
+def test_a_run_is_opened_on_its_own_classes_alone(main_of, tmp_path, capsys):
+    """A class of three is renamed and the folder packed anew: the labels of the images stay, their names move."""
+    photos, data_dir, train_dir = tmp_path / "photos", tmp_path / "data", tmp_path / "runs"
+    for label, name in enumerate(("apple", "leaf", "sky")):
+        (photos / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = np.full((8, 8, 3), 80 * label + i, np.uint8)
+            keras.utils.save_img(photos / name / f"{i}.png", pixels, scale=False)
+    flags = ["--dataset", "FRUIT", "--data_dir", str(data_dir), "--train_dir", str(train_dir)]
+    download.prepare_folder("FRUIT", str(photos), data_dir=str(data_dir))
+    training = ["--model", "resnet8", "--max_batch_size", "4", "--max_training_step", "1"]
+    main_of(*flags, *training)
+    run_dir, image = scripts.only_run(train_dir), str(photos / "sky" / "0.png")
+    evaler.main([*flags, "--predict", image])
+    (photos / "apple").rename(photos / "zapple")
+    (data_dir / "FRUIT" / "data.hdf5").unlink()
+    download.prepare_folder("FRUIT", str(photos), data_dir=str(data_dir))
+    for ask in ([], ["--predict", image], ["--export", str(tmp_path / "exported")]):
+        with pytest.raises(evaler.UserError, match="class 0 is 'apple'.* now 'leaf'"):
+            evaler.main([*flags, *ask])
+    with pytest.raises(evaler.UserError, match="class 0 is 'apple'"):
+        main_of("--resume", run_dir, "--data_dir", data_dir)
+    capsys.readouterr()
+    main_of(*flags, *training, "--checkpoint", run_dir)
+    assert "new: logits/kernel, logits/bias" in capsys.readouterr().out
