@@ -203,6 +203,17 @@ def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir,
     assert again["accuracy"] == results["by_batch"]["accuracy"] == correct / 360 != results["accuracy"]["accuracy"]
 
 
+def test_synchronized_batch_norm_is_tested_on_batches_of_all_replicas(batch_run, data_dir, tmp_path):
+    """Two replicas that normalize over 4 images each normalized over 8."""
+    run_dir = shutil.copytree(batch_run[0], tmp_path / "run")
+    stored = json.loads((run_dir / "config.json").read_text())
+    stored["flags"]["sync_batch_norm"], stored["derived"]["num_replicas"] = True, 2
+    (run_dir / "config.json").write_text(json.dumps(stored))
+    flags = ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", str(run_dir)]
+    evaler.main([*flags, "--batch_statistics", "batch"])
+    assert results_of(run_dir)["by_batch"]["batch_size"] == 8
+
+
 def test_top5_accuracy_where_there_are_many_classes():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(100)])

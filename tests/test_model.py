@@ -431,6 +431,8 @@ def test_logits_and_weights_are_float32_in_bfloat16(norm_type):
     assert {weight.dtype for weight in model.weights} == {"float32"}
     logits = model(images(2), training=True)
     assert logits.dtype == "float32" and np.isfinite(logits).all()
+    rounded = keras.ops.cast(keras.ops.cast(logits, "bfloat16"), "float32")
+    assert (np.asarray(rounded) != np.asarray(logits)).any()  # computed in float32, not only cast to it
 
 
 @pytest.mark.parametrize("name, norm_type", [("resnet8", "group"), ("resnet8", "batch"), ("resnet18", "group")])

@@ -55,6 +55,8 @@ def test_a_finished_run_stays_as_it_is(data_dir, main_of, capsys, tmp_path):
     run_dir = scripts.only_run(tmp_path)
     before, rows, points = scripts.checkpoint(run_dir), scripts.metrics(run_dir), scripts.scalars(run_dir)
     capsys.readouterr()
+    with runs.lock(run_dir), pytest.raises(runs.UserError, match="is being trained"):
+        main_of("--resume", run_dir)
     main_of("--resume", run_dir)
     assert "done: 2 steps" in capsys.readouterr().out
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
