@@ -131,18 +131,6 @@ def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_n
     assert norm.momentum == 0.7 and not norm.use_batch_statistics
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_network_computes_in_the_dtype_of_the_run(dtype):
-    config = runs.Config(dtype=dtype, model="resnet8", norm_type="batch", batch_norm_momentum=0.9)
-    try:
-        model = evaler.build_model(config, (8, 8, 1), 10)
-    finally:
-        keras.mixed_precision.set_dtype_policy("float32")
-    computing = [layer for layer in model.layers if isinstance(layer, (ops.Conv2D, ops.BatchNorm, keras.layers.Dense))]
-    assert {layer.compute_dtype for layer in computing} == {dtype}
-    assert {layer.variable_dtype for layer in computing} == {"float32"}
-
-
 def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir, digits):
     """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves."""
     run_dir, _ = batch_run

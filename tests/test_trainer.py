@@ -20,6 +20,7 @@ import tensorflow as tf
 import datasets
 import evaler
 import input_ops
+import ops
 import runs
 import summaries
 import trainer
@@ -400,9 +401,45 @@ def test_no_adjust_learning_rate_has_an_effect(data_dir):
     assert config.peak_learning_rate == 0.5
 
 
-def test_the_horizon_of_moving_statistics_is_the_same_at_every_batch_size(data_dir):
-    momenta = [configuration(data_dir, "--batch_size", size)[0].batch_norm_momentum for size in (32, 2)]
-    assert momenta[0] == pytest.approx(0.9) and momenta[1] ** 16 == pytest.approx(0.9)
+@pytest.mark.parametrize(
+    "flags, norm, expected",
+    [
+        ("batch", ops.BatchNorm, {"momentum": 0.9, "synchronized": False}),
+        ("batch --batch_size 2", ops.BatchNorm, {"momentum": 0.9 ** (2 / 32)}),  # a step forgets a tenth of them
+        (
+            "batch --batch_size 8 --replicas 2 --sync_batch_norm",
+            ops.BatchNorm,
+            {"momentum": 0.9**0.5, "synchronized": True},
+        ),
+        ("batch --dtype bfloat16", ops.BatchNorm, {"compute_dtype": "bfloat16"}),
+        ("batch+renorm --batch_size 2", keras.layers.BatchNormalization, {"renorm": True, "momentum": 0.9 ** (2 / 32)}),
+        ("batch --weight_standardization", ops.BatchNorm, {}),
+        ("group --weight_standardization", ops.GroupNorm, {"groups": (16, 16, 16)}),
+        ("group --groups 4", ops.GroupNorm, {"groups": (4, 4, 4)}),
+        ("group --group_size 8", ops.GroupNorm, {"groups": (2, 4, 8)}),
+        ("layer", ops.GroupNorm, {"groups": (1, 1, 1)}),
+        ("instance", ops.GroupNorm, {"groups": (16, 32, 64)}),
+        ("none --weight_standardization --dtype bfloat16", None, {}),
+    ],
+)
+def test_the_network_is_what_the_flags_ask_for(flags, norm, expected, data_dir):
+    """The kind of its norms and convolutions, the settings of every norm (of 16, 32 and 64 channels), its dtypes."""
+    config, train, _ = configuration(data_dir, "--norm_type", *flags.split())
+    try:
+        model = evaler.build_model(config, train.image_shape, train.num_classes)
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+    norms = [layer for layer in model.layers if layer.name.endswith("_norm")]
+    convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
+    assert (model.name, model.output_shape) == ("resnet8", (None, 10))
+    assert {type(layer) for layer in norms} == ({norm} if norm else set())
+    standardized = ops.StandardizedConv2D if "--weight_standardization" in flags else ops.Conv2D
+    assert {type(layer) for layer in convolutions} == {standardized}
+    for name, values in expected.items():
+        by_channels = values if isinstance(values, tuple) else (values,) * 3
+        assert {(layer.output.shape[-1], getattr(layer, name)) for layer in norms} == set(zip((16, 32, 64), by_channels))
+    for layer in (*norms, *convolutions, model.get_layer("logits")):
+        assert (layer.compute_dtype, layer.variable_dtype) == (config.dtype, "float32"), layer.name
 
 
 def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, tmp_path, monkeypatch):
