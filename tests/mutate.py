@@ -85,7 +85,7 @@ MUTATIONS = {
         ("[g * (runs.CLIP_NORM / norm) for g in gradients]", "[g / norm for g in gradients]",
          "test_trainer.py::test_two_updates_against_the_papers_formulas[10000.0-momentum]"),
         ("objective += weight_decay *", "objective -= weight_decay *",
-         "test_trainer.py::test_weight_decay_pulls_every_weight_to_zero"),
+         "test_trainer.py::test_a_run_updates_with_its_optimizer_and_weight_decay"),
         ("grad=gradient, momentum=0.9", "grad=gradient, momentum=0.99",
          "test_trainer.py::test_two_updates_against_the_papers_formulas[1.0-momentum]"),
         ("power2.assign(power2 * 0.999)", "power2.assign(power2 * 0.9)",
