@@ -60,6 +60,17 @@ def test_reestimated_statistics_stand_beside_the_moving_ones(batch_run):
     assert result["reestimated"]["images"] == 360 and 0 < result["reestimated"]["accuracy"] != result["accuracy"]
 
 
+def test_statistics_are_reestimated_over_training_images(batch_run, data_dir, tmp_path):
+    """With other training images the re-estimated statistics are others, and the moving ones are not."""
+    run_dir, results = shutil.copytree(batch_run[0], tmp_path / "run"), []
+    for place in (data_dir, scripts.with_negatives(data_dir, tmp_path / "data", split=0)):
+        flags = "--dataset Digits --batch_statistics reestimate --data_dir".split()
+        evaler.main([*flags, str(place), "--train_dir", str(run_dir)])
+        results.append(json.loads((run_dir / "evaluation.json").read_text()))
+    assert results[0]["loss"] == results[1]["loss"]
+    assert results[1]["reestimated"]["loss"] > 1.5 * results[0]["reestimated"]["loss"]
+
+
 def test_summaries_and_mistakes_are_pictures(batch_run):
     run_dir, _ = batch_run
     assert iio.imread(run_dir / "mistakes.png").shape[:2] == (1100, 1000)
