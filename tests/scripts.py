@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from command import import_tensorflow
 
 import_tensorflow()
 
+import h5py
+import numpy as np
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
@@ -52,6 +55,15 @@ def run_here(monkeypatch, *flags):
 def only_run(train_dir):
     (run_dir,) = Path(train_dir).iterdir()
     return run_dir
+
+
+def with_negatives(data_dir, folder, split):
+    """A copy of a data folder in which the images of one split of Digits (0 train, 1 test) are their negatives."""
+    shutil.copytree(data_dir, folder)
+    with h5py.File(Path(folder, "digits", "data.hdf5"), "r+") as file:
+        rows = np.flatnonzero(file["split"][:] == split)
+        file["image"][rows] = 255 - file["image"][rows]
+    return folder
 
 
 def metrics(run_dir, without=TIMINGS):

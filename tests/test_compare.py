@@ -103,29 +103,34 @@ def test_seeds_share_a_cell_and_other_settings_do_not(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("base_learning_rate", 0.2),
-        ("lr_schedule", "constant"),
-        ("optimizer", "adam"),
-        ("augment", "crop"),
-        ("max_batch_size", 32),
-        ("max_training_step", 50),
-        ("validation", 20),
-    ],
-)
-def test_each_setting_that_changes_the_result_makes_a_row_of_its_own(setting, value, tmp_path):
-    write_run(tmp_path, "one", 0.5)
-    write_run(tmp_path, "other", 0.6, seed=1, **{setting: value})
-    rows = {name: cells for name, cells in table_of(tmp_path).items() if name.startswith("batch")}
-    assert len(rows) == 2 and any(str(value) in name for name in rows), rows
+def different(value):
+    """Another value of the kind of a setting."""
+    if isinstance(value, list):
+        return [*value, "more"]
+    return not value if isinstance(value, bool) else f"other_{value}" if isinstance(value, str) else (value or 0) + 3
 
 
-def test_names_and_places_make_no_difference(tmp_path):
-    write_run(tmp_path, "one", 0.5)
-    write_run(tmp_path, "other", 0.6, seed=1, prefix="mine", train_dir="elsewhere", log_step=7)
-    assert table_of(tmp_path)["batch"] == ["50.0 ← 55.0 → 60.0"]
+def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(main_of, data_dir, tmp_path):
+    """Every flag, derived value and fact of the data of a run in turn; what makes another row is named in it."""
+    listed = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step", "worker_timeout", "class_names"}
+    listed |= {"seed", "replicas", "test_sample_step", "ckpt_save_step"}
+    listed |= {"learning_rate", "no_adjust_learning_rate", "no_augment"}  # derived values say what they led to
+    listed |= {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # they follow from others
+    main_of(*GRID, *"--norm_type group --max_training_step 1 --data_dir".split(), data_dir, "--train_dir", tmp_path)
+    run_dir = scripts.only_run(tmp_path)
+    stored, parts, alike = json.loads((run_dir / "config.json").read_text()), ("flags", "derived", "data"), set()
+    for name in sorted({name for part in parts for name in stored[part]}):
+        known = {"norm_type": "layer", "weight_standardization": True}
+        value = known.get(name, different(({} | stored["data"] | stored["flags"] | stored["derived"])[name]))
+        other = {part: {**stored[part], **({name: value} if name in stored[part] else {})} for part in parts}
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+        cells = [key for *_, cells in results.tables(runs.read_runs([tmp_path])) for key in cells]
+        if len(cells) == 1:
+            alike.add(name)
+        elif name not in ("dataset", "model", "batch_size", *known):
+            assert any(f"{value}" in words for (_, words), *_ in cells), (name, cells)
+    assert alike == listed
 
 
 def test_datasets_and_models_have_tables_of_their_own(tmp_path):
@@ -181,7 +186,7 @@ def test_imagenet_has_the_median_of_its_last_epochs(tmp_path):
     for name in ("SET", "ImageNet"):
         run_dir = write_run(tmp_path / name, "run", 0.5, dataset=name)
         rows = [
-            {"step": 9 + 13 * k, "test_loss/accuracy": [0.1, 0.2, 0.2, 0.3, 0.5, 0.4, 0.7, 0.6][k]} for k in range(8)
+            {"step": 9 + 13 * k, "test_loss/accuracy": [0.1, 0.2, 0.2, 0.3, 0.5, 0.4, 0.9, 0.6][k]} for k in range(8)
         ]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert table_of(tmp_path / "SET")["batch"] == ["60.0"] and len(table_of(tmp_path / "SET")) == 3
@@ -201,6 +206,12 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
     "base, other, images, said",
     [
         ([0.50, 0.52], [0.60, 0.62], 10_000, "10.0 points above batch (60.0 ← 61.0 → 62.0 and 50.0 ← 51.0 → 52.0 %, 2"),
+        (
+            [0.70] * 2,
+            [0.60] * 3,
+            10_000,
+            "10.0 points below batch (60.0 ← 60.0 → 60.0 and 70.0 ← 70.0 → 70.0 %, 2 seeds)",
+        ),
         ([0.70], [0.60], 10_000, "10.0 points below batch (60.0 and 70.0 %, 1 seed)"),
         # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) / 140) 3.6 points
         ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.6, "),
@@ -232,6 +243,20 @@ def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
     assert [tuple(point) for point in line.get_xydata()] == [(2, pytest.approx(51)), (8, pytest.approx(70))]
     corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
     assert corners == {(2, 50), (2, 59), (8, 70)}
+
+
+def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, monkeypatch):
+    """A panel for each batch size; write_run trains at 50 %."""
+    write_run(tmp_path, "two", 0.6)
+    write_run(tmp_path, "eight", 0.7, batch_size=8)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    results.draw_curves(results.tables(runs.read_runs([tmp_path])), "unused")
+    for axes, size, tested in zip(figures[0].axes, (2, 8), (60, 70), strict=True):
+        thin, thick = sorted(axes.lines, key=lambda line: line.get_linewidth())
+        assert axes.get_title() == f"batch size {size}" and thick.get_label() == "batch"
+        for line, accuracy in ((thin, 50), (thick, tested)):
+            assert [tuple(point) for point in line.get_xydata()] == [(50, accuracy), (100, accuracy)]
 
 
 def test_results_and_pictures_come_from_logs_alone(tmp_path):
@@ -442,11 +467,11 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_grid_goes_on(stop, data_dir, tmp_path):
     """Ctrl-C, or the death of compare.py, stops every run after saving it; the same command goes on with them, to one
-    run per cell."""
+    run per cell, which is evaluated on the images held out."""
     flags = (
         *GRID,
         *"--norm_type group --batch_size 1 2 --seeds 1".split(),
-        *"--max_training_step 200 --log_step 5 --jobs 2 --data_dir".split(),
+        *"--max_training_step 200 --log_step 5 --validation 200 --jobs 2 --data_dir".split(),
         data_dir,
         "--train_dir",
         tmp_path,
@@ -469,6 +494,9 @@ def test_an_interrupted_grid_goes_on(stop, data_dir, tmp_path):
     assert all(list(path.glob("model-*.index")) for path in stopped)
     scripts.run("figure/compare.py", *flags)
     assert {run.path: run.state for run in runs.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")
+    for path in stopped:
+        evaluation = json.loads((path / "evaluation.json").read_text())
+        assert (evaluation["split"], evaluation["images"]) == ("validation", 200)
     for log in (tmp_path / "logs").iterdir():
         assert "going on at step" in log.read_text()
 

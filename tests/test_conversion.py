@@ -3,6 +3,8 @@
 python -m pytest tests/test_conversion.py
 """
 
+import contextlib
+import io
 import re
 
 import keras
@@ -16,6 +18,7 @@ import ops
 import trainer
 
 FLAGS = "--dataset Digits --model resnet8 --max_batch_size 32 --max_training_step 60 --log_step 20".split()
+CONVERSION = (*FLAGS, "--norm_type", "group", "--max_training_step", 1)
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +29,16 @@ def batch_run(data_dir, tmp_path_factory):
         flags = (*FLAGS, "--norm_type", "batch", "--data_dir", data_dir, "--train_dir", train_dir)
         scripts.run_here(monkeypatch, *flags)
     return scripts.only_run(train_dir)
+
+
+@pytest.fixture(scope="module")
+def group_run(batch_run, data_dir, tmp_path_factory):
+    """That network, converted to group norm and trained for a step, and what this printed."""
+    train_dir = tmp_path_factory.mktemp("group")
+    flags = (*CONVERSION, "--checkpoint", batch_run, "--data_dir", data_dir, "--train_dir", train_dir)
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        scripts.run_here(monkeypatch, *flags)
+    return scripts.only_run(train_dir), printed.getvalue()
 
 
 def random_network(norm_type, seed=0):
@@ -90,14 +103,36 @@ def test_batch_norm_of_any_keras_model_can_be_replaced():
         ops.replace_batch_norm(network, groups=3)
 
 
-def test_a_converted_network_trains_on_from_what_it_knew(batch_run, main_of, data_dir, tmp_path, capsys):
+def test_a_converted_network_trains_on_from_what_it_knew(batch_run, group_run):
     """The accuracy before training is far above a guess, and said."""
-    flags = (*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path, "--checkpoint", batch_run)
-    main_of(*flags, "--norm_type", "group", "--groups", 8, "--max_training_step", 1)
-    printed = capsys.readouterr().out
+    printed = group_run[1]
     (accuracy,) = re.findall(r"batch norm became group norm: accuracy ([\d.]+) % before training", printed)
     assert float(accuracy) > 50
     assert f"starting from the weights of {batch_run}/model-60\n" in printed
+
+
+def test_no_test_image_reaches_the_weights(batch_run, group_run, main_of, data_dir, tmp_path):
+    """Converted and trained with the same training images and other test images: bitwise the same weights."""
+    other = scripts.with_negatives(data_dir, tmp_path / "data", split=1)
+    main_of(*CONVERSION, "--checkpoint", batch_run, "--data_dir", other, "--train_dir", tmp_path / "runs")
+    found = scripts.checkpoint(scripts.only_run(tmp_path / "runs"))
+    for name, value in scripts.checkpoint(group_run[0]).items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("flags, converted", [((), False), (("--groups", 4), True), (("--group_size", 8), True)])
+def test_other_groups_are_converted_and_the_same_are_taken_as_they_are(
+    flags, converted, group_run, main_of, data_dir, tmp_path
+):
+    """At a rate of next to nothing: another number of groups changes every norm and nothing else."""
+    start = (*CONVERSION, *flags, "--checkpoint", group_run[0], "--learning_rate", 1e-30)
+    main_of(*start, "--data_dir", data_dir, "--train_dir", tmp_path)
+    run_dir = scripts.only_run(tmp_path)
+    before, after = (scripts.checkpoint(place) for place in (group_run[0], run_dir))
+    of_model = {name for name in before if name.startswith("model/")}
+    changed = {name for name in of_model if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in of_model if "_norm" in name and converted}
+    assert scripts.metrics(run_dir)[-1]["test_loss/accuracy"] > 0.5
 
 
 def test_other_classes_get_a_new_last_layer(batch_run, data_dir, digits, capsys):

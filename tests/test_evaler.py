@@ -67,6 +67,17 @@ def test_reestimated_statistics_stand_beside_the_moving_ones(batch_run):
     assert 0 < results["reestimated"]["accuracy"] != results["accuracy"]["accuracy"]
 
 
+def test_statistics_are_reestimated_over_training_images(batch_run, data_dir, tmp_path):
+    """With other training images the re-estimated statistics are others, and the moving ones are not."""
+    run_dir, results = shutil.copytree(batch_run[0], tmp_path / "run"), []
+    for place in (data_dir, scripts.with_negatives(data_dir, tmp_path / "data", split=0)):
+        flags = "--dataset Digits --batch_statistics reestimate --data_dir".split()
+        evaler.main([*flags, str(place), "--train_dir", str(run_dir)])
+        results.append(json.loads((run_dir / "evaluation.json").read_text()))
+    assert results[0]["loss"] == results[1]["loss"]
+    assert results[1]["reestimated"]["loss"] > 1.5 * results[0]["reestimated"]["loss"]
+
+
 def test_summaries_and_mistakes_are_pictures(batch_run):
     run_dir, _ = batch_run
     assert iio.imread(run_dir / "mistakes.png").shape[:2] == (1100, 1000)
@@ -166,18 +177,6 @@ def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_n
     np.testing.assert_allclose(norm.moving_mean.numpy(), [images.mean()], rtol=1e-5)
     np.testing.assert_allclose(norm.moving_variance.numpy(), within.mean(axis=0) + between, rtol=1e-5)
     assert norm.momentum == 0.7 and not norm.use_batch_statistics
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_network_computes_in_the_dtype_of_the_run(dtype):
-    config = runs.Config(dtype=dtype, model="resnet8", norm_type="batch", batch_norm_momentum=0.9)
-    try:
-        model = evaler.build_model(config, (8, 8, 1), 10)
-    finally:
-        keras.mixed_precision.set_dtype_policy("float32")
-    computing = [layer for layer in model.layers if isinstance(layer, (ops.Conv2D, ops.BatchNorm, keras.layers.Dense))]
-    assert {layer.compute_dtype for layer in computing} == {dtype}
-    assert {layer.variable_dtype for layer in computing} == {"float32"}
 
 
 def test_statistics_of_the_test_batch_are_those_of_training(batch_run, data_dir, digits):

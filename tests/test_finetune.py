@@ -43,6 +43,21 @@ def test_the_tasks_are_the_two_halves_of_cifar10(tmp_path, monkeypatch):
             np.testing.assert_array_equal(found.labels, of_all.labels[positions] - first)
 
 
+@pytest.mark.parametrize("task", [finetune.BEFORE, finetune.AFTER])
+def test_a_run_of_today_is_that_of_the_logs(task, tmp_path):
+    """What --train_dir and the data give is another here; all else is the recipe of the committed runs."""
+    archives.make("CIFAR10", tmp_path / "archives", per_class=7)
+    download.prepare("CIFAR10", tmp_path, tmp_path / "archives", checksum=False)
+    finetune.make_task(task, tmp_path)
+    logged = next(run for run in runs.read_runs([STUDY / task]) if run.arm == "group" and not run.config.validation)
+    flags = SimpleNamespace(train_dir=tmp_path, data_dir=str(tmp_path), jobs=1)
+    rate = ("--learning_rate", str(logged.config.base_learning_rate))
+    made = finetune.Task(task, flags, 1).cell("group", 0, *rate).settings
+    assert made.keys() == logged.settings.keys()
+    differing = {name for name, value in made.items() if value != logged.settings[name]}
+    assert differing - {"checkpoint"} == {"train", "test", "made_from", "max_training_step"}
+
+
 def run_of(way, rate, accuracy, validation=None):
     return SimpleNamespace(
         way=way,
