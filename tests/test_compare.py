@@ -114,13 +114,18 @@ def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(main_of, data_
     """Every flag, derived value and fact of the data of a run in turn; what makes another row is named in it."""
     listed = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step", "worker_timeout", "class_names"}
     listed |= {"seed", "replicas", "test_sample_step", "ckpt_save_step"}
-    listed |= {"learning_rate", "no_adjust_learning_rate", "no_augment"}  # derived values say what they led to
+    listed |= {
+        "learning_rate",
+        "no_adjust_learning_rate",
+        "no_augment",
+        "epochs",
+    }  # derived values say what they led to
     listed |= {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # they follow from others
     main_of(*GRID, *"--norm_type group --max_training_step 1 --data_dir".split(), data_dir, "--train_dir", tmp_path)
     run_dir = scripts.only_run(tmp_path)
     stored, parts, alike = json.loads((run_dir / "config.json").read_text()), ("flags", "derived", "data"), set()
     for name in sorted({name for part in parts for name in stored[part]}):
-        known = {"norm_type": "layer", "weight_standardization": True}
+        known = {"norm_type": "layer", "weight_standardization": True, "accumulate": True}
         value = known.get(name, different(({} | stored["data"] | stored["flags"] | stored["derived"])[name]))
         other = {part: {**stored[part], **({name: value} if name in stored[part] else {})} for part in parts}
         (tmp_path / "other").mkdir(exist_ok=True)
@@ -496,7 +501,7 @@ def test_an_interrupted_grid_goes_on(stop, data_dir, tmp_path):
     assert {run.path: run.state for run in runs.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")
     for path in stopped:
         evaluation = json.loads((path / "evaluation.json").read_text())
-        assert (evaluation["split"], evaluation["images"]) == ("validation", 200)
+        assert evaluation["splits"]["validation"]["accuracy"]["images"] == 200
     for log in (tmp_path / "logs").iterdir():
         assert "going on at step" in log.read_text()
 
