@@ -4,6 +4,7 @@
         --batch_size 1 2 4 8 16 32 --seeds 3 --epochs 8 --train_dir studies/cifar10
     python figure/compare.py --dataset MY_DATA --batch_size 2 16
     python figure/compare.py --from_logs figure/studies/cifar10         # table and pictures from logs alone
+    python figure/compare.py --challenge figure/studies/digits          # are these numbers what your machine gives?
 
 Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at its last step. What is finished is kept,
 what was interrupted goes on, the rest is trained, --jobs processes side by side. Flags of trainer.py that are not
@@ -25,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from tqdm import tqdm
 
+import challenge
 import datasets
 import results
 import trainer
@@ -82,7 +84,22 @@ def parse_flags(argv=None):
         metavar="NAME",
         help="what table and pictures call the dataset, where the data are not quite what its name says",
     )
+    parser.add_argument(
+        "--challenge", metavar="DIR", help="train the first steps of runs in DIR again, and compare what they logged"
+    )
+    parser.add_argument("--runs", type=within(int, low=1), default=3, help="of --challenge: how many, chosen at random")
+    parser.add_argument("--steps", type=within(int, low=1), default=100, help="of --challenge: how many of each run")
     flags, rest = parser.parse_known_args(argv)
+    names, allowed = parser.names_given(argv), ("challenge", "runs", "steps", "data_dir")
+    for name in names:
+        if flags.challenge and name not in allowed or not flags.challenge and name in ("runs", "steps"):
+            raise UserError(
+                f"--{name} has no effect {'with' if flags.challenge else 'without'} --challenge: leave it out"
+            )
+    if flags.challenge:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return flags, rest
     if flags.from_logs:
         given = [name for name in parser.names_given(argv) if name not in ("from_logs", "called")]
         given += rest
@@ -416,6 +433,9 @@ def main():
         if not runs:
             raise UserError(f"no run folder in {', '.join(flags.from_logs)}: name a folder that trainer.py wrote into")
         results.report(runs, flags.from_logs[0], flags.called)
+        return
+    if flags.challenge:
+        challenge.challenge(flags.challenge, flags.runs, flags.steps, flags.data_dir)
         return
     cells, train, test = make_grid(flags, rest)
     check_train_dir(flags.train_dir, cells, read_runs([flags.train_dir]))
