@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 EPSILON = 1e-5  # for every norm alike, as in the code of the GN paper's authors
+LANES = 8  # the float32 values that one instruction adds in TensorFlow's packages for CPUs
 FEW_OUTPUTS = 32  # up to there a convolution by a matrix product was measured to be faster
 
 
@@ -69,7 +70,7 @@ def group_norm(
     gamma, beta, dtype = _affine(x, axis, gamma, beta)
     shape = _dynamic_shape(x)
     channels, positions = shape[axis], math.prod(shape[1:axis] + shape[axis + 1 :])
-    if axis == len(shape) - 1:
+    if axis == len(shape) - 1 or channels == 1:
         fold = _fold(positions, channels)
         view, position_axis = [shape[0], positions // fold, fold * channels], 1
     else:
@@ -103,16 +104,18 @@ def instance_norm(
 
 def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
     """group_norm on x of [N, rows, fold * C] (position_axis 1) or [N, C, positions] (position_axis 2, fold 1)."""
-    examples, columns = _dynamic_shape(x)[0], x.shape[3 - position_axis]
-    size = columns // (groups * fold)  # channels per group
+    examples, columns = _dynamic_shape(x)[0], _dynamic_shape(x)[3 - position_axis]
+    channels = gamma.shape[0]
+    size = channels // groups  # channels per group
     rows = tf.cast(tf.shape(x)[position_axis], x.dtype)
 
-    def by_group(values):  # [N, fold * C] → [N, fold, G, C / G]
+    def over_positions(reduce, values):  # the large tensor → [N, fold, G, C / G]
+        values = _over_rows(reduce, values, x.shape[2] or channels) if position_axis == 1 else reduce(values, axis=2)
         return tf.reshape(values, [examples, fold, groups, size])
 
     def group_mean(values):  # [N, fold, G, C / G] → [N, 1, G, 1]
-        mean = tf.reduce_mean(values, axis=3, keepdims=True)  # both at once: the order would depend on N
-        return tf.reduce_mean(mean, axis=1, keepdims=True)
+        mean = tf.reduce_mean(values, axis=3)  # both at once: the order would depend on N
+        return tf.reshape(_over_rows(tf.reduce_mean, mean, groups), [examples, 1, groups, 1])
 
     def wide(values, examples=examples):  # whatever broadcasts to [N, fold, G, C / G] → over x
         values = tf.broadcast_to(values, [examples, fold, groups, size])
@@ -120,17 +123,18 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
 
     @tf.custom_gradient
     def normalize(x, gamma, beta):
-        mean = group_mean(by_group(tf.reduce_mean(x, axis=position_axis)))
+        mean = group_mean(over_positions(tf.reduce_mean, x))
         centred = x - wide(mean)  # E[x^2] - E[x]^2 would lose all digits at mean >> std
-        variance = group_mean(by_group(tf.reduce_mean(tf.square(centred), axis=position_axis)))
-        inverse_std = tf.math.rsqrt(variance + epsilon)  # [N, 1, G, 1]
+        variance = group_mean(over_positions(tf.reduce_mean, tf.square(centred)))
+        variance += epsilon
+        inverse_std = tf.sqrt(variance) / variance  # [N, 1, G, 1]; rsqrt rounds by position in the tensor
         scale = gamma * inverse_std  # [N, 1, G, C / G]
         wide_scale = wide(scale)
         y = centred * wide_scale + wide(beta, examples=1)
 
         def gradient(dy):
-            sum_dy = by_group(tf.reduce_sum(dy, axis=position_axis))
-            sum_dy_centred = by_group(tf.reduce_sum(dy * centred, axis=position_axis))
+            sum_dy = over_positions(tf.reduce_sum, dy)
+            sum_dy_centred = over_positions(tf.reduce_sum, dy * centred)
             offset = group_mean(scale * sum_dy) / rows  # [N, 1, G, 1]
             slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows  # [N, 1, G, 1]
             with tf.control_dependencies([slope, offset]):  # dy is needed no more: the product takes its memory
@@ -145,15 +149,29 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
     return normalize(x, tf.reshape(gamma, [groups, size]), tf.reshape(beta, [groups, size]))
 
 
+def _over_rows(reduce, values, divisor):
+    """Reduce the rows of [N, rows, columns], in an order that does not depend on N; `divisor` divides columns.
+
+    TensorFlow adds up to LANES neighbouring columns at once. Where these belong to two examples, it adds 16 rows or
+    more in another order: zeros after the columns, up to a multiple of LANES, prevent that.
+    """
+    if values.shape[1] in range(16) or divisor % LANES == 0:
+        return reduce(values, axis=1)
+    columns = _dynamic_shape(values)[2]
+    return reduce(tf.pad(values, [[0, 0], [0, 0], [0, -columns % LANES]]), axis=1)[:, :columns]
+
+
 def _fold(positions, channels):
     """How many positions to put side by side, so that [N, P, C] becomes [N, P / fold, fold * C].
 
     Rows of at least 128 values, as broadcasting over shorter ones is slow, and columns of no more than about 1024,
     as float32 loses digits in longer sums; as far as P, which may be a tensor, has factors of 2.
     """
-    if not isinstance(positions, int):
-        return 1
-    return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
+    if isinstance(positions, int):
+        return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
+    powers = tf.constant([1 << i for i in range(31)])  # the same: the largest power of 2 that divides P, below
+    fits = (powers < 2 * tf.maximum(positions // 1024, max(128 // channels, 1))) & (positions % powers == 0)
+    return tf.reduce_max(tf.where(fits, powers, 1))
 
 
 def batch_norm(
