@@ -151,6 +151,20 @@ def test_results_do_not_depend_on_the_batch(pets, tmp_path):
             np.testing.assert_allclose([p for _, p in rows], [p for _, p in whole[file]], rtol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [3, 120])
+def test_of_classes_that_are_as_likely_the_lower_comes_first(classes):
+    """In accuracy, in top-5 accuracy and in what --predict names; a network of constant logits hits 5 classes."""
+    logits = np.random.default_rng(0).integers(0, 4, (4 * classes, classes)).astype(np.float32)
+    logits[:classes], labels = 0, np.arange(4 * classes, dtype=np.int32) % classes
+    model = keras.Sequential([keras.Input((classes,)), keras.layers.Activation("linear")])
+    ranking = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    _, predictions, in_top5 = evaler.predict_all(evaler.make_predictor(model), [(logits, labels)])
+    np.testing.assert_array_equal(predictions, ranking[:, 0])
+    np.testing.assert_array_equal(in_top5, (ranking == labels[:, None]).any(axis=1))
+    assert in_top5[:classes].sum() == min(5, classes)
+    np.testing.assert_array_equal(evaler.make_classifier(model, classes)(logits)[1], ranking)
+
+
 def rgb(values):
     """[h, w] as [h, w, 3]."""
     return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
