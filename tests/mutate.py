@@ -384,6 +384,10 @@ MUTATIONS = {
          "test_export.py::test_bad_requests_are_named_before_any_work"),
     ],
     "datasets/__init__.py": [
+        ("VALIDATION_SEED = 0", "VALIDATION_SEED = 1",
+         "test_datasets.py::test_what_is_held_out_is_the_same_in_every_version"),
+        ("np.setdiff1d(test.labels, train.labels)", "np.setdiff1d(train.labels, test.labels)",
+         "test_datasets.py::test_classes_that_are_tested_but_never_trained_are_named_in_a_line"),
         ("order = order[np.argsort(train.labels[order]", "order = order[np.argsort(0 * train.labels[order]",
          "test_trainer.py::test_held_out_images_are_neither_trained_on_nor_the_test_split"),
         ("train.subset(np.flatnonzero(~held), True)", "train.subset(np.arange(len(train)), True)",
@@ -411,6 +415,8 @@ MUTATIONS = {
         ("truth[number - 1]", "truth[number - 2]", "test_datasets.py::test_imagenet_index_is_the_rank_of_the_wnid"),
     ],
     "datasets/tinyimagenet.py": [
+        ("FETCHED_ON_FIRST_USE = 30, True,", "FETCHED_ON_FIRST_USE = 3, False,",
+         "test_datasets.py::test_how_a_dataset_is_trained_by_default"),
         ('text(archive, path, "wnids.txt").split()', 'sorted(text(archive, path, "wnids.txt").split())',
          "test_datasets.py::test_tinyimagenet_maps_val_labels_by_file_name"),
     ],
@@ -440,6 +446,7 @@ MUTATIONS = {
          "test_predict.py::test_gray_data_sees_the_luminance"),
     ],
     "datasets/own.py": [
+        ("SPLIT_SEED = 123", "SPLIT_SEED = 124", "test_datasets.py::test_own_data"),
         ("order[num - num // 5 :]", "order[:num // 5]", "test_datasets.py::test_own_data"),
     ],
 }
