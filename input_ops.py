@@ -295,8 +295,8 @@ def resample(image, begin, scale):
 def image_of_file(path, dataset: hdf5.Dataset, bits: int | None):
     """An image file of any size and mode as the network sees it, treated as the dataset's images were.
 
-    Where those are JPEG files its centre crop; else RGB, or its luminance where they have one channel, resized to their
-    height and width.
+    Where those are JPEG files the centre crop of the JPEG file that would be packed of it; else RGB, or its luminance
+    where they have one channel, resized to their height and width.
 
     Args:
         path: of the file.
@@ -307,19 +307,10 @@ def image_of_file(path, dataset: hdf5.Dataset, bits: int | None):
         [h, w, c] float32, 0 ... 1. Raises UserError, OSError for a file that cannot be read.
     """
     if dataset.encoded:
-        return centre_crop_of_file(path, bits) / 255
+        with refusing(path):
+            return centre_crop(folder.read_jpeg(path, bits)) / 255
     pixels = folder.load(path, dataset.image_shape[:2], bits)
     return to_float(tf.constant(folder.luminance(pixels) if dataset.image_shape[2] == 1 else pixels))
-
-
-def centre_crop_of_file(path, bits):
-    """The centre crop of an image file, [224, 224, 3] float32, 0 ... 255: as in evaluation, or from its pixels where it
-    is no JPEG file in RGB or gray, or has to be turned."""
-    if folder.is_upright_jpeg(path):
-        with open(path, "rb") as file, refusing(path):
-            return centre_crop(file.read())
-    pixels = folder.load(path, None, bits)
-    return resample(pixels, *centre(pixels.shape[:2]))
 
 
 def network_image_shape(dataset: hdf5.Dataset) -> tuple:

@@ -66,7 +66,22 @@ def create_default_splits(
     Raises UserError if the data is missing, broken or not in the layout.
     """
     train, test = open_splits(name, data_dir, max_examples)
-    return (train, test) if validation is None else hold_out(train, validation)
+    if validation is not None:
+        train, test = hold_out(train, validation)
+    warn_of_unseen_classes(train, test)
+    return train, test
+
+
+def warn_of_unseen_classes(train: hdf5.Dataset, test: hdf5.Dataset):
+    """Print a line that names the classes of the test split that have no training image."""
+    unseen = np.setdiff1d(test.labels, train.labels)
+    if len(unseen):
+        names = " ".join(train.class_names[label] for label in unseen[:10]) + " ..." * (len(unseen) > 10)
+        print(
+            f"warning: {train.name} tests {len(unseen)} of {train.num_classes} classes but has no training image of "
+            f"them, so that no network can learn them: {names}; add training images of them",
+            flush=True,
+        )
 
 
 def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Dataset]:

@@ -19,6 +19,16 @@ import numpy as np
 from command import UserError, WorldError, one_line
 
 MAX_PIXELS = 100_000_000  # the largest image of ImageNet has 61 million
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {  # what makes an image upright, by its orientation: names of PIL.Image.Transpose
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 
 
 @contextlib.contextmanager
@@ -242,7 +252,52 @@ def open_image(data, path, member):
     return image
 
 
+def turn_of(image):
+    """Return the turn, one of TURNS, that makes a PIL image upright; None if there is none to make."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # whatever Pillow stumbles over in broken EXIF data, the picture may be whole
+        return None
+
+
+def upright(image):
+    """Return a PIL image turned as its EXIF orientation asks, its values in CMYK with 0 for no ink.
+
+    Pillow inverts the CMYK values of every JPEG file, but only files with Adobe's marker store them inverted.
+    """
+    from PIL import Image, ImageChops
+
+    image.load()  # where Pillow itself turns TIFF files
+    turn = turn_of(image)
+    shown = image.transpose(Image.Transpose[turn]) if turn else image
+    is_negative = image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info
+    return ImageChops.invert(shown) if is_negative else shown
+
+
+def to_rgb(image):
+    """Return a PIL image of 8 bits a channel in RGB, upright, transparent parts on white."""
+    from PIL import Image
+
+    image = upright(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def is_plain_jpeg(image):
+    """Return whether a PIL image is a JPEG file in RGB or gray that is upright: stored, and decoded, as it is."""
+    return image.format == "JPEG" and image.mode in ("L", "RGB") and turn_of(image) is None
+
+
+def encode_jpeg(image):
+    """Return a PIL image in RGB as a JPEG file, bytes: what is stored of a photograph that is no plain JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
 def decode_rgb(data, path, member):
-    """Return the JPEG or PNG file `data` (gray, CMYK or RGB) as uint8 [h, w, 3]."""
+    """Return the JPEG or PNG file `data` as uint8 [h, w, 3], by to_rgb."""
     with refusing(path, member):
-        return np.asarray(open_image(data, path, member).convert("RGB"))
+        return np.asarray(to_rgb(open_image(data, path, member)))

@@ -11,14 +11,13 @@ import warnings
 
 import numpy as np
 
-from datasets.archives import MAX_PIXELS, refusing
+from datasets.archives import MAX_PIXELS, encode_jpeg, is_plain_jpeg, refusing, to_rgb, upright
 from command import UserError
 from datasets.hdf5 import Source
 from datasets.own import SPLIT_SEED
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 PART = 1 << 24  # bytes of images that are in memory at once
-ORIENTATION, TURNED = 0x0112, range(2, 9)  # the EXIF tag, and its values that ask for turning or mirroring
 BITS = (8, 10, 12, 14, 16)  # of the images of integers that do not say it themselves: cameras and scanners have these
 
 
@@ -260,15 +259,21 @@ def luminance(pixels):
     return np.asarray(Image.fromarray(pixels).convert("L"))[..., np.newaxis]
 
 
-def is_upright_jpeg(path):
-    """Return whether an image file is a JPEG file in RGB or gray that need not be turned: ImageNet's are decoded so."""
+def read_jpeg(path, bits):
+    """Return an image file as the JPEG file, bytes, that ImageNet's store holds of it; bits: what depth() told."""
+    from PIL import Image
+
     with opened(path) as image:
-        return image.format == "JPEG" and image.mode in ("L", "RGB") and image.getexif().get(ORIENTATION) not in TURNED
+        is_plain = is_plain_jpeg(image)
+    if not is_plain:
+        return encode_jpeg(Image.fromarray(load(path, None, bits)))
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def load(path, image_size, bits):
     """Return an image file as uint8 [h, w, 3], upright, its first frame; bits: what depth() told."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with opened(path) as file:
         if is_deep_color(file) and bits < 16:
@@ -276,22 +281,19 @@ def load(path, image_size, bits):
                 f"{path} is a color image of 16 bits a channel, but images of more than 8 bits are read as those of "
                 f"{bits} bits here, of which {bits - 8} could be read: save it with 8 bits a channel"
             )
-        own_bits, image = own_depth(file), ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            values = np.asarray(image)
+        own_bits = own_depth(file)
+        if file.mode == "F":
+            values = np.asarray(upright(file))
             if not (values.min() >= 0 and values.max() <= 1):  # nor NaN
                 raise UserError(
                     f"{path} has float values from {values.min()} to {values.max()}: expected 0 to 1, or integers"
                 )
             pixels = scaled(values, 1)
-        elif image.mode.startswith("I"):
+        elif file.mode.startswith("I"):
             highest = 2 ** (own_bits or bits) - 1
-            pixels = scaled(integers(image, path, highest), highest)
+            pixels = scaled(integers(upright(file), path, highest), highest)
         else:
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.asarray(image.convert("RGB"))
+            pixels = np.asarray(to_rgb(file))
         if image_size is not None and pixels.shape[:2] != tuple(image_size):
             pixels = np.asarray(Image.fromarray(pixels).resize(tuple(image_size)[::-1], Image.Resampling.BILINEAR))
     return pixels

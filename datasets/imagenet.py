@@ -9,7 +9,16 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
-from datasets.archives import load_mat, open_image, refusing, tar_files, tar_gz_files
+from datasets.archives import (
+    encode_jpeg,
+    is_plain_jpeg,
+    load_mat,
+    open_image,
+    refusing,
+    tar_files,
+    tar_gz_files,
+    to_rgb,
+)
 from command import UserError
 from datasets.hdf5 import Source
 
@@ -125,14 +134,12 @@ def parts(is_original, *splits):
 
 
 def as_rgb_jpeg(data, path, name, is_original):
-    """Return `data` itself if it is a JPEG file in RGB or gray, which decodes or is original; another as RGB JPEG."""
+    """Return `data` itself if it is a plain JPEG file, which decodes or is original; another as an upright RGB JPEG."""
     image = open_image(data, path, name)
     with refusing(path, name):
-        if image.format == "JPEG" and image.mode in ("L", "RGB"):
-            if not is_original:
-                image.draft(image.mode, (1, 1))  # decode at 1/8 of the size: every byte is parsed
-                image.load()
-            return data
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
-        return buffer.getvalue()
+        if not is_plain_jpeg(image):
+            return encode_jpeg(to_rgb(image))
+        if not is_original:
+            image.draft(image.mode, (1, 1))  # decode at 1/8 of the size: every byte is parsed
+            image.load()
+        return data

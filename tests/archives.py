@@ -167,6 +167,23 @@ def picture_file(image, mode="RGB", kind="JPEG"):
     return buffer.getvalue()
 
 
+def exif(orientation, *others):
+    """Return EXIF data that holds the orientation of a camera that was turned, and other entries, of 12 bytes each."""
+    entries = [struct.pack("<HHII", 0x0112, 3, 1, orientation), *others]
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+
+
+def cmyk_file(values, is_adobe):
+    """Return CMYK values, uint8 [h, w, 4] with 0 for no ink, as a JPEG file: inverted with Adobe's marker, or neither.
+
+    Pillow writes the marker (0xFFEE, of 14 bytes) and inverts.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(values if is_adobe else 255 - values, "CMYK").save(buffer, "JPEG", quality=100)
+    start = buffer.getvalue().index(b"\xff\xee\x00\x0eAdobe")
+    return buffer.getvalue() if is_adobe else buffer.getvalue()[:start] + buffer.getvalue()[start + 16 :]
+
+
 def blocks(rng, classes, per_class, height, width):
     """Return images [N, height, width, 3] of flat 8x8 blocks, and their labels."""
     images, labels = pictures(rng, classes, per_class, (height // 8, width // 8, 3))

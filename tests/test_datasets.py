@@ -131,6 +131,27 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
     assert next(digits.read().parts)[3] == train.ids  # the same split every time
 
 
+@pytest.mark.parametrize(
+    "name, epochs, mirrored, fetched",
+    [
+        ("MNIST", 5, False, True),
+        ("Fashion", 10, True, True),
+        ("SVHN", 10, False, True),
+        ("CIFAR10", 30, True, True),
+        ("TinyImageNet", 30, True, False),
+        ("ImageNet", 100, True, False),
+        ("Digits", 20, False, True),
+        ("Mine", 30, False, False),
+    ],
+)
+def test_how_a_dataset_is_trained_by_default(name, epochs, mirrored, fetched):
+    """A mirrored digit is another sign; of a user's own images nobody knows. The recipe is that of arXiv 1803.08494."""
+    facts = datasets.module_of(name)
+    assert (facts.EPOCHS, facts.MIRRORED, facts.FETCHED_ON_FIRST_USE) == (epochs, mirrored, fetched)
+    recipe = dict(batch_size=32, max_batch_size=256, momentum_rate=0.1, lr_schedule="step", reported_epochs=5)
+    assert datasets.recipe_of(name) == (recipe if name == "ImageNet" else {})
+
+
 # --- Dataset ----------------------------------------------------------------------------------------------------------
 
 
@@ -791,8 +812,24 @@ def test_own_data(tmp_path, file, shape, dtype):
     scale = 1 if images.dtype.kind == "f" else 255
     np.testing.assert_allclose(image.reshape(shape), images[ids.index(splits[0].ids[0])] / scale, rtol=1e-7)
     assert label.sum() == 1
-    again = datasets.create_default_splits("Mine", tmp_path)
-    assert [split.ids for split in again] == [split.ids for split in splits]
+    assert splits[1].ids == [ids[i] for i in (6, 18, 2, 13)]  # in every run and every version
+
+
+@pytest.mark.parametrize("num, classes, validation", [(5, 5, None), (6, 6, 3), (20, 2, None)])
+def test_classes_that_are_tested_but_never_trained_are_named_in_a_line(tmp_path, capsys, num, classes, validation):
+    archives.make_own(tmp_path / "Mine", num=num, classes=classes)
+    train, test = datasets.create_default_splits("Mine", tmp_path, validation=validation)
+    unseen = [str(label) for label in sorted(set(test.labels) - set(train.labels))]
+    assert len(unseen) == {5: 1, 6: 3, 20: 0}[num]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == bool(unseen)
+    assert all(f"{len(unseen)} of {classes} classes" in line and f": {' '.join(unseen)};" in line for line in lines)
+
+
+def test_what_is_held_out_is_the_same_in_every_version(data_dir):
+    _, held = datasets.create_default_splits("Digits", data_dir, validation=12)
+    numbers = "1738 0122 0564 0372 1662 0356 1478 0846 0758 1046 0499 0680".split()
+    assert held.ids == [f"digit_{number}" for number in numbers]
 
 
 def test_own_split_files_fix_the_split(tmp_path):

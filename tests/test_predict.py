@@ -4,8 +4,10 @@ python -m pytest tests/test_predict.py
 """
 
 import csv
+import io
 import os
 import shutil
+import tarfile
 
 import h5py
 import keras
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import scripts
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 
 import archives
 import datasets
@@ -149,6 +151,20 @@ def test_results_do_not_depend_on_the_batch(pets, tmp_path):
             np.testing.assert_allclose([p for _, p in rows], [p for _, p in whole[file]], rtol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [3, 120])
+def test_of_classes_that_are_as_likely_the_lower_comes_first(classes):
+    """In accuracy, in top-5 accuracy and in what --predict names; a network of constant logits hits 5 classes."""
+    logits = np.random.default_rng(0).integers(0, 4, (4 * classes, classes)).astype(np.float32)
+    logits[:classes], labels = 0, np.arange(4 * classes, dtype=np.int32) % classes
+    model = keras.Sequential([keras.Input((classes,)), keras.layers.Activation("linear")])
+    ranking = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    _, predictions, in_top5 = evaler.predict_all(evaler.make_predictor(model), [(logits, labels)])
+    np.testing.assert_array_equal(predictions, ranking[:, 0])
+    np.testing.assert_array_equal(in_top5, (ranking == labels[:, None]).any(axis=1))
+    assert in_top5[:classes].sum() == min(5, classes)
+    np.testing.assert_array_equal(evaler.make_classifier(model, classes)(logits)[1], ranking)
+
+
 def rgb(values):
     """[h, w] as [h, w, 3]."""
     return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
@@ -244,64 +260,74 @@ def test_gray_data_sees_the_luminance(data_dir, digits_run, digits, tmp_path):
     np.testing.assert_allclose(255 * made, colours @ [[0.299], [0.587], [0.114]], rtol=0, atol=0.51)
 
 
+def of_a_kind(number, jpeg):
+    """A JPEG file as another: 0 to 7 in the EXIF orientations 1 to 8, then gray, in CMYK, with transparent parts."""
+    image, file = Image.open(io.BytesIO(jpeg)), io.BytesIO()
+    if number in (9, 10):
+        return archives.cmyk_file(np.asarray(image.convert("CMYK")), is_adobe=number == 9)
+    if number == 11:
+        image.putalpha(image.convert("L"))
+        image.save(file, "PNG")
+    else:
+        image = image if number < 8 else image.convert("L")
+        image.save(file, "JPEG", quality=90, subsampling=0, exif=archives.exif(number % 8 + 1))
+    return file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    """(run folder, data folder, folder of the test split's JPEG files, test split) of a tiny ImageNet."""
+    """(run folder, data folder, folder of the test files, test split) of a tiny ImageNet: 12 files of all kinds."""
     place = tmp_path_factory.mktemp("imagenet")
-    archives.make("ImageNet", place / "archives")
+    splits, _ = archives.make("ImageNet", place / "archives", per_class=3)
+    (place / "files").mkdir()
+    with tarfile.open(place / "archives" / "ILSVRC2012_img_val.tar", "w") as tar:
+        for i, jpeg in enumerate(splits["test"][0]):
+            archives.add(tar, f"ILSVRC2012_val_{i + 1:08d}.JPEG", of_a_kind(i, jpeg))
+            (place / "files" / f"{i:02d}.JPEG").write_bytes(of_a_kind(i, jpeg))
     download.prepare("ImageNet", str(place), archive_dir=str(place / "archives"), checksum=False)
     _, test = datasets.create_default_splits("ImageNet", str(place))
-    (place / "files").mkdir()
-    for i, jpeg in enumerate(test.read(np.arange(len(test)))):
-        (place / "files" / f"{i}.JPEG").write_bytes(jpeg)
     return make_run(place / "runs", "ImageNet", str(place)), str(place), place / "files", test
 
 
-def test_jpeg_files_are_cut_as_in_evaluation(imagenet, tmp_path, capsys):
-    run_dir, data_dir, files, test = imagenet
-    images = evaluated(test)
-    for file, image in zip(sorted(files.iterdir()), images, strict=True):
-        np.testing.assert_array_equal(image_of_file(file, test, None), image)
-    predict(run_dir, data_dir, files, "--output", tmp_path / "out.csv")
-    expected = dict(zip(map(str, sorted(files.iterdir())), probabilities(run_dir, images, 4)))
+def test_photographs_are_predicted_as_they_are_packed_and_evaluated(imagenet, tmp_path):
+    """Turned, gray, in CMYK, transparent: the same input of the network, from the file as from the packed archive."""
+    run_dir, data_dir, folder_of_files, test = imagenet
+    files, images = sorted(folder_of_files.iterdir()), evaluated(test)
+    for file, image in zip(files, images, strict=True):
+        np.testing.assert_array_equal(image_of_file(file, test, None), image, file.name)
+    predict(run_dir, data_dir, folder_of_files, "--output", tmp_path / "out.csv")
+    expected = dict(zip(map(str, files), probabilities(run_dir, images, 4)))
     check(table(tmp_path / "out.csv"), test.class_names, expected)
     assert all(len(rows) == 4 for rows in table(tmp_path / "out.csv").values())  # there are no more classes
-    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (375, 501, 3), np.uint8))
-    noise.save(tmp_path / "large.jpg", quality=80)
-    expected = centre_crop((tmp_path / "large.jpg").read_bytes()) / 255
-    np.testing.assert_array_equal(image_of_file(tmp_path / "large.jpg", test, None), expected)
+
+
+def test_photographs_are_packed_upright_and_as_they_are_where_that_will_do(imagenet):
+    _, _, files, test = imagenet
+    for file, jpeg in zip(sorted(files.iterdir())[:9], test.read(np.arange(9))):
+        assert (file.read_bytes() == jpeg) == (file.name in ("00.JPEG", "08.JPEG"))
+        shown, packed = ImageOps.exif_transpose(Image.open(file)), Image.open(io.BytesIO(jpeg))
+        assert packed.mode == shown.mode and not packed.getexif().get(0x0112, 1) > 1
+        np.testing.assert_allclose(np.asarray(packed, int), np.asarray(shown, int), rtol=0, atol=8, err_msg=file.name)
 
 
 def test_other_files_are_cut_like_jpeg_files(imagenet, tmp_path):
-    """The pixels of a JPEG file as PNG; JPEG files on their side and in CMYK, against PNG files of what they show."""
-    test = imagenet[3]
-    waves = np.sin(np.arange(300 * 400).reshape(300, 400, 1) / 997 + np.arange(3)) * 100 + 128
-    pixels = waves.astype(np.uint8)
-    jpeg = archives.picture_file(pixels)
-    (tmp_path / "0.jpg").write_bytes(jpeg)
-    decoded = tf.io.decode_jpeg(jpeg, channels=3).numpy()
-    Image.fromarray(decoded).save(tmp_path / "0.png")
-    as_jpeg = image_of_file(tmp_path / "0.jpg", test, None)
-    np.testing.assert_allclose(image_of_file(tmp_path / "0.png", test, None), as_jpeg, rtol=0, atol=0.02 / 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # show it clockwise by 90
-    Image.fromarray(pixels).save(tmp_path / "side.jpg", exif=exif)
-    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    for name, turns in (("side", 3), ("cmyk", 0)):
-        shown = np.rot90(np.asarray(Image.open(tmp_path / f"{name}.jpg").convert("RGB")), turns)
-        Image.fromarray(np.ascontiguousarray(shown)).save(tmp_path / f"{name}.png")
-        made = [image_of_file(tmp_path / f"{name}.{suffix}", test, None) for suffix in ("jpg", "png")]
-        np.testing.assert_array_equal(*made)
+    """The crop is that of evaluation, of photographs that have to be made smaller too, and of their pixels as PNG."""
+    pixels = (np.sin(np.arange(375 * 501).reshape(375, 501, 1) / 997 + np.arange(3)) * 100 + 128).astype(np.uint8)
+    (tmp_path / "0.jpg").write_bytes(archives.picture_file(pixels))
+    Image.fromarray(pixels).save(tmp_path / "0.png")
+    for name in ("0.jpg", "0.png"):
+        expected = centre_crop((tmp_path / "0.jpg").read_bytes()) / 255
+        np.testing.assert_array_equal(image_of_file(tmp_path / name, imagenet[3], None), expected)
 
 
 def test_a_jpeg_file_that_is_cut_off_is_one_line(imagenet, tmp_path, capsys):
     run_dir, data_dir, files, _ = imagenet
-    whole = (files / "0.JPEG").read_bytes()
+    whole = (files / "00.JPEG").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SystemExit) as end:
-        predict(run_dir, data_dir, tmp_path / "cut.jpg", files / "0.JPEG")
+        predict(run_dir, data_dir, tmp_path / "cut.jpg", files / "00.JPEG")
     said = capsys.readouterr()
-    assert end.value.code == 1 and f"{files / '0.JPEG'}\n" in said.out
+    assert end.value.code == 1 and f"{files / '00.JPEG'}\n" in said.out
     assert len(said.err.splitlines()) == 1 and f"error: {tmp_path}/cut.jpg is broken" in said.err
 
 
