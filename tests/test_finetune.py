@@ -56,6 +56,7 @@ def test_a_run_of_today_is_that_of_the_logs(task, tmp_path):
     assert made.keys() == logged.settings.keys()
     differing = {name for name, value in made.items() if value != logged.settings[name]}
     assert differing - {"checkpoint"} == {"train", "test", "made_from", "max_training_step"}
+    assert made["made_from"].split(":")[0] == logged.settings["made_from"].split(":")[0]  # classes, images of each
 
 
 def run_of(way, rate, accuracy, validation=None):
