@@ -43,7 +43,7 @@ LOG_STEP = 50
 EPOCHS = 8
 PROCESS_BYTES = 1.2e9  # TensorFlow, the network and its batches, without the images
 POLL_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1
 
 
 # ------------------------------------------------------------------------------------------------------ the grid
@@ -221,12 +221,6 @@ def check_memory(jobs, train, test):
 # ------------------------------------------------------------------------------------------------ the running of it
 
 
-def end_with_parent():
-    """Have Linux send SIGTERM to this process when its parent ends, however that ends: it saves and stops."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 class Job:
     """The processes of one cell, one after the other: trainer.py, then evaler.py, on cores of their own."""
 
@@ -277,7 +271,9 @@ class Job:
         return True
 
     def pin(self):
-        end_with_parent()
+        """Take the cores of this job; on Linux, save and stop by SIGTERM when compare.py ends, however that ends."""
+        if PRCTL:
+            PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
 
