@@ -255,7 +255,14 @@ def draw_batch_sizes(found, path):
     figure = Figure(figsize=(7.5 * len(found), 4.8), layout="constrained")
     for place, (title, rows, batch_sizes, cells) in enumerate(found, 1):
         axes = figure.add_subplot(1, len(found), place)
-        styles = {"accuracy": "-", "last_epochs": "-.", "reestimated": "--", "by_batch": ":"}
+        dashes = (0, (6, 1, 1, 1))
+        styles = {
+            "accuracy": "-",
+            "last_epochs": "-.",
+            "reestimated": "--",
+            "reestimated_small": dashes,
+            "by_batch": ":",
+        }
         markers = {}
         for row, measure in rows:
             points = []
@@ -271,7 +278,7 @@ def draw_batch_sizes(found, path):
             axes.plot(
                 sizes,
                 middle,
-                styles[measure],
+                linestyle=styles[measure],
                 marker=marker,
                 markersize=5,
                 color=COLOURS[row[0]],

@@ -186,6 +186,12 @@ def test_batch_norm_has_three_rows(tmp_path):
     assert table["batch, statistics of the test batch"] == ["59.0"]
 
 
+def test_statistics_of_plain_images_do_not_count_for_a_run_that_augmented(tmp_path):
+    """As evaler.py once re-estimated them."""
+    write_run(tmp_path, "batch", 0.25, evaluation={"reestimated": 0.26, "by_batch": 0.59}, augment="flip+crop")
+    assert list(table_of(tmp_path))[2:] == ["batch", "batch, statistics of the test batch"]
+
+
 def test_imagenet_has_the_median_of_its_last_epochs(tmp_path):
     """800 images are 13 steps of 64: of 100 steps, the last 65 are five epochs. No other dataset has that row."""
     for name in ("SET", "ImageNet"):
@@ -266,7 +272,8 @@ def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path,
 
 def test_results_and_pictures_come_from_logs_alone(tmp_path):
     for size in (1, 2, 4, 8, 16):  # five batch sizes were more than the old picture had
-        write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation={"reestimated": 0.4, "by_batch": 0.6})
+        more = {"reestimated": 0.4, "reestimated_small": 0.4, "by_batch": 0.6}
+        write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation=more)
         write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm="group")
     printed = scripts.run("figure/compare.py", "--from_logs", tmp_path)
     assert (tmp_path / "table.md").read_text() in printed
