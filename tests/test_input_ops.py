@@ -186,6 +186,20 @@ def test_augmentation_is_drawn_anew_by_seed_and_step(tmp_path):
     assert pictures("crop") != pictures("crop", step=1)
 
 
+def test_what_a_seed_draws_is_the_same_in_every_version(numbered, imagenet, tmp_path):
+    """The order of images, the crops and mirror images of a picture whose pixels count up, the crops of photographs."""
+    order = numbers(input_ops.create_input_ops(numbered[0], 9, True, seed=3, last_step=1))
+    assert order == [[16, 23, 19, 7, 2, 18, 6, 13, 3]]
+    image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    own_data(tmp_path / "SAME", [image] * 17, np.arange(17) % 2, 2)
+    train, _ = datasets.create_default_splits("SAME", str(tmp_path))
+    images, _ = next(iter(input_ops.create_input_ops(train, 6, True, "flip+crop", seed=1, first_step=2)))
+    middles = [[27, 28], [28, 29], [34, 35], [28, 27], [44, 45], [44, 45]]  # the fourth is mirrored
+    assert np.round(images[:, 4, 3:5, 0] * 255).astype(int).tolist() == middles
+    photographs, _ = next(iter(input_ops.create_input_ops(imagenet[0], 3, True, "crop", seed=1, first_step=2)))
+    np.testing.assert_allclose(np.mean(photographs, axis=(1, 2, 3)), [0.397, 0.701, 0.710], rtol=0, atol=0.002)
+
+
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagenet")

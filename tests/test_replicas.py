@@ -202,6 +202,15 @@ def test_every_test_image_has_one_worker(workers, examples):
     np.testing.assert_array_equal(np.concatenate(shares), np.arange(examples))
 
 
+def test_what_two_workers_predict_of_7_images_is_joined(two_devices):
+    """4 + 3 without the padding. The devices of this process stand for workers whose first predictions are equal."""
+    join = replicas.make_join(two_devices, replicas.Workers(("a:1", "b:2"), 0), 7)
+    losses, classes = join([np.float32([0.5, 1.5, 2.5, 3.5]), np.arange(4)])
+    np.testing.assert_array_equal(losses, np.float32([0.5, 1.5, 2.5, 3.5, 0.5, 1.5, 2.5]))
+    np.testing.assert_array_equal(classes, [0, 1, 2, 3, 0, 1, 2])
+    assert losses.dtype == np.float32 and classes.dtype == np.arange(4).dtype
+
+
 # -------------------------------------------------------------------------------------------------- wrong requests
 
 
