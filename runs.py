@@ -614,7 +614,7 @@ def read_evaluations(path: Path) -> dict:
         results = {name: stored[name] for name in MEASURES if isinstance(stored.get(name), dict)}
         results["accuracy"] = {name: value for name, value in stored.items() if name not in (*results, "split")}
         return {stored["split"]: {name: {"step": stored["step"]} | result for name, result in results.items()}}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run evaler.py again") from error
 
 

@@ -453,7 +453,7 @@ def test_every_cell_is_trained_and_evaluated(compared):
     for run in found:
         assert run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
         assert f"{100 * run.evaluation['accuracy']:.1f}" in printed
-    assert "At batch size 8 group+ws is" in printed and "one seed each" in printed
+    assert "At batch size 8 group+ws is" in printed and "1 seed)" in printed
 
 
 def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
