@@ -13,6 +13,7 @@ import numbers
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 EPSILON = 1e-5  # for every norm alike, as in the code of the GN paper's authors
 LANES = 8  # the float32 values that one instruction adds in TensorFlow's packages for CPUs
@@ -201,22 +202,23 @@ def batch_norm(
         epsilon: added to the variance.
         data_format: 'channels_last' or 'channels_first'.
         mask: None, or bool [N, ...], the shape of x without C: the batch's statistics are those of the positions that
-            are True (all are normalized). A batch without any leaves the moving statistics as they are.
+            are True (all are normalized).
         synchronized: in training within tf.distribute.Strategy.run, the batch is that of all replicas, of equally many
             values each.
 
     Returns:
         (y, new_moving_mean, new_moving_variance); the latter two unchanged without training. x is normalized by
         the batch's own variance (divided by the m values per channel), the moving variance learns the unbiased
-        one (m - 1): at small batches only that is the right size for unseen images.
+        one (m - 1): at small batches only that is the right size for unseen images. A batch without values, or with
+        none that the mask lets count, leaves the moving statistics as they are.
 
     Raises:
-        ValueError: if C is unknown, or in training a channel statically holds no more than one value.
+        ValueError: if C is unknown, or in training a channel statically holds a single value.
     """
     x = tf.convert_to_tensor(x)
     axis = _channel_axis(x, data_format)
     count = math.prod(2 if size is None else size for i, size in enumerate(x.shape) if i != axis)
-    if training and count < 2 and not synchronized:
+    if training and count == 1 and not synchronized:
         raise ValueError(
             f"batch_norm in training needs at least 2 values per channel, not {count}: the shape is "
             f"{x.shape}; use a larger batch, or group_norm"
@@ -236,14 +238,26 @@ def batch_norm(
         y, moving_mean, moving_variance = _batch_norm_by_moments(
             tf.cast(positions, dtype), *arguments, synchronized=True
         )
-    elif dtype == tf.float64:
-        y, moving_mean, moving_variance = _batch_norm_by_moments(positions, *arguments)
+    elif dtype == tf.float64 or _compiled_by_xla():
+        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments)
     else:
         y, moving_mean, moving_variance = _batch_norm_fused(positions, *arguments)
+    if training and not positions.shape.num_elements():  # unknown, or 0
+        moving_mean, moving_variance = (
+            tf.where(tf.size(x) > 0, new, old) for new, old in zip((moving_mean, moving_variance), arguments[2:4])
+        )
     y = tf.cast(tf.reshape(y, shape), x.dtype)
     if axis != x.shape.rank - 1:
         y = tf.experimental.numpy.moveaxis(y, -1, axis)
     return y, moving_mean, moving_variance
+
+
+def _compiled_by_xla():
+    """Whether XLA compiles the graph that is being built: its version of the kernel computes E[x^2] - E[x]^2.
+
+    The public API does not tell; TensorFlow's own operations ask the same.
+    """
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon):
@@ -264,8 +278,8 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
 def _batch_norm_by_moments(
     x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, mask=None, synchronized=False
 ):
-    """The same by the definition, for the type that the kernel lacks, for masks [N, positions, 1, 1], and for the batch
-    of all replicas."""
+    """The same by the definition: for float64, for XLA, for masks [N, positions, 1, 1], and for the batch of all
+    replicas."""
     mean, variance = moving_mean, moving_variance
     if training:
         if mask is None:
@@ -460,6 +474,7 @@ class _Norm(keras.layers.Layer):
         self.beta_constraint = keras.constraints.get(beta_constraint)
         self.gamma_constraint = keras.constraints.get(gamma_constraint)
         self.supports_masking = True
+        self.autocast = False  # the statistics need inputs that are not rounded to the type of the output
 
     def build(self, input_shape):
         rank = len(input_shape)
@@ -497,6 +512,12 @@ class _Norm(keras.layers.Layer):
             dtype="float64" if self.compute_dtype == "float64" else "float32",
         )
 
+    def _cast_inputs(self, inputs):
+        """float32 (float64 under that policy), but float16 and bfloat16 as they are: the norms take these."""
+        inputs = tf.convert_to_tensor(inputs)
+        half = inputs.dtype in (tf.float16, tf.bfloat16) and self.compute_dtype != "float64"
+        return tf.cast(inputs, self.variable_dtype) if inputs.dtype.is_floating and not half else inputs
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -532,7 +553,9 @@ class GroupNorm(_Norm):
         return self.channels if self.groups == -1 else self.groups
 
     def call(self, inputs):
-        return group_norm(inputs, self.gamma, self.beta, self.actual_groups, self.epsilon, self.data_format)
+        inputs = self._cast_inputs(inputs)
+        y = group_norm(inputs, self.gamma, self.beta, self.actual_groups, self.epsilon, self.data_format)
+        return tf.cast(y, self.compute_dtype)
 
     def get_config(self):
         return {**super().get_config(), "groups": self.groups}
@@ -576,7 +599,7 @@ class BatchNorm(_Norm):
         training = bool(training) and self.trainable and not self.freeze_statistics
         training = training or self.use_batch_statistics
         y, moving_mean, moving_variance = batch_norm(
-            inputs,
+            self._cast_inputs(inputs),
             self.gamma,
             self.beta,
             self.moving_mean,
@@ -591,7 +614,7 @@ class BatchNorm(_Norm):
         if training:
             self.moving_mean.assign(moving_mean)
             self.moving_variance.assign(moving_variance)
-        return y
+        return tf.cast(y, self.compute_dtype)
 
     def get_config(self):
         config = {"momentum": self.momentum, "synchronized": self.synchronized}

@@ -171,3 +171,25 @@ def test_masks_arrive_through_a_keras_model_as_they_do_in_keras():
         means.append(norm.moving_mean.numpy())
     np.testing.assert_allclose(means[0], [8 / 3], rtol=1e-6)
     np.testing.assert_allclose(means[0], means[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
+def test_a_batch_without_values_teaches_nothing(shape, known, dtype):
+    layer = ops.BatchNorm(momentum=0.5, dtype=dtype)
+    layer.build((None, None, 3))
+    spec = tf.TensorSpec(shape if known else (None, None, 3), dtype)
+    step = tf.function(lambda x: layer(x, training=True), input_signature=[spec])
+    assert step(tf.zeros(shape, dtype)).shape == shape
+    np.testing.assert_array_equal(layer.moving_mean, np.zeros(3))
+    np.testing.assert_array_equal(layer.moving_variance, np.ones(3))
+
+
+def test_moving_statistics_of_large_means_are_right_when_fit_compiles():
+    x = (1e5 + np.random.default_rng(0).normal(size=(64, 4, 4, 3))).astype("float32")
+    layer = ops.BatchNorm(momentum=0.0)
+    model = keras.Sequential([keras.Input((4, 4, 3)), layer])
+    model.compile("sgd", "mse", jit_compile=True)
+    model.fit(x, x * 0, batch_size=64, verbose=0)
+    np.testing.assert_allclose(layer.moving_variance, x.astype("float64").var((0, 1, 2), ddof=1), rtol=1e-2)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from norm_oracle import from_format, random_case, to_format
+from norm_oracle import batch_sets, from_format, group_sets, oracle, random_case, to_format
 
 import ops
 
@@ -189,6 +189,18 @@ def test_weights_are_float32_under_mixed_policies(layer_class, policy, dtype):
     assert all(np.isfinite(weight).all() for weight in layer.get_weights())
     y = tf.cast(y, tf.float32).numpy()
     assert np.isfinite(y).all() and abs(y.std() - 1) < 0.01  # bfloat16 has 2 to 3 decimal digits
+
+
+@pytest.mark.parametrize("layer_class", LAYERS)
+@pytest.mark.parametrize("low, high", [(66_000, 70_000), (999, 1001)])
+def test_float32_inputs_reach_the_statistics_of_mixed_float16(layer_class, low, high):
+    """Beyond the range of float16, and closer together than its steps (keras#22586)."""
+    x = np.random.default_rng(0).uniform(low, high, (8, 16, 16, 32)).astype("float32")
+    y = layer_class(dtype="mixed_float16")(tf.constant(x), training=True)
+    sets = batch_sets(x.shape) if layer_class is ops.BatchNorm else group_sets(x.shape, 32)
+    exact = oracle(x, np.ones(32), np.zeros(32), x, sets)["y"]
+    assert y.dtype == "float16"
+    np.testing.assert_allclose(tf.cast(y, "float32"), exact, rtol=0, atol=4e-3)  # of size 2
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
