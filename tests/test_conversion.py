@@ -103,6 +103,113 @@ def test_batch_norm_of_any_keras_model_can_be_replaced():
         ops.replace_batch_norm(network, groups=3)
 
 
+def block(x, name, **settings):
+    x = keras.layers.Conv2D(8, 3, padding="same", name=f"{name}_conv")(x)
+    return keras.layers.BatchNormalization(name=name, **settings)(x)
+
+
+def network_of(kind):
+    """8x8x3 inputs through batch norms: a plain network, nested or Sequential models, or what cannot be replaced."""
+    inputs = keras.Input((8, 8, 3))
+    layers = [keras.layers.Conv2D(8, 3, name="conv"), keras.layers.BatchNormalization(name="norm")]
+    if kind == "sequential":
+        return keras.Sequential([inputs, *layers])
+    if kind in ("nested", "nested twice"):
+        inner = keras.Model(inputs, block(inputs, "norm"), name="inner")
+        x = keras.Sequential([keras.Input((8, 8, 8)), *layers], name="head")(inner(inputs, training=False))
+        x = keras.layers.Add()([x, x * 2])
+        return keras.Model(inputs, [x, inner(inputs * 3.0)] if kind == "nested twice" else x)
+    x = layers[1](layers[0](inputs))
+    if kind == "shared":
+        x = layers[1](x * 2)
+    if kind == "time distributed":
+        x = keras.layers.TimeDistributed(keras.layers.BatchNormalization(name="inside"), name="wrapper")(x)
+    return keras.Model(inputs, x)
+
+
+def randomize(network, seed=0):
+    rng = np.random.default_rng(seed)
+    for variable in network.variables:
+        variable.assign(rng.uniform(0.5, 2, variable.shape) if "kernel" not in variable.path else variable)
+    return network
+
+
+@pytest.mark.parametrize("kind, norms", [("sequential", 1), ("nested", 2)])
+@pytest.mark.parametrize("sized", [{"groups": 2}, {"group_size": 4}])
+def test_nested_and_sequential_models_keep_the_moments_of_every_channel(kind, norms, sized):
+    network = randomize(network_of(kind))
+    images = np.random.default_rng(1).random((70, 8, 8, 3)).astype("float32")
+    copy = ops.replace_batch_norm(network, images=images, **sized)
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in copy._flatten_layers())
+    assert [layer.groups for layer in copy._flatten_layers() if isinstance(layer, ops.GroupNorm)] == [2] * norms
+    found, wanted = (np.float64(model(images)) for model in (copy, network))
+    np.testing.assert_allclose(found.mean((0, 1, 2)), wanted.mean((0, 1, 2)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.std((0, 1, 2)), wanted.std((0, 1, 2)), rtol=1e-3)
+
+
+def test_settings_and_adapted_means_are_kept():
+    inputs = keras.Input((8, 8, 3))
+    adapted = keras.layers.Normalization(name="adapted")
+    adapted.adapt(np.random.default_rng(0).normal(5, 3, (20, 8, 8, 3)))
+    settings = {"center": False, "gamma_regularizer": keras.regularizers.L2(0.5), "gamma_constraint": "non_neg"}
+    inner = keras.Model(inputs, block(inputs, "norm", **settings), name="inner")
+    inner.trainable = False
+    x = block(inner(adapted(inputs)), "last", scale=False)
+    copy = ops.replace_batch_norm(keras.Model(inputs, x), groups=2)
+    x = np.ones((1, 8, 8, 3), "float32")
+    np.testing.assert_array_equal(copy.get_layer("adapted")(x), adapted(x))
+    frozen, last = copy.get_layer("inner").get_layer("norm"), copy.get_layer("last")
+    assert frozen.beta is None and frozen.gamma_regularizer.l2 == 0.5 and last.gamma is None and last.trainable
+    assert isinstance(frozen.gamma_constraint, keras.constraints.NonNeg)
+    assert [variable.path for variable in copy.trainable_variables] == [
+        "last_conv/kernel",
+        "last_conv/bias",
+        "last/beta",
+    ]
+
+
+IMAGES = np.ones((2, 8, 8, 3), "float32")
+
+
+@pytest.mark.parametrize(
+    "kind, arguments, said",
+    [
+        ("plain", {"groups": 3}, "'norm': 8 channels cannot be split into 3 groups.*1, 2, 4, 8"),
+        ("nested", {"group_size": 16}, "'norm': 8 channels cannot be split into groups of 16.*1, 2, 4, 8"),
+        ("time distributed", {}, "'wrapper'.*TimeDistributed.*'inside'.*GroupNorm"),
+        ("shared", {"images": IMAGES}, "'norm' is used 2 times.*leave images out"),
+        ("nested twice", {"images": IMAGES}, "'norm' is used 2 times.*leave images out"),
+        ("plain", {"images": IMAGES[:0]}, "empty.*256 images"),
+        ("plain", {"images": tf.data.Dataset.from_tensors(IMAGES)}, "Dataset.*256 images"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused_by_name(kind, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        ops.replace_batch_norm(network_of(kind), **{"groups": 2, **arguments})
+
+
+@pytest.mark.parametrize("kind", ["shared", "nested twice"])
+def test_a_norm_that_is_used_twice_stays_one(kind):
+    network = network_of(kind)
+    copy = ops.replace_batch_norm(network, groups=2)
+    assert len(copy.trainable_variables) == len(network.trainable_variables)
+
+
+@pytest.mark.parametrize("kind", ["subclassed", "unbuilt", "without batch norm"])
+def test_models_of_another_kind_are_refused(kind):
+    class Own(keras.Model):
+        def call(self, x):
+            return x
+
+    models_of = {
+        "subclassed": Own(name="mine"),
+        "unbuilt": keras.Sequential([keras.layers.BatchNormalization()], name="mine"),
+        "without batch norm": keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="mine"),
+    }
+    with pytest.raises(ValueError, match="'mine'.*(functional|no batch norm)"):
+        ops.replace_batch_norm(models_of[kind])
+
+
 def test_a_converted_network_trains_on_from_what_it_knew(batch_run, group_run):
     """The accuracy before training is far above a guess, and said."""
     printed = group_run[1]
