@@ -432,7 +432,7 @@ class Interruption:
             number = os.read(pipe, 1)[0]
             if number not in STOPPING:
                 continue
-            if self.signal or not self.worth_saving:
+            if not self.worth_saving or (self.signal and number != signal.SIGHUP):  # which may come twice
                 print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
                 os._exit(128 + number)
             self.signal = number

@@ -271,9 +271,10 @@ class Job:
         return True
 
     def pin(self):
-        """Take the cores of this job; on Linux, save and stop by SIGTERM when compare.py ends, however that ends."""
+        """Take the cores of this job; on Linux, save and stop by SIGHUP when compare.py ends, however that ends."""
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
         if PRCTL:
-            PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
+            PRCTL(PR_SET_PDEATHSIG, signal.SIGHUP)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, self.cores)
 

@@ -499,6 +499,7 @@ def test_an_interrupted_grid_goes_on(stop, data_dir, tmp_path):
     _, error = process.communicate(timeout=120)
     if stop == signal.SIGINT:
         assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(is_locked(run.path) for run in runs.read_runs([tmp_path])):
         time.sleep(0.1)
     stopped = {run.path: run.rows[-1]["step"] for run in runs.read_runs([tmp_path])}
