@@ -688,7 +688,7 @@ def replace_batch_norm(
 
     Args:
         model: functional or Sequential, of any layers and of nested models of these kinds. All other weights are
-            copied, and so is which layers are trainable.
+            copied; layers that are frozen stay so.
         groups: a divisor of the channels of every norm; -1 is a group for each channel.
         images: None, and gamma and beta are copied, too, where the norm has them; or [N, ...] inputs of the model, a
             few hundred, over which match_moments sets them: what a trained network needs.
@@ -733,10 +733,7 @@ def replace_batch_norm(
     copy = clone_model(model)
     if not any(isinstance(layer, BATCH_NORMS) for _, layer in _named_layers(model)):
         raise ValueError(f"model {model.name!r} has no batch norm to replace")
-    copy.trainable = model.trainable
-    # a model comes before its layers: it sets whether all of them are trainable
     for (_, ours), (_, theirs) in zip(_named_layers(copy), _named_layers(model)):
-        ours.trainable = theirs.trainable
         if isinstance(theirs, BATCH_NORMS):
             for mine, value in ((ours.gamma, theirs.gamma), (ours.beta, theirs.beta)):
                 if value is not None:
@@ -770,7 +767,7 @@ def _group_norm_like(layer, groups, group_size, affine):
 
 
 def _named_layers(model, path=""):
-    """(path, layer) of all layers of a model and of the models in it, from the input on, each model before its own."""
+    """(path, layer) of all layers of a model and of the models in it, from the input on."""
     for layer in model.layers:
         yield path + layer.name, layer
         if isinstance(layer, keras.Model):
