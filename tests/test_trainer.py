@@ -295,7 +295,7 @@ def test_accumulated_gradients_are_those_of_the_whole_step(norm_type, alike, opt
         ends.append([variable.numpy() for variable in model.trainable_variables])
         assert finite and totals.numpy()[0] / 32 == pytest.approx(float(loss), rel=1e-6)
     apart = max(np.abs(one - other).max() for one, other in zip(*ends))
-    assert apart < 1e-5 if alike else apart > 1e-3, apart
+    assert apart < 1e-5 if alike else apart > 1e-4, apart
 
 
 def test_schedules():
@@ -664,7 +664,7 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     config = json.loads((run_dir / "config.json").read_text())
     assert (config["data"]["train"], config["data"]["test"]) == (1237, 200)
     printed = scripts.run("evaler.py", "--dataset", "Digits", *common, "--validation", 200)
-    result = json.loads((run_dir / "evaluation.json").read_text())
+    result = json.loads((run_dir / "evaluation.json").read_text())["splits"]["validation"]["accuracy"]
     assert "Digits validation: accuracy" in printed and result["images"] == 200
     assert result["accuracy"] == scripts.metrics(run_dir)[-1]["test_loss/accuracy"]
     with pytest.raises(evaler.UserError, match="held out 200"):
