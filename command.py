@@ -10,12 +10,10 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import importlib
 import os
 import platform
 import signal
 import sys
-import threading
 import typing
 
 # A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
@@ -48,27 +46,14 @@ def terminate(number, frame):
     raise Terminated
 
 
-def ask_again(dropped):
-    """Python drops what a signal's handler raises while objects are freed, and goes on: let the signal come again."""
-    number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(dropped.exc_type)
-    if number is None:
-        sys.__unraisablehook__(dropped)
-        return
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
-
-
 def run(main):
-    """Call main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
+    """Return main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
     signal.signal(signal.SIGTERM, terminate)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it: the terminal was closed
         signal.signal(signal.SIGHUP, terminate)
-    sys.unraisablehook = ask_again
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letters for
     try:
-        main()
-        return
+        return main()
     except UserError as error:
         code, message = 2, error
     except WorldError as error:
@@ -94,7 +79,10 @@ def one_line(text, limit=2000):
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
-# ------------------------------------------------------------------------------------------------------------ flags
+# Flags.
+
+
+FACTS = ("low", "above", "exclusive", "on_resume", "derived", "place", "ignored")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -118,24 +106,31 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def add_flags(self, settings):
         """Add the flags of a dataclass whose fields were made by flag()."""
+        groups = {}  # of flags that exclude each other
         for field in dataclasses.fields(settings):
-            how, kind = dict(field.metadata), (typing.get_args(field.type) or (field.type,))[0]  # int of int | None
-            how.pop("on_resume", None)
-            if kind is bool and how:
-                self.add_argument(f"--{field.name}", action="store_true", **how)
-            elif how:
-                kind = within(kind, how.pop("low", None), how.pop("above", None))
-                self.add_argument(f"--{field.name}", type=kind, default=field.default, **how)
+            if "help" not in field.metadata:
+                continue
+            how = {name: value for name, value in field.metadata.items() if name not in FACTS}
+            kind = (typing.get_args(field.type) or (field.type,))[0]  # int of int | None
+            exclusive, target = field.metadata.get("exclusive"), self
+            if exclusive:
+                target = groups.setdefault(exclusive, None) or self.add_mutually_exclusive_group()
+                groups[exclusive] = target
+            if kind is bool:
+                target.add_argument(f"--{field.name}", action="store_true", **how)
+            else:
+                kind = within(kind, field.metadata.get("low"), field.metadata.get("above"))
+                target.add_argument(f"--{field.name}", type=kind, default=field.default, **how)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def flag(default, help, **how):
-    """A field of a dataclass that a flag of the same name sets: its default, help and range, said once.
+    """A field of a dataclass that a flag of the same name sets: its default, help and range in one place.
 
-    how: low (the least value allowed), above (values must be greater), on_resume (it may be given then too), and what
-    add_argument takes.
+    how: low (the least value allowed), above (values must be greater), exclusive (a name: of the flags that share it
+    one may be given), the other FACTS, which config.py explains, and what add_argument takes.
     """
     return dataclasses.field(default=default, metadata={"help": help, **how})
 
@@ -155,7 +150,7 @@ def within(kind, low=None, above=None):
     return parse
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# Files.
 
 
 @contextlib.contextmanager
@@ -187,22 +182,17 @@ def sync(path):
         os.close(handle)
 
 
-# ------------------------------------------------------------------------------------------------------- TensorFlow
+# TensorFlow.
 
 
-class Later:
-    """A module that is imported where it is first used: TensorFlow takes seconds, --help and a wrong flag need none.
+def start(name, parse):
+    """Parse the flags of a script, then import TensorFlow, which takes seconds; returns the flags.
 
-    tf = Later("tensorflow")
+    name: __name__ of the script. Where it is imported by another, there are no flags to parse.
     """
-
-    def __init__(self, name):
-        self._name = name
-
-    def __getattr__(self, attribute):
-        if "tensorflow" not in sys.modules:
-            import_tensorflow()
-        return getattr(importlib.import_module(self._name), attribute)
+    flags = run(parse) if name == "__main__" else None
+    import_tensorflow()
+    return flags
 
 
 def import_tensorflow():
@@ -233,4 +223,6 @@ def set_threads(images, image_shape):
     """
     height, width, _ = image_shape
     if height and images * height * width <= ONE_THREAD_PIXELS:
-        Later("tensorflow").config.threading.set_intra_op_parallelism_threads(1)
+        import tensorflow as tf  # not at the top: this file is for scripts without it, too
+
+        tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -4,9 +4,8 @@
     python download.py --dataset ImageNet --archive_dir DIR          # three files that you fetch yourself
     python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, as your own dataset
 
-Of your images, transparent ones are laid on white, float ones must lie in 0 ... 1, and those of more than 8 bits are
-scaled by one divisor for the whole dataset, which is printed. A dataset that is packed already is left alone. A fetch
-that was cut off goes on where it stopped.
+Your images become RGB of 8 bits, with transparent parts on white; images of more bits are refused. A dataset that is
+packed already is skipped. A download that was cut off continues where it stopped.
 """
 
 import contextlib
@@ -235,8 +234,7 @@ def prepare(
         module = datasets.module_of(name)
         archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
         made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
-        read = module.read if others else getattr(module, "read_original", module.read)
-        pack(name, folder, lambda: read(archives)._replace(recipe={"made_from": made_from}))
+        pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
         # What --archive_dir names stays, and so does what no mirror gives again.
         done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
         for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
@@ -265,12 +263,7 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
                 raise UserError(f"{folder}/{file} is there and was not packed by download.py: choose another name")
-
-        def read_folder():
-            source = read(image_dir, test_image_dir, image_size)
-            return source._replace(recipe=recipe | source.recipe)
-
-        pack(name, folder, read_folder)
+        pack(name, folder, lambda: read(image_dir, test_image_dir, image_size)._replace(recipe=recipe))
 
 
 def check_recipe(name, folder, recipe):
@@ -286,6 +279,14 @@ def check_recipe(name, folder, recipe):
                 f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
                 f"{folder}/{hdf5.DATA} to pack it anew, or choose another name"
             )
+
+
+def load_splits(name, data_dir, validation=None, fetch=True):
+    """Return (train, test) of a dataset, fetched and packed first if it is missing and may be fetched unasked."""
+    if fetch and datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, data_dir):
+        print(f"{name} is not in {data_dir} yet: preparing it first", flush=True)
+        prepare(name, data_dir)
+    return datasets.create_default_splits(name, data_dir, validation=validation)
 
 
 def pack(name, folder, read):

@@ -19,46 +19,30 @@ import itertools
 import os
 import sys
 
-import numpy as np
+import config as configuration
+from command import UserError, complain, run, start, write_whole
 
+FLAGS = start(__name__, configuration.parse_evaluation)  # flags first: TensorFlow takes seconds to import
+
+import numpy as np
+import tensorflow as tf
+
+import checkpoints
 import datasets
 import export
-import model as models
+import ops
 import replicas
 import runs
 import summaries
-from command import ArgumentParser, Later, UserError, complain, run, within, write_whole
-from datasets import folder, hdf5
-from input_ops import create_input_ops, image_of_file, network_image_shape
-
-tf, ops = Later("tensorflow"), Later("ops")
+from config import EVALUATION_BATCH, PREDICTED_CLASSES
+from datasets import folder
+from input_ops import create_input_ops, image_of_file
+from model import create_model
 
 MANY_CLASSES = 100  # from so many on, top-5 accuracy stands beside accuracy, and the classes that do worst are printed
 WORST = 10
 SCALARS = ("accuracy", "top5_accuracy", "loss")
-EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
-PREDICTED_CLASSES = 5  # that --predict names for each image
 REESTIMATION_IMAGES = 10_000  # training images over which batch norm's statistics are estimated anew
-
-
-def build_model(config, image_shape, num_classes):
-    """The network of a configuration, for images of image_shape in num_classes classes."""
-    policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[config.dtype]
-    tf.keras.mixed_precision.set_global_policy(policy)
-    try:
-        return models.create_model(
-            config.model,
-            image_shape,
-            num_classes,
-            config.norm_type,
-            config.groups,
-            config.group_size,
-            config.weight_standardization,
-            config.batch_norm_momentum,
-            config.sync_batch_norm,
-        )
-    except ValueError as error:
-        raise UserError(f"{config.model} with --norm_type {config.norm_type}: {error}") from error
 
 
 def make_predictor(model, strategy=None):
@@ -179,58 +163,38 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
         )
 
 
-# -------------------------------------------------------------------------------------------------- prediction
+# Prediction of image files.
 
 
-def make_classifier(model, num_classes):
-    """A graph from images [B, h, w, c] to the probabilities [B, k] and numbers [B, k] of their k most likely classes,
-    the most likely first: k is PREDICTED_CLASSES, or all classes where there are fewer."""
-
-    @tf.function(reduce_retracing=True)
-    def classify(images):
-        return tf.math.top_k(tf.nn.softmax(model(images, training=False)), min(PREDICTED_CLASSES, num_classes))
-
-    return classify
-
-
-def readable(read, files):
-    """Yield (file, read(file)) of the files; one that cannot be read is a line on stderr, and left out."""
+def readable(files, dataset):
+    """Yield (file, image) of the image files; one that cannot be read is a line on stderr, and left out."""
     for file in files:
         try:
             folder.check_name(file, os.curdir)
-            result = read(file)
+            image = image_of_file(file, dataset)
         except UserError as error:
             complain(error)
         except OSError as error:
             complain(f"{type(error).__name__}: {error}")
         else:
-            yield file, result
+            yield file, image
 
 
-def same_bits(dataset, place, files):
-    """The bits of integers of more than 8 bits, as the dataset in the folder `place` was packed, else as the files have
-    them; and the files without those that could not be read on the way."""
-    bits = hdf5.read_recipe(place).get("bits") if hdf5.is_packed(place) else None
-    if bits in folder.BITS:
-        print(f"images with more than 8 bits are read as those of {dataset.name}: {bits} bits, 0 to {2**bits - 1}")
-        return bits, files
-    found = list(readable(folder.highest_value, files))
-    return folder.depth(max((highest for _, highest in found), default=-1)), [file for file, _ in found]
-
-
-def predict_files(model, dataset, files, bits, batch_size):
+def predict_files(model, dataset, files, batch_size):
     """Yield (file, rank, class name, probability) of the most likely classes of each image file, file after file.
 
     Args:
-        model: of build_model, with weights.
+        model: with weights.
         dataset: what it was trained on; files are treated as its images were.
         files: paths; one that cannot be read is a line on stderr, and left out.
-        bits: of same_bits.
         batch_size: files in memory at once; results do not depend on it.
     """
-    classify = make_classifier(model, dataset.num_classes)
-    images = readable(lambda file: image_of_file(file, dataset, bits), files)
-    while batch := list(itertools.islice(images, min(batch_size, len(files)))):
+    count = min(PREDICTED_CLASSES, dataset.num_classes)
+    classify = tf.function(
+        lambda images: tf.math.top_k(tf.nn.softmax(model(images, training=False)), count), reduce_retracing=True
+    )
+    images = readable(files, dataset)
+    while batch := list(itertools.islice(images, batch_size)):
         probabilities, classes = (values.numpy() for values in classify(tf.stack([image for _, image in batch])))
         for (file, _), best, numbers in zip(batch, probabilities, classes):
             for rank, (probability, number) in enumerate(zip(best, numbers), 1):
@@ -274,62 +238,7 @@ def write_predictions(path, rows):
     print(f"wrote {path}")
 
 
-# ------------------------------------------------------------------------------------------------------ script
-
-
-def parse_flags(argv=None):
-    parser = ArgumentParser(description="Evaluate a run over a whole split, in inference mode.")
-    parser.add_argument("--dataset", required=True, help="name of the dataset, one of the known or your own")
-    parser.add_argument("--train_dir", default="train_dir", help="where the run folders are, or one run folder")
-    parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
-    parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
-    parser.add_argument("--batch_size", type=within(int, low=1), default=EVALUATION_BATCH, help="images at a time")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    parser.add_argument(
-        "--batch_statistics",
-        choices=("moving", "reestimate", "reestimate_small", "batch"),
-        nargs="+",
-        default=["moving"],
-        help="of batch norm: those that training left; also those re-estimated over training images, augmented as in "
-        "training, in large batches or in batches of the training batch size; also those of the test batch, at the "
-        "training batch size",
-    )
-    parser.add_argument(
-        "--validation",
-        type=within(int, low=1),
-        metavar="N",
-        help="evaluate on the N training images that the run held out by the same flag",
-    )
-    parser.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="PATH",
-        help=f"print the {PREDICTED_CLASSES} most likely classes of image files, and of those in folders and below, "
-        "instead of evaluating",
-    )
-    parser.add_argument("--output", metavar="FILE", help="write what --predict prints as a CSV file, too")
-    parser.add_argument(
-        "--export",
-        metavar="DIR",
-        help="also write the network into this new folder, in files that load without this repo, with a README.md",
-    )
-    parser.add_argument(
-        "--export_format", choices=export.FURTHER, nargs="+", default=[], help="further formats to --export"
-    )
-    flags = parser.parse_args(argv)
-    if flags.predict:
-        without_effect, why = ("split", "batch_statistics", "validation", "export", "export_format"), "with --predict"
-    elif flags.export is not None:
-        without_effect = ("split", "batch_statistics", "validation", "output")
-        why = "with --export, which writes the weights as training left them and measures them on the test split"
-    else:
-        without_effect, why = ("output", "export_format"), "without --predict and without --export"
-    for name in parser.names_given(argv):
-        if name in without_effect:
-            raise UserError(f"--{name} has no effect {why}: leave it out")
-    if flags.validation is not None and flags.split == "train":
-        raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
-    return flags
+# The script.
 
 
 def print_result(title, result, class_names):
@@ -373,9 +282,8 @@ def check_request(flags, run_dir, config):
 
 def print_predictions(flags, files, model, dataset):
     """Print the most likely classes of each file, and write them to --output; exit code 1 if one could not be read."""
-    bits, found = same_bits(dataset, datasets.folder_of(flags.dataset, flags.data_dir), files)
     rows = []
-    for file, rank, name, probability in predict_files(model, dataset, found, bits, flags.batch_size):
+    for file, rank, name, probability in predict_files(model, dataset, files, min(flags.batch_size, len(files))):
         if rank == 1:
             print(file)
         print(f"  {100 * probability:6.2f} %  {name}", flush=True)
@@ -386,35 +294,15 @@ def print_predictions(flags, files, model, dataset):
         sys.exit(1)
 
 
-def main(argv=None):
-    flags = parse_flags(argv)
-    datasets.folder_of(flags.dataset, flags.data_dir)  # a name that can name no dataset ends here
-    files = folder.find_images(flags.predict or [])
-    if flags.output is not None:
-        check_output(flags.output, files)
-    if flags.export is not None:
-        export.check_request(flags.export, flags.export_format)
-    run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
-    config, data = runs.read_config(run_dir)
-    check_request(flags, run_dir, config)
-    train, test = datasets.create_default_splits(flags.dataset, flags.data_dir, validation=flags.validation)
-    runs.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
-    if flags.predict:
-        check_images(train)
-    split = test if flags.split == "test" else train
-    name = f"{flags.dataset} {'validation' if flags.validation else flags.split}"
-    model = build_model(config, network_image_shape(train), train.num_classes)
-    checkpoint, step = runs.load_weights(model, flags.checkpoint or run_dir)
-    print(f"{checkpoint}: {config.model}, {config.norm_type} norm, step {step}")
-    if flags.predict:
-        print_predictions(flags, files, model, train)
-        return
+def measure_all(flags, config, model, train, split, name):
+    """{measure: result} of the network with each of the --batch_statistics, all of them printed."""
+    batches = create_input_ops(split, min(flags.batch_size, len(split)), is_training=False)
 
-    batch_size = min(flags.batch_size, len(split))
-    batches = create_input_ops(split, batch_size, is_training=False)
-    result = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
-    print_result(name, result, split.class_names)
-    measured = {"accuracy": result}
+    def evaluate_now():
+        return evaluate(make_predictor(model), batches, split.labels, split.num_classes)
+
+    measured = {"accuracy": evaluate_now()}
+    print_result(name, measured["accuracy"], split.class_names)
     if "batch" in flags.batch_statistics:
         size = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)
         measured["by_batch"] = evaluate_by_batch(model, split, size, config.seed) | {"batch_size": size}
@@ -425,26 +313,50 @@ def main(argv=None):
     ):
         if choice in flags.batch_statistics:
             reestimate_batch_statistics(model, train, config.augment, config.seed, size)
-            measured[measure] = evaluate(make_predictor(model), batches, split.labels, split.num_classes)
-            measured[measure] |= {"batch_size": size, "augment": config.augment}
+            measured[measure] = evaluate_now() | {"batch_size": size, "augment": config.augment}
             print_result(f"{name}{runs.MEASURES[measure]}", measured[measure], split.class_names)
+    return measured
 
+
+def main(flags):
+    files = folder.find_images(flags.predict or [])
+    if flags.output is not None:
+        check_output(flags.output, files)
+    if flags.export is not None:
+        export.check_folder(flags.export)
+    run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
+    config, data = configuration.read_config(run_dir)
+    check_request(flags, run_dir, config)
+    train, test = datasets.create_default_splits(flags.dataset, flags.data_dir, validation=flags.validation)
+    configuration.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
+    if flags.predict:
+        check_images(train)
+    model = create_model(config, train.network_shape, train.num_classes)
+    checkpoint, step = checkpoints.load_weights(model, flags.checkpoint or run_dir)
+    print(f"{checkpoint}: {config.model}, {config.norm_type} norm, step {step}")
+    if flags.predict:
+        print_predictions(flags, files, model, train)
+        return
+
+    split = test if flags.split == "test" else train
     split_name = "validation" if flags.validation else flags.split
-    tag = f"evaluation_{split_name}"
+    weights = model.get_weights()  # as training left them
+    measured = measure_all(flags, config, model, train, split, f"{flags.dataset} {split_name}")
+    result = measured["accuracy"]
     with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):
-        tf.summary.scalar(f"{tag}/accuracy", result["accuracy"])
-        tf.summary.scalar(f"{tag}/loss", result["loss"])
-        tf.summary.image(f"{tag}/confusion", summaries.confusion_image(result["confusion"], split.class_names))
+        tf.summary.scalar(f"evaluation_{split_name}/accuracy", result["accuracy"])
+        tf.summary.scalar(f"evaluation_{split_name}/loss", result["loss"])
+        confusion = summaries.confusion_image(result["confusion"], split.class_names)
+        tf.summary.image(f"evaluation_{split_name}/confusion", confusion)
     summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
     results = {measure: summary_of(found) for measure, found in measured.items()}
     runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
     print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
     if flags.export is not None:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
-        config = dataclasses.replace(config, dtype="float32")
-        network = build_model(config, network_image_shape(train), train.num_classes)
-        network.set_weights(model.get_weights())
-        export.write(network, test, flags.export, flags.export_format, batch_size, run_dir, step)
+        network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
+        network.set_weights(weights)
+        export.write(network, test, flags.export, run_dir, step, result["accuracy"])
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: main(FLAGS))

@@ -9,18 +9,16 @@ example.
 """
 
 import numpy as np
+import tensorflow as tf
 
-from command import Later
-from datasets import folder, hdf5
-from datasets.archives import refusing
+from config import AUGMENTATIONS
+from datasets import hdf5
+from datasets.hdf5 import IMAGENET_SIZE
+from datasets.images import as_jpeg, load_image
 
-tf = Later("tensorflow")
-
-AUGMENTATIONS = ("crop", "flip+crop")
 ORDER, AUGMENTATION = 0, 1  # what random draws are for: each has keys of its own
 IN_MEMORY = 6 << 30  # bytes of images up to which a split is held in memory, as uint8
 CROP_PADDING = 1 / 8  # of the side: 4 pixels around a 32-pixel image, as in arXiv 1512.03385, section 4.2
-IMAGENET_SIZE = 224  # pixels, what the networks see of encoded photographs
 IMAGENET_RESIZE = 256  # pixels, the shorter side before the centre crop at test time
 RATIOS = (1, 2, 4, 8)  # at which a JPEG file can be decoded directly
 DECODER_MARGIN = 2  # pixels at the edge of a decoded window in which the decoder lacks the colours of its neighbours
@@ -292,27 +290,17 @@ def resample(image, begin, scale):
     return tf.reshape(image, [IMAGENET_SIZE, IMAGENET_SIZE, 3])
 
 
-def image_of_file(path, dataset: hdf5.Dataset, bits: int | None):
-    """An image file of any size and mode as the network sees it, treated as the dataset's images were.
+def image_of_file(path, dataset: hdf5.Dataset):
+    """Return an image file of any size and mode as the network sees it, treated as the dataset's images were.
 
-    Where those are JPEG files the centre crop of the JPEG file that would be packed of it; else RGB, or its luminance
-    where they have one channel, resized to their height and width.
-
-    Args:
-        path: of the file.
-        dataset: whose images have 1 or 3 channels.
-        bits: of integers of more than 8 bits, as folder.depth gives them.
+    For JPEG files the centre crop of the JPEG file that would be packed; else RGB, or its luminance where the dataset's
+    images (of 1 or 3 channels) have one, resized to their height and width.
 
     Returns:
         [h, w, c] float32, 0 ... 1. Raises UserError, OSError for a file that cannot be read.
     """
-    if dataset.encoded:
-        with refusing(path):
-            return centre_crop(folder.read_jpeg(path, bits)) / 255
-    pixels = folder.load(path, dataset.image_shape[:2], bits)
-    return to_float(tf.constant(folder.luminance(pixels) if dataset.image_shape[2] == 1 else pixels))
-
-
-def network_image_shape(dataset: hdf5.Dataset) -> tuple:
-    """(height, width, channels) of the images that create_input_ops makes of this dataset."""
-    return (IMAGENET_SIZE, IMAGENET_SIZE, 3) if dataset.encoded else tuple(dataset.image_shape)
+    if not dataset.encoded:
+        height, width, channels = dataset.image_shape
+        return to_float(tf.constant(load_image(path, path, (height, width), channels)))
+    with hdf5.reading(path), open(path, "rb") as file:
+        return centre_crop(as_jpeg(file.read(), path)) / 255

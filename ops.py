@@ -11,16 +11,11 @@ import math
 import numbers
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 EPSILON = 1e-5  # for every norm alike, as in the code of the GN paper's authors
 LANES = 8  # the float32 values that one instruction adds in TensorFlow's packages for CPUs
-FEW_OUTPUTS = 32  # up to there a convolution by a matrix product was measured to be faster
-
-
-# ---------------------------------------------------------------------------------------------- pure functions
 
 
 def group_norm(
@@ -185,7 +180,6 @@ def batch_norm(
     momentum: float = 0.9,
     epsilon: float = EPSILON,
     data_format: str = "channels_last",
-    mask: tf.Tensor | None = None,
     synchronized: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
@@ -201,16 +195,14 @@ def batch_norm(
         momentum: share of the old moving statistics in the new: new = momentum * old + (1 - momentum) * batch.
         epsilon: added to the variance.
         data_format: 'channels_last' or 'channels_first'.
-        mask: None, or bool [N, ...], the shape of x without C: the batch's statistics are those of the positions that
-            are True (all are normalized).
         synchronized: in training within tf.distribute.Strategy.run, the batch is that of all replicas, of equally many
             values each.
 
     Returns:
         (y, new_moving_mean, new_moving_variance); the latter two unchanged without training. x is normalized by
         the batch's own variance (divided by the m values per channel), the moving variance learns the unbiased
-        one (m - 1): at small batches only that is the right size for unseen images. A batch without values, or with
-        none that the mask lets count, leaves the moving statistics as they are.
+        one (m - 1): at small batches only that is the right size for unseen images. A batch without values
+        leaves the moving statistics as they are.
 
     Raises:
         ValueError: if C is unknown, or in training a channel statically holds a single value.
@@ -229,15 +221,8 @@ def batch_norm(
     shape = _dynamic_shape(x)
     positions = tf.reshape(x, [shape[0], math.prod(shape[1:-1]), 1, shape[-1]])
     arguments = gamma, beta, tf.cast(moving_mean, dtype), tf.cast(moving_variance, dtype), training, momentum, epsilon
-    if mask is not None and training:
-        if synchronized:
-            raise ValueError("synchronized batch norm takes no mask: replicas would have different numbers of values")
-        mask = tf.reshape(tf.convert_to_tensor(mask), tf.shape(positions)[:3])[..., tf.newaxis]
-        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments, mask)
-    elif synchronized and training:
-        y, moving_mean, moving_variance = _batch_norm_by_moments(
-            tf.cast(positions, dtype), *arguments, synchronized=True
-        )
+    if synchronized and training:
+        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments, True)
     elif dtype == tf.float64 or _compiled_by_xla():
         y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments)
     else:
@@ -276,31 +261,23 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
 
 
 def _batch_norm_by_moments(
-    x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, mask=None, synchronized=False
+    x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, synchronized=False
 ):
-    """The same by the definition: for float64, for XLA, for masks [N, positions, 1, 1], and for the batch of all
-    replicas."""
+    """The same by the definition: for float64, for XLA, and for the batch of all replicas."""
     mean, variance = moving_mean, moving_variance
     if training:
-        if mask is None:
-            count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
-            mean, variance = _moments(x, [0, 1, 2])
-            if synchronized:
-                mean, variance, replicas = _moments_of_replicas(mean, variance)
-                count *= replicas
-        else:
-            weight = tf.cast(mask, x.dtype)
-            count = tf.reduce_sum(weight)
-            mean = tf.reduce_sum(x * weight, [0, 1, 2]) / tf.maximum(count, 1)
-            variance = tf.reduce_sum(tf.square(x - mean) * weight, [0, 1, 2]) / tf.maximum(count, 1)
-            momentum = tf.where(count > 0, tf.cast(momentum, x.dtype), 1)
+        count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
+        mean, variance = moments(x, [0, 1, 2])
+        if synchronized:
+            mean, variance, replicas = _moments_of_replicas(mean, variance)
+            count *= replicas
         unbiased = variance * count / tf.maximum(count - 1, 1)
         moving_mean = momentum * moving_mean + (1 - momentum) * mean
         moving_variance = momentum * moving_variance + (1 - momentum) * unbiased
     return (x - mean) * (gamma * tf.math.rsqrt(variance + epsilon)) + beta, moving_mean, moving_variance
 
 
-def _moments(x, axes):
+def moments(x, axes):
     """Mean and variance over axes; tf.nn.moments has the same, but wrong second derivatives."""
     mean = tf.reduce_mean(x, axes)
     return mean, tf.reduce_mean(tf.square(x - mean), axes)
@@ -317,77 +294,8 @@ def _moments_of_replicas(mean, variance):
     place = tf.one_hot(replica.replica_id_in_sync_group, number, dtype=mean.dtype)  # all_gather would lose the shape
     mine = place[:, tf.newaxis, tf.newaxis] * tf.stack([mean, variance])
     means, variances = tf.unstack(replica.all_reduce(tf.distribute.ReduceOp.SUM, mine), axis=1)
-    mean, between = _moments(means, [0])
+    mean, between = moments(means, [0])
     return mean, tf.reduce_mean(variances, 0) + between, number
-
-
-def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
-    """Centre and scale each filter over its inputs (arXiv 1903.10520, equations 8 to 10).
-
-    Args:
-        kernel: [..., inputs, filters] convolution or dense weights, any float type.
-        epsilon: added to the variance.
-
-    Returns:
-        Weights of the same shape and type, each filter with mean 0 and variance 1 / fan_in: the scale of LeCun's
-        initialisation, so that the outputs keep the variance of the inputs whether a norm follows or not.
-    """
-    kernel = tf.convert_to_tensor(kernel)
-    weights = tf.cast(kernel, tf.float64 if kernel.dtype == tf.float64 else tf.float32)
-    axes = list(range(kernel.shape.rank - 1))
-    mean, variance = _moments(weights, axes)
-    fan_in = math.prod(kernel.shape[:-1])
-    return tf.cast((weights - mean) * tf.math.rsqrt(fan_in * (variance + epsilon / fan_in)), kernel.dtype)
-
-
-def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Tensor:
-    """tf.nn.conv2d with 'SAME' padding, as a matrix product where a small batch makes fewer outputs than filters.
-
-    Args:
-        x: [N, H, W, C], any float type.
-        kernel: [height, width, C, filters].
-        strides: (vertical, horizontal).
-
-    Returns:
-        [N, H', W', filters], with H' = ceil(H / strides[0]), W' = ceil(W / strides[1]).
-    """
-    height, width, channels, filters = kernel.shape
-    sizes = [x.shape[0]] + [size and -(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
-    outputs = None if None in sizes else math.prod(sizes)
-    by_product = products_that_pay(outputs, filters)
-    if not by_product or tf.config.list_physical_devices("GPU"):  # measured on CPUs
-        return tf.nn.conv2d(x, kernel, strides, "SAME")
-
-    def patches(x):  # [N, H, W, C] → [outputs, inputs of a filter]
-        cut = tf.image.extract_patches(x, [1, height, width, 1], [1, *strides, 1], [1, 1, 1, 1], "SAME")
-        return tf.reshape(cut, [outputs, height * width * channels])
-
-    @tf.custom_gradient
-    def convolution(x, kernel):
-        def gradient(dy):
-            dx = tf.nn.conv2d_transpose(dy, kernel, tf.shape(x), strides, "SAME")
-            dkernel = tf.matmul(patches(x), tf.reshape(dy, [outputs, filters]), transpose_a=True)
-            return dx, tf.reshape(dkernel, kernel.shape)
-
-        if "y" not in by_product:
-            return tf.nn.conv2d(x, kernel, strides, "SAME"), gradient
-        product = tf.matmul(patches(x), tf.reshape(kernel, [height * width * channels, filters]))
-        return tf.reshape(product, [*sizes, filters]), gradient
-
-    return convolution(x, kernel)
-
-
-def products_that_pay(outputs: int | None, filters: int) -> tuple[str, ...]:
-    """What of a convolution with `outputs` = N * H' * W' a matrix product of its patches is faster at: "dkernel", "y".
-
-    The patches that the kernel sees, [outputs, inputs], take less memory than the kernel where there are fewer outputs
-    than filters, and oneDNN takes up to three times as long for the filters' gradient as cutting them out and
-    multiplying: the last layer of convnet 10.9 ms against 3.9 at batch size 8, 40.8 against 17.2 at 64 (one thread, an
-    AMD EPYC with AVX2). y gains up to FEW_OUTPUTS; the gradient of x never did.
-    """
-    if outputs is None or outputs >= filters:
-        return ()
-    return ("dkernel", "y") if outputs <= FEW_OUTPUTS else ("dkernel",)
 
 
 def check_groups(shape: tuple, axis: int, groups: int) -> None:
@@ -442,164 +350,77 @@ def _dynamic_shape(x):
     return [sizes[i] if size is None else size for i, size in enumerate(x.shape)]
 
 
-# ------------------------------------------------------------------------------------------------ Keras layers
-
-
-class _Norm(keras.layers.Layer):
-    """What GroupNorm and BatchNorm share: gamma and beta, in float32 whatever the layer computes in."""
-
-    def __init__(
-        self,
-        axis=-1,
-        epsilon=EPSILON,
-        center=True,
-        scale=True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self.axis = axis
-        self.epsilon = epsilon
-        self.center = center
-        self.scale = scale
-        self.beta_initializer = keras.initializers.get(beta_initializer)
-        self.gamma_initializer = keras.initializers.get(gamma_initializer)
-        self.beta_regularizer = keras.regularizers.get(beta_regularizer)
-        self.gamma_regularizer = keras.regularizers.get(gamma_regularizer)
-        self.beta_constraint = keras.constraints.get(beta_constraint)
-        self.gamma_constraint = keras.constraints.get(gamma_constraint)
-        self.supports_masking = True
-        self.autocast = False  # the statistics need inputs that are not rounded to the type of the output
+class _Float32Norm:
+    """What the layers below change in Keras': axes are checked, and weights and statistics are float32 (float64 under
+    that policy) whatever the layer computes in, from inputs that were not rounded to it before."""
 
     def build(self, input_shape):
         rank = len(input_shape)
         axis = self.axis + rank if self.axis < 0 else self.axis
         if axis not in (1, rank - 1):
             raise ValueError(
-                f"axis must be the first after the batch (1) or the last (-1), not {self.axis} "
-                f"for an input of shape {tuple(input_shape)}"
+                f"axis must be the first after the batch (1) or the last (-1), not {self.axis} for an input of shape "
+                f"{tuple(input_shape)}"
             )
-        self.channel_axis = axis
-        self.channels = input_shape[axis]
-        if self.channels is None:
+        if input_shape[axis] is None:
             raise ValueError(f"the number of channels must be known, but the input's shape is {tuple(input_shape)}")
         self.data_format = "channels_last" if axis == rank - 1 else "channels_first"
-        self.gamma = (
-            self._vector("gamma", self.gamma_initializer, self.gamma_regularizer, self.gamma_constraint)
-            if self.scale
-            else None
-        )
-        self.beta = (
-            self._vector("beta", self.beta_initializer, self.beta_regularizer, self.beta_constraint)
-            if self.center
-            else None
-        )
+        super().build(input_shape)
 
-    def _vector(self, name, initializer, regularizer=None, constraint=None, trainable=True):
-        return self.add_weight(
-            name=name,
-            shape=(self.channels,),
-            initializer=initializer,
-            regularizer=regularizer,
-            constraint=constraint,
-            trainable=trainable,
-            autocast=False,
-            dtype="float64" if self.compute_dtype == "float64" else "float32",
-        )
+    def add_weight(self, **arguments):
+        return super().add_weight(**arguments, dtype="float64" if self.compute_dtype == "float64" else "float32")
 
-    def _cast_inputs(self, inputs):
+    def cast_inputs(self, inputs):
         """float32 (float64 under that policy), but float16 and bfloat16 as they are: the norms take these."""
         inputs = tf.convert_to_tensor(inputs)
         half = inputs.dtype in (tf.float16, tf.bfloat16) and self.compute_dtype != "float64"
         return tf.cast(inputs, self.variable_dtype) if inputs.dtype.is_floating and not half else inputs
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
-
-    def get_config(self):
-        config = {"axis": self.axis, "epsilon": self.epsilon, "center": self.center, "scale": self.scale}
-        for kind, owner in (
-            ("initializer", keras.initializers),
-            ("regularizer", keras.regularizers),
-            ("constraint", keras.constraints),
-        ):
-            for name in ("beta", "gamma"):
-                config[f"{name}_{kind}"] = owner.serialize(getattr(self, f"{name}_{kind}"))
-        return {**super().get_config(), **config}
-
 
 @keras.saving.register_keras_serializable("group_norm")
-class GroupNorm(_Norm):
+class GroupNorm(_Float32Norm, keras.layers.GroupNormalization):
     """group_norm as a layer, with the arguments of keras.layers.GroupNormalization (epsilon is 1e-5 here).
 
     Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. groups=-1 is a group for each channel.
     """
 
-    def __init__(self, groups=32, axis=-1, epsilon=EPSILON, center=True, scale=True, **kwargs):
-        super().__init__(axis, epsilon, center, scale, **kwargs)
-        self.groups = groups
+    def __init__(self, groups=32, axis=-1, epsilon=EPSILON, **arguments):
+        super().__init__(groups, axis, epsilon, **arguments)
 
     def build(self, input_shape):
+        channels = input_shape[self.axis]
+        if channels is not None:
+            axis = self.axis % len(input_shape)
+            check_groups(tuple(input_shape), axis, channels if self.groups == -1 else self.groups)
         super().build(input_shape)
-        check_groups(tuple(input_shape), self.channel_axis, self.actual_groups)
-
-    @property
-    def actual_groups(self):
-        return self.channels if self.groups == -1 else self.groups
 
     def call(self, inputs):
-        inputs = self._cast_inputs(inputs)
-        y = group_norm(inputs, self.gamma, self.beta, self.actual_groups, self.epsilon, self.data_format)
+        inputs = self.cast_inputs(inputs)
+        y = group_norm(inputs, self.gamma, self.beta, self.groups, self.epsilon, self.data_format)
         return tf.cast(y, self.compute_dtype)
-
-    def get_config(self):
-        return {**super().get_config(), "groups": self.groups}
 
 
 @keras.saving.register_keras_serializable("group_norm")
-class BatchNorm(_Norm):
+class BatchNorm(_Float32Norm, keras.layers.BatchNormalization):
     """batch_norm as a layer, with the arguments of keras.layers.BatchNormalization (epsilon is 1e-5 here).
 
     Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. The statistics are those of the batch
     that this replica sees, as in arXiv 1803.08494, or, synchronized, those of the batch of all replicas.
     """
 
-    def __init__(
-        self,
-        axis=-1,
-        momentum=0.99,
-        epsilon=EPSILON,
-        center=True,
-        scale=True,
-        *,
-        moving_mean_initializer="zeros",
-        moving_variance_initializer="ones",
-        synchronized=False,
-        **kwargs,
-    ):
-        super().__init__(axis, epsilon, center, scale, **kwargs)
-        self.momentum = momentum
-        self.moving_mean_initializer = keras.initializers.get(moving_mean_initializer)
-        self.moving_variance_initializer = keras.initializers.get(moving_variance_initializer)
-        self.synchronized = synchronized
+    def __init__(self, axis=-1, momentum=0.99, epsilon=EPSILON, **arguments):
+        super().__init__(axis, momentum, epsilon, **arguments)
+        if self.renorm:
+            raise ValueError("renorm=True is not supported: use keras.layers.BatchNormalization")
+        self.autocast, self.supports_masking = False, False
         self.freeze_statistics = False  # True: normalize by the moving statistics in training, too
         self.use_batch_statistics = False  # True: normalize by the batch, and move, without training too
 
-    def build(self, input_shape):
-        super().build(input_shape)
-        self.moving_mean = self._vector("moving_mean", self.moving_mean_initializer, trainable=False)
-        self.moving_variance = self._vector("moving_variance", self.moving_variance_initializer, trainable=False)
-
-    def call(self, inputs, training=False, mask=None):
+    def call(self, inputs, training=False):
         training = bool(training) and self.trainable and not self.freeze_statistics
         training = training or self.use_batch_statistics
         y, moving_mean, moving_variance = batch_norm(
-            self._cast_inputs(inputs),
+            self.cast_inputs(inputs),
             self.gamma,
             self.beta,
             self.moving_mean,
@@ -608,239 +429,15 @@ class BatchNorm(_Norm):
             self.momentum,
             self.epsilon,
             self.data_format,
-            mask,
-            self.synchronized and _replicas() > 1,
+            self.synchronized and number_of_replicas() > 1,
         )
         if training:
             self.moving_mean.assign(moving_mean)
             self.moving_variance.assign(moving_variance)
         return tf.cast(y, self.compute_dtype)
 
-    def get_config(self):
-        config = {"momentum": self.momentum, "synchronized": self.synchronized}
-        config["moving_mean_initializer"] = keras.initializers.serialize(self.moving_mean_initializer)
-        config["moving_variance_initializer"] = keras.initializers.serialize(self.moving_variance_initializer)
-        return {**super().get_config(), **config}
 
-
-def _replicas():
+def number_of_replicas():
     """How many replicas compute this together; 1 outside tf.distribute.Strategy.run."""
     replica = tf.distribute.get_replica_context()
     return 1 if replica is None else replica.num_replicas_in_sync
-
-
-@keras.saving.register_keras_serializable("group_norm")
-class Dropout(keras.layers.Dropout):
-    """keras.layers.Dropout, with another mask in each replica: Keras' own draws the same one in all."""
-
-    def call(self, inputs, training=False):
-        if not training or self.rate == 0 or _replicas() == 1:
-            return super().call(inputs, training=training)
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        seed = tf.random.fold_in(tf.cast(self.seed_generator.next(), tf.int64), replica)
-        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed)
-
-
-@keras.saving.register_keras_serializable("group_norm")
-class Conv2D(keras.layers.Conv2D):
-    """keras.layers.Conv2D, by convolve where that does what the layer's arguments ask for."""
-
-    def convolution_op(self, inputs, kernel):
-        arguments = self.padding, self.dilation_rate, self.groups, self.data_format
-        if arguments != ("same", (1, 1), 1, "channels_last"):
-            return super().convolution_op(inputs, kernel)
-        return convolve(inputs, tf.convert_to_tensor(kernel), self.strides)
-
-
-@keras.saving.register_keras_serializable("group_norm")
-class StandardizedConv2D(Conv2D):
-    """Conv2D whose kernel passes through standardize_weights before each use."""
-
-    def convolution_op(self, inputs, kernel):
-        return super().convolution_op(inputs, standardize_weights(tf.convert_to_tensor(kernel)))
-
-
-@keras.saving.register_keras_serializable("group_norm")
-class SkipInit(keras.layers.Layer):
-    """x times a learned scalar that starts at 0 (De & Smith, arXiv 2002.10444): what lets a ResNet train without norms.
-
-    At the end of each residual branch it does what a last gamma of 0 does for a norm: the network starts as its
-    shortcuts, however deep it is.
-    """
-
-    def build(self, input_shape):
-        self.scale = self.add_weight(name="scale", shape=(), initializer="zeros", autocast=False, dtype="float32")
-
-    def call(self, inputs):
-        return inputs * tf.cast(self.scale, inputs.dtype)
-
-
-# ------------------------------------------------------------------------------------------- from one norm to another
-
-
-BATCH_NORMS = (BatchNorm, keras.layers.BatchNormalization)
-
-
-def replace_batch_norm(
-    model: keras.Model, groups: int = 32, images: tf.Tensor | None = None, group_size: int | None = None
-) -> keras.Model:
-    """A copy of a Keras model with GroupNorm in place of every BatchNorm or BatchNormalization.
-
-    Args:
-        model: functional or Sequential, of any layers and of nested models of these kinds. All other weights are
-            copied; layers that are frozen stay so.
-        groups: a divisor of the channels of every norm; -1 is a group for each channel.
-        images: None, and gamma and beta are copied, too, where the norm has them; or [N, ...] inputs of the model, a
-            few hundred, over which match_moments sets them: what a trained network needs.
-        group_size: channels per group, instead of groups.
-
-    Raises:
-        ValueError: naming the layer, if the groups do not divide its channels, if it holds a batch norm within (as
-            TimeDistributed does), or if it is a batch norm that `images` cannot set, as the model uses it twice;
-            if the model is of another kind or has no batch norm; if images is no array or empty.
-    """
-    if images is not None and not (getattr(images, "shape", None) and images.shape[0]):
-        raise ValueError(
-            f"images must be an array [N, ...] of at least one input of the model, not "
-            f"{'an empty one' if hasattr(images, 'shape') else type(images).__name__}: pass a batch of some 256 images"
-        )
-
-    def clone(layer):
-        if isinstance(layer, keras.Model):
-            return clone_model(layer)
-        if isinstance(layer, BATCH_NORMS):
-            return _group_norm_like(layer, groups, group_size, affine=images is not None)
-        for inner in layer._flatten_layers(include_self=False) if isinstance(layer, keras.Layer) else ():
-            if isinstance(inner, BATCH_NORMS):
-                raise ValueError(
-                    f"layer {layer.name!r} ({type(layer).__name__}) holds the batch norm {inner.name!r}, which cannot "
-                    f"be replaced there: build this layer with GroupNorm"
-                )
-        return layer.__class__.from_config(layer.get_config())
-
-    def call(layer, *inputs, **others):  # batch norm is called with training and mask
-        return layer(*inputs) if isinstance(layer, GroupNorm) else layer(*inputs, **others)
-
-    def clone_model(model):
-        sequential = isinstance(model, keras.Sequential)
-        if not model.built or not (sequential or hasattr(model, "operations")):
-            raise ValueError(
-                f"model {model.name!r} must be functional, or Sequential and built (keras.Input as its first layer), "
-                f"not {type(model).__name__}: only there every batch norm can be found"
-            )
-        return keras.models.clone_model(model, clone_function=clone, call_function=None if sequential else call)
-
-    copy = clone_model(model)
-    if not any(isinstance(layer, BATCH_NORMS) for _, layer in _named_layers(model)):
-        raise ValueError(f"model {model.name!r} has no batch norm to replace")
-    for (_, ours), (_, theirs) in zip(_named_layers(copy), _named_layers(model)):
-        if isinstance(theirs, BATCH_NORMS):
-            for mine, value in ((ours.gamma, theirs.gamma), (ours.beta, theirs.beta)):
-                if value is not None:
-                    mine.assign(value)
-        elif not isinstance(theirs, keras.Model):
-            ours.set_weights(theirs.get_weights())
-            if isinstance(ours, keras.layers.Normalization):
-                ours.finalize_state()  # it computes by copies of its weights
-    if images is not None:
-        match_moments(copy, model, images)
-    return copy
-
-
-def _group_norm_like(layer, groups, group_size, affine):
-    """GroupNorm with the name and settings of a batch norm; `affine`: with gamma and beta, even where that has none."""
-    channels = layer.moving_mean.shape[0]
-    if group_size is None:
-        valid, what = groups == -1 or (groups > 0 and channels % groups == 0), f"{groups} groups"
-    else:
-        valid, what = group_size > 0 and channels % group_size == 0, f"groups of {group_size}"
-        groups = channels // max(group_size, 1)
-    if not valid:
-        raise ValueError(
-            f"layer {layer.name!r}: {channels} channels cannot be split into {what}; valid are {divisors(channels)}"
-        )
-    config = layer.get_config()
-    names = ["name", "trainable", "dtype", "axis", "center", "scale"]
-    names += [name for name in config if name.startswith(("beta_", "gamma_"))]
-    settings = {name: config[name] for name in names} | ({"center": True, "scale": True} if affine else {})
-    return GroupNorm(groups, **settings)
-
-
-def _named_layers(model, path=""):
-    """(path, layer) of all layers of a model and of the models in it, from the input on."""
-    for layer in model.layers:
-        yield path + layer.name, layer
-        if isinstance(layer, keras.Model):
-            yield from _named_layers(layer, f"{path}{layer.name}/")
-
-
-def match_moments(model: keras.Model, source: keras.Model, images: tf.Tensor) -> None:
-    """Set gamma and beta of every GroupNorm so that each channel has, over `images`, the mean and the deviation that
-    the layer of the same name gives it in `source`.
-
-    Let xhat be what GroupNorm makes of its input at gamma = 1 and beta = 0, with mean a and standard deviation d over
-    all images and positions, and m and s the mean and deviation wanted. Then y = gamma * xhat + beta has the mean
-    gamma * a + beta and the deviation |gamma| * d, so
-
-        gamma = s / d, with the sign of the source's gamma      (0 where d is 0)
-        beta  = m - gamma * a
-
-    Layers are set from the input on, since each changes what the next one sees.
-
-    Args:
-        model, source: functional or Sequential models of the same inputs and layer names.
-        images: [N, ...], of which a hundred or more tell moments well.
-
-    Raises:
-        ValueError: naming the layer, if source uses it more than once: there are several means to keep.
-    """
-    sources = dict(_named_layers(source))
-    pairs = [(layer, sources[path]) for path, layer in _named_layers(model) if isinstance(layer, GroupNorm)]
-    wanted = _channel_moments(source, [twin for _, twin in pairs], images)
-    for (layer, twin), (wanted_mean, wanted_deviation) in zip(pairs, wanted):
-        layer.gamma.assign(tf.ones_like(layer.gamma))
-        layer.beta.assign(tf.zeros_like(layer.beta))
-        ((mean, deviation),) = _channel_moments(model, [layer], images)
-        sign = 1 if twin.gamma is None else np.where(np.asarray(twin.gamma) < 0, -1, 1)
-        gamma = sign * np.divide(wanted_deviation, deviation, out=np.zeros_like(mean), where=deviation > 0)
-        layer.gamma.assign(gamma)
-        layer.beta.assign(wanted_mean - gamma * mean)
-
-
-def _channel_moments(model, layers, images, batch_size=64):
-    """Mean and standard deviation [C] in float64 of each layer's output over all images and positions, in inference.
-
-    The layers' calls are recorded while the model runs, as a layer of a nested model is no output of the outer one.
-    """
-    records = [[] for _ in layers]
-
-    def recorded(layer, record, call):
-        def call_and_record(*args, **kwargs):
-            y = call(*args, **kwargs)
-            values = np.moveaxis(np.float64(y), layer.axis, -1).reshape(-1, y.shape[layer.axis])
-            record.append((len(values), values.mean(axis=0), values.var(axis=0)))
-            return y
-
-        return call_and_record
-
-    for layer, record in zip(layers, records):
-        layer.call = recorded(layer, record, layer.call)
-    try:
-        starts = range(0, len(images), batch_size)
-        for start in starts:
-            model(images[start : start + batch_size], training=False)
-    finally:
-        for layer in layers:
-            del layer.call  # the method of its class again
-    moments = []
-    for layer, record in zip(layers, records):
-        if len(record) != len(starts):
-            raise ValueError(
-                f"layer {layer.name!r} is used {len(record) // len(starts)} times: one gamma and beta cannot keep the "
-                f"moments of all; use a layer for each, or leave images out"
-            )
-        sizes, means, variances = zip(*record)
-        mean = np.average(means, axis=0, weights=sizes)
-        between = np.average(np.square(np.array(means) - mean), axis=0, weights=sizes)
-        moments.append((mean, np.sqrt(np.average(variances, axis=0, weights=sizes) + between)))
-    return moments

@@ -17,13 +17,12 @@ import select
 import signal
 import socket
 import time
-from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
-from command import Later, UserError, WorldError, complain
-
-tf = Later("tensorflow")
+from command import UserError, WorldError, complain
+from config import Workers, workers
 
 HELLO_BYTES = 1 << 20  # more than what a worker says of itself
 STARTED = b"+"
@@ -32,43 +31,7 @@ HELLO_SECONDS = 5.0  # for what connects and is no worker
 ADVICE = "start all of them, or wait longer with --worker_timeout"
 
 
-class Workers(NamedTuple):
-    """The processes of a run: their addresses, host:port, and which of them this one is. Number 0 is the chief."""
-
-    addresses: tuple = ("",)
-    index: int = 0
-
-    @property
-    def is_chief(self):
-        return self.index == 0
-
-
-def workers() -> Workers:
-    """What TF_CONFIG says; alone without it."""
-    text = os.environ.get("TF_CONFIG", "").strip() or "{}"
-    wanted = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
-    try:
-        found = json.loads(text)
-        cluster, task = found.get("cluster", {}), found.get("task", {})
-        if not cluster:
-            return Workers()
-        addresses, index = tuple(cluster["worker"]), int(task["index"])
-        [int(address.rsplit(":", 1)[1]) for address in addresses]
-        if set(cluster) != {"worker"} or task["type"] != "worker" or not 0 <= index < len(addresses):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"TF_CONFIG is {text}, but should be like {wanted}: workers alone, which all run it") from None
-    if len(set(addresses)) < len(addresses):
-        raise UserError(f"TF_CONFIG names an address twice: {', '.join(addresses)}")
-    return Workers(addresses, index)
-
-
-def number(here: int | None) -> int:
-    """How many replicas train together, with `here` of them in each process; without starting TensorFlow."""
-    return (here or 1) * len(workers().addresses)
-
-
-# ------------------------------------------------------------------------------------------------------ the start
+# The start.
 
 
 def start(here: int, who: Workers):
@@ -95,12 +58,12 @@ def start(here: int, who: Workers):
 
 
 @contextlib.contextmanager
-def met(who: Workers, identity: dict, timeout: float):
-    """Wait until all workers are there and say the same of themselves; within the block TensorFlow may start.
+def all_workers(who: Workers, identity: dict, timeout: float):
+    """Wait for all workers and check that their configurations match; within the block the strategy may start.
 
-    The chief listens at its own address of TF_CONFIG; each other worker tells it its index and identity, and hears
-    whether all are alike. TensorFlow, as it starts, waits for ever for a worker that is lost, deaf to signals and
-    threads: so within the block a process of its own watches the others, and ends this one if one of them ends.
+    The chief listens at its own address of TF_CONFIG. Each other worker sends it its index and configuration, and
+    receives the verdict. TensorFlow's own start-up waits for a lost worker without end and cannot be interrupted: so
+    within the block another process watches the other workers, and ends this one if one of them ends.
 
     Raises:
         UserError: naming the first difference, in every worker.
@@ -141,7 +104,7 @@ def watch(others, parent):
 
 
 def receive_all(who, identity, deadline):
-    """The chief's side of met: connections to the others, and what is wrong, or ''."""
+    """The chief's side of all_workers: connections to the others, and what is wrong, or ''."""
     others, verdict = {}, ""
     with socket.create_server(("", int(who.addresses[0].rsplit(":", 1)[1]))) as server:
         while len(others) < len(who.addresses) - 1:
@@ -185,7 +148,7 @@ def difference(ours, theirs, index):
     return ""
 
 
-# ------------------------------------------------------------------------------------------------- the division
+# The division.
 
 
 def rows_of(who: Workers, max_batch_size: int, updates: int):
@@ -229,7 +192,7 @@ def make_join(strategy, who: Workers, examples: int):
     return join
 
 
-# ----------------------------------------------------------------------------------- within strategy.run, in a replica
+# Within strategy.run, in a replica.
 
 
 def part(values, parts: int):

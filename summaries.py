@@ -1,4 +1,4 @@
-"""What a run shows: rows of metrics.jsonl, TensorBoard, lines and a bar on the console, pictures; and its clock.
+"""What a run writes and prints: rows of metrics.jsonl, TensorBoard, lines and a bar on the console, pictures.
 
 log = summaries.Log(run_dir, config, test, first_step=0)
 log.stepped(step)
@@ -11,13 +11,15 @@ import os
 import time
 
 import numpy as np
+import tensorflow as tf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboard.plugins.hparams import api as hparams
 from tqdm import tqdm
 
 import runs
-from command import Later
+from config import flags_given
 from input_ops import create_input_ops
-
-tf, hparams = Later("tensorflow"), Later("tensorboard.plugins.hparams.api")
 
 
 class Log:
@@ -36,12 +38,10 @@ class Log:
             mark_start(self.writer, first_step)
         if writes and first_step == 0:
             with self.writer.as_default(step=0):
-                write_hparams(config, runs.flags_given(run_dir))
+                write_hparams(config, flags_given(run_dir))
         self.bar = tqdm(total=self.steps, initial=first_step, unit="step", disable=None if writes else True)
         self.clock, self.timed_steps, self.seconds_per_step = time.perf_counter(), 0, None
         self.seconds_per_test = None
-
-    # what is due
 
     def test_due(self, step):
         return step % self.config.test_sample_step == 0 or step == self.steps
@@ -55,11 +55,9 @@ class Log:
     def due(self, step):
         return self.line_due(step) or self.scalars_due(step)
 
-    def owes(self, step):
+    def needs_row(self, step):
         """Whether the row of `step` is due and not written: its test was interrupted."""
         return step > 0 and self.due(step) and all(row["step"] != step for row in runs.read_rows(self.path))
-
-    # the clock
 
     @contextlib.contextmanager
     def paused(self):
@@ -91,8 +89,6 @@ class Log:
         tests += self.steps % self.config.test_sample_step > 0 and step < self.steps
         guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3  # forward alone
         return (self.steps - step) * self.seconds_per_step + tests * (self.seconds_per_test or guess)
-
-    # the showing
 
     def say(self, line):
         if self.writes:
@@ -183,7 +179,7 @@ def write_hparams(config, given):
     hparams.hparams(settings)
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# Pictures.
 
 
 def to_uint8(images):
@@ -210,9 +206,6 @@ def image_grid(images, most=64):
 
 def confusion_image(confusion, class_names):
     """The confusion matrix, each row as shares of its label, as a picture [1, H, W, 3] uint8."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 6.5), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -240,8 +233,6 @@ def confusion_image(confusion, class_names):
 
 def draw_mistakes(path, split, result, most=25):
     """Save the images that were most wrong as a PNG, each with its label, prediction and loss."""
-    from matplotlib.figure import Figure
-
     wrong = np.flatnonzero(result["predictions"] != split.labels)
     worst = wrong[np.argsort(-result["losses"][wrong], kind="stable")][:most]
     figure = Figure(figsize=(10, 11), layout="constrained")

@@ -37,8 +37,7 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
 
 def module_of(name: str):
     """The module that holds the facts of dataset `name`: EPOCHS to train by default, whether images may be MIRRORED,
-    whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(), or read_original() for
-    archives whose hashes are those of FILES. A user's own: datasets.own."""
+    whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(). A user's own: datasets.own."""
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
@@ -60,12 +59,26 @@ def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
 def create_default_splits(
     name: str, data_dir: str = DATA_DIR, max_examples: int | None = None, validation: int | None = None
 ) -> tuple[hdf5.Dataset, hdf5.Dataset]:
-    """Return (train, test), two datasets.hdf5.Dataset, of at most `max_examples` images each.
+    """Return (train, test), two datasets.hdf5.Dataset.
 
+    max_examples: of each split at most so many, evenly spaced: archives sorted by class keep all their classes.
     validation: that many training images are held out (see hold_out), and returned in place of the test split.
     Raises UserError if the data is missing, broken or not in the layout.
     """
-    train, test = open_splits(name, data_dir, max_examples)
+    folder = folder_of(name, data_dir)
+    if name in NAMES and not hdf5.is_packed(folder):
+        raise UserError(
+            f"{name} is not prepared in {folder}: run `python download.py --dataset {name}`"
+            + ("" if os.path.dirname(folder) == DATA_DIR else f" with --data_dir {data_dir}")
+        )
+    train, test = hdf5.open_packed(folder, name) if hdf5.is_packed(folder) else own.open_own(folder, name)
+    if max_examples is not None:
+        train, test = (
+            split.subset(np.arange(max_examples) * len(split) // max_examples, split.is_train)
+            if max_examples < len(split)
+            else split
+            for split in (train, test)
+        )
     if validation is not None:
         train, test = hold_out(train, validation)
     warn_of_unseen_classes(train, test)
@@ -96,18 +109,3 @@ def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Datase
     held = np.zeros(len(train), bool)
     held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True
     return train.subset(np.flatnonzero(~held), True), train.subset(np.flatnonzero(held), False)
-
-
-def open_splits(name, data_dir, max_examples):
-    """create_default_splits without validation."""
-    place = folder_of(name, data_dir)
-    if max_examples is not None and max_examples < 1:
-        raise UserError(f"max_examples is {max_examples}: it must be at least 1")
-    if hdf5.is_packed(place):
-        return hdf5.open_packed(place, name, max_examples)
-    if name in NAMES:
-        raise UserError(
-            f"{name} is not prepared in {place}: run `python download.py --dataset {name}`"
-            + ("" if os.path.dirname(place) == DATA_DIR else f" with --data_dir {data_dir}")
-        )
-    return own.open_own(place, name, max_examples)

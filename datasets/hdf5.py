@@ -7,18 +7,18 @@
     id          the ids, bytes [N]; id.txt holds them too, one a line
     class_names strings [classes]
     attribute `recipe`: what it was packed from, as JSON: {"made_from": words}, and of a folder of images the flags of
-                download.py and `bits`, see folder.depth
+                download.py
     attribute `packed`: the mark, written last
 
 The file is built beside its target under another name, synced and renamed: a file without the mark, or under another
-name, does not count. The mark says that a file is whole, not who wrote it: nothing a file claims is believed before it
-was compared with what it holds.
+name, does not count.
 """
 
+import contextlib
+import errno
 import json
 import os
 import re
-import threading
 from typing import NamedTuple
 from collections.abc import Iterator
 
@@ -30,9 +30,8 @@ from command import UserError, one_line, sync, whole_file, write_whole
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
 JPEG_CHUNK = 1 << 20  # bytes
-MAX_CHUNK, MAX_RATIO = 1 << 28, 1100  # bytes; deflate packs at most 1 : 1032
-KINDS = {"buif": "uint8 or float numbers", "ui": "integers", "S": "bytes", "SO": "strings"}  # numpy's letters
-LOCK = threading.Lock()  # HDF5 serves one thread at a time anyway
+REPACK = "delete it and run download.py again"
+IMAGENET_SIZE = 224  # pixels: height and width of the crops of JPEG files that the networks see
 
 
 class Source(NamedTuple):
@@ -49,10 +48,23 @@ class Source(NamedTuple):
     recipe: dict | None = None  # what it was packed from, and how
 
 
+@contextlib.contextmanager
+def reading(path, remedy="replace this file"):
+    """Turn any error of reading `path` into a UserError that names it; errors of the disk stay OSErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those of parsers have no number,
+            raise  # or come from a seek to an impossible position
+        raise UserError(f"{path} is broken ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
+
+
 def write(folder: str, source: Source, bar=None) -> None:
     """Pack `source` into folder/data.hdf5 and folder/id.txt; `bar` is updated with the images written.
 
-    Whatever happens on the way, data.hdf5 is the old one, none, or the whole new one.
+    Whatever happens on the way, data.hdf5 is the old one, missing, or the complete new one.
     Raises UserError for data that does not fit together, OSError if it cannot be written.
     """
     data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
@@ -79,30 +91,26 @@ def fill(file, source, bar):
     encoded, shape, total = source.image_shape is None, source.image_shape, source.num_images
     if encoded:
         image = file.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(JPEG_CHUNK,))
-        lengths, rest = [], b""
     else:
         image = file.create_dataset("image", (total, *shape), np.uint8)
-    labels, splits, ids = [], [], []
+    labels, splits, ids, lengths = [], [], [], []
     for split, images, part_labels, part_ids in source.parts:
         start, stop = len(labels), len(labels) + len(images)
         if encoded:
-            rest = add_chunks(image, b"".join([rest, *images]))
-            lengths.extend(len(jpeg) for jpeg in images)
+            lengths.extend(map(len, images))
+            image.resize(len(image) + sum(lengths[start:]), axis=0)
+            image[len(image) - sum(lengths[start:]) :] = np.frombuffer(b"".join(images), np.uint8)
+        elif images.shape[1:] != tuple(shape) or stop > total:
+            raise UserError(f"images {start} to {stop} have shape {images.shape[1:]}: expected {total} of {shape}")
         else:
-            if images.shape[1:] != tuple(shape) or stop > total:
-                raise UserError(f"images {start} to {stop} have shape {images.shape[1:]}: expected {total} of {shape}")
             image[start:stop] = images
         labels.extend(np.asarray(part_labels).tolist())
         splits.extend([split] * len(images))
         ids.extend(part_ids or [f"{('train', 'test')[split]}_{i:06d}" for i in range(start, stop)])
         if bar is not None:
             bar.update(len(images))
-    if not encoded and len(labels) != total:
-        raise UserError(f"found {len(labels)} images where {total} were expected")
-    check(np.asarray(labels), np.asarray(splits), ids, source.class_names)
+    check(np.asarray(labels), np.asarray(splits), ids, source.class_names, len(lengths) if encoded else len(image))
     if encoded:
-        image.resize(sum(lengths), axis=0)
-        image[len(image) - len(rest) :] = np.frombuffer(rest, np.uint8)
         file["offset"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     file["label"], file["split"] = np.asarray(labels, np.int32), np.asarray(splits, np.uint8)
     file["id"] = np.array([name.encode() for name in ids])
@@ -110,33 +118,23 @@ def fill(file, source, bar):
     return ids
 
 
-def add_chunks(image, data):
-    """Append the whole chunks in `data` to a dataset of whole chunks, past HDF5's cache, and return the rest."""
-    data, old = memoryview(data), len(image)
-    image.resize(old + len(data) // JPEG_CHUNK * JPEG_CHUNK, axis=0)
-    for start in range(0, len(image) - old, JPEG_CHUNK):
-        image.id.write_direct_chunk((old + start,), data[start : start + JPEG_CHUNK])
-    return data[len(image) - old :].tobytes()
-
-
-def check(labels, splits, ids, class_names):
-    """Raise UserError unless labels, splits and ids make two whole splits."""
+def check(labels, splits, ids, class_names, num_images):
+    """Raise UserError unless the columns of a packed file make two complete splits."""
     if len(class_names) < 2:
         raise UserError(f"only {len(class_names)} class: a classifier needs at least 2")
-    if not len(labels) == len(splits) == len(ids):
-        raise UserError(f"{len(labels)} labels, {len(splits)} splits and {len(ids)} ids do not belong together")
+    if not len(labels) == len(splits) == len(ids) == num_images:
+        raise UserError(
+            f"{num_images} images, {len(labels)} labels, {len(splits)} splits and {len(ids)} ids do not belong together"
+        )
     for split, name in enumerate(("train", "test")):
         if not np.any(splits == split):
             raise UserError(f"the {name} split is empty")
-    if np.any(np.diff(splits) < 0) or splits[0] != 0 or splits[-1] != 1:
+    if np.any(np.diff(splits) < 0):
         raise UserError("split: train images must come before test images, 0 before 1")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
     if len(set(ids)) != len(ids):
         raise UserError(f"id {first_repeated(ids)!r} is there twice")
-    broken = next((name for name in ids if not name or "\n" in name or "\r" in name), None)
-    if broken is not None:
-        raise UserError(f"id {broken!r} is empty or has a line break in it")
 
 
 def first_repeated(ids):
@@ -152,130 +150,58 @@ def remove_unfinished(folder):
             os.remove(os.path.join(folder, name + UNFINISHED))
 
 
-def open_array(file, path, name, kinds="buif"):
-    """Return (h5py.h5d.DatasetID, shape, dtype) of an array in an HDF5 file, after everything it claims was checked.
-
-    name: "array" or "group/array". kinds: of KINDS, what may be read.
-    Raises UserError for links, for what lies in another file, and for what claims more than the file can hold.
-    """
-    for link in (name.split("/")[0].encode(), name.encode()):
+def open_array(file, name):
+    """Return the array `name`, or "group/name", of an open HDF5 file. Raises UserError for one that is not in it."""
+    for link in (name.partition("/")[0].encode(), name.encode()):
         if not file.id.links.exists(link):
-            raise UserError(f"{path}: there is no {link.decode()}")
+            raise UserError(f"{file.filename} has no {link.decode()!r}")
         if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
-            raise UserError(f"{path}: {link.decode()} is a soft or external link; copy the data into the file")
-    data = h5py.h5o.open(file.id, name.encode())
-    if not isinstance(data, h5py.h5d.DatasetID):
-        raise UserError(f"{path}: {name} is a group: expected an array")
-    creation, shape, dtype = data.get_create_plist(), data.shape, data.dtype
-    if dtype.kind not in kinds or (dtype.kind == "O" and not h5py.check_string_dtype(dtype)):
-        raise UserError(f"{path}: {name} has the type {dtype}: expected {KINDS[kinds]}")
-    layout, held = creation.get_layout(), os.path.getsize(path)
-    if layout == h5py.h5d.VIRTUAL or creation.get_external_count():
-        raise UserError(f"{path}: {name} lies in another file; copy the data into this one")
-    chunk = creation.get_chunk() if layout == h5py.h5d.CHUNKED else ()
-    size = int(np.prod(shape or (0,), dtype=object)) * dtype.itemsize
-    if (
-        size > min(data.get_storage_size(), held) * (MAX_RATIO if creation.get_nfilters() else 1)
-        or int(np.prod(chunk, dtype=object)) * dtype.itemsize > MAX_CHUNK
-        or (dtype.kind == "O" and longest_string(data, path, name) > held)
-    ):
-        raise UserError(
-            f"{path}: {name} claims the shape {shape} in pieces of {chunk or shape} of {dtype}: "
-            "more than the file can hold"
-        )
-    return data, shape, dtype
-
-
-def longest_string(data, path, name):
-    """Return the greatest length that strings claim: HDF5 would make room for it before it looks whether it is true."""
-    num, size = int(np.prod(data.shape)), data.get_storage_size()
-    if num == 0 or data.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
-        raise UserError(f"{path}: {name} holds {num} strings, or not in one piece: expected them contiguous")
-    with open(path, "rb") as file:
-        file.seek(data.get_offset())  # each a length, uint32, and where it lies
-        return int(np.ndarray(num, "<u4", file.read(size), strides=size // num).max())
-
-
-def open_table(file, path):
-    """Return (image, offset, labels, splits, ids, class_names) of a packed file; image is an h5py.Dataset."""
-
-    def column(name, kinds):
-        data, shape, dtype = open_array(file, path, name, kinds)
-        if len(shape) != 1:
-            raise UserError(f"{path}: {name} has the shape {shape}: expected one axis")
-        array = h5py.Dataset(data)[:]
-        return array.astype(np.int64) if dtype.kind in "ui" else [text.decode() for text in array.tolist()]
-
-    name = "jpeg" if file.id.links.exists(b"jpeg") else "image"
-    data, shape, dtype = open_array(file, path, name)
-    if dtype != np.uint8 or len(shape) != (1 if name == "jpeg" else 4) or min(shape) < 1:
-        raise UserError(
-            f"{path}: {name} is {dtype} of shape {shape}: expected uint8 "
-            + ("[bytes]" if name == "jpeg" else "[N, h, w, c]")
-        )
-    return (
-        h5py.Dataset(data),
-        column("offset", "ui") if name == "jpeg" else None,
-        column("label", "ui"),
-        column("split", "ui"),
-        column("id", "S"),
-        column("class_names", "SO"),
-    )
+            raise UserError(f"{file.filename}: {link.decode()} is a soft or external link: copy the data into the file")
+    data = file[name]
+    if not isinstance(data, h5py.Dataset):
+        raise UserError(f"{file.filename}: {name} is a group: expected an array")
+    creation = data.id.get_create_plist()
+    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
+        raise UserError(f"{file.filename}: {name} lies in another file: copy the data into this one")
+    return data
 
 
 def is_packed(folder: str) -> bool:
-    """Return whether folder/data.hdf5 was packed to its end and can be opened; no link in it is followed."""
+    """Return whether folder/data.hdf5 has the mark of a file that was packed to its end."""
     try:
         with h5py.File(os.path.join(folder, DATA), "r", locking=False) as file:
-            mark = file.attrs.get_id("packed")
-            is_whole = mark.shape == () and mark.dtype.kind in "iu" and file.attrs["packed"] == FORMAT
-            return bool(is_whole and (file.id.links.exists(b"image") or file.id.links.exists(b"jpeg")))
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError):
+            return bool(file.attrs.get("packed") == FORMAT)
+    except (OSError, RuntimeError):  # of h5py, for a file that is missing or broken
         return False
 
 
 def read_recipe(folder: str) -> dict:
-    """Return the recipe that folder/data.hdf5 was packed by, {} if it does not say."""
+    """Return the recipe that folder/data.hdf5 was packed by, {} if it has none."""
     path = os.path.join(folder, DATA)
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            if "recipe" not in file.attrs or file.attrs.get_id("recipe").dtype.kind != "S":
-                return {}
-            recipe = json.loads(file.attrs["recipe"])
-            return recipe if isinstance(recipe, dict) else {}
-    except Exception as error:
-        raise UserError(f"{path} is broken ({one_line(error, 300)}): delete it and run download.py again") from error
+    with reading(path, REPACK), h5py.File(path, "r", locking=False) as file:
+        return json.loads(file.attrs.get("recipe", "{}"))
 
 
-def open_packed(folder, name, max_examples=None):
+def open_packed(folder, name):
     """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file does not hold together."""
     path = os.path.join(folder, DATA)
-    try:
+    with reading(path, REPACK):
         file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no chunk cache: read just the bytes asked for
-        image, offset, labels, splits, ids, class_names = open_table(file, path)
-        check(labels, splits, ids, class_names)
-        if (len(image) if offset is None else len(offset) - 1) != len(labels):
-            raise UserError(f"{len(labels)} labels, but {len(image) if offset is None else len(offset) - 1} images")
-        if offset is not None and (offset[0] != 0 or np.any(offset[1:] <= offset[:-1]) or offset[-1] != len(image)):
-            raise UserError("the offsets do not fit the JPEG files")
-    except Exception as error:
-        what = one_line(error, 300).removeprefix(f"{path}: ")
-        raise UserError(f"{path} is broken ({what}): delete it and run download.py again") from error
-    bounds, made_from = (0, np.count_nonzero(splits == 0), len(splits)), read_recipe(folder).get("made_from")
+        encoded = file.id.links.exists(b"jpeg")
+        image = open_array(file, "jpeg" if encoded else "image")
+        offset = open_array(file, "offset")[:] if encoded else None
+        labels, splits, ids = (open_array(file, column)[:] for column in ("label", "split", "id"))
+        ids, class_names = [text.decode() for text in ids.tolist()], open_array(file, "class_names").asstr()[:].tolist()
+    try:
+        check(labels, splits, ids, class_names, len(offset) - 1 if encoded else len(image))
+    except UserError as error:
+        raise UserError(f"{path} is broken ({error}): {REPACK}") from error
+    made_from = read_recipe(folder).get("made_from")
+    num_train = np.count_nonzero(splits == 0)
+    columns = {"class_names": class_names, "image": image, "offset": offset, "made_from": made_from}
     return tuple(
-        Dataset(
-            ids[a:b],
-            name,
-            max_examples,
-            a == 0,
-            labels=labels[a:b],
-            class_names=class_names,
-            image=image,
-            rows=np.arange(a, b),
-            offset=offset,
-            made_from=made_from,
-        )
-        for a, b in zip(bounds, bounds[1:])
+        Dataset(ids[a:b], name, is_train, labels=labels[a:b], rows=np.arange(a, b), **columns)
+        for a, b, is_train in ((0, num_train, True), (num_train, len(ids), False))
     )
 
 
@@ -292,48 +218,31 @@ class Dataset:
 
     ids [N] strings, name, is_train, class_names, num_classes, labels int32 [N], dtype (np.uint8, or np.float32 for own
     float images), image_shape (h, w, c) or (None, None, 3) when encoded, encoded: whether images are JPEG files, nbytes
-    of the images of this split. `max_examples` keeps that many, evenly spaced, so that archives sorted by class keep
-    all their classes.
+    of the images of this split, made_from: what they were packed from, None where unknown.
 
     image: where the images are, uint8 or float32 [rows, h, w, c] as an array or an h5py dataset, or the `jpeg` bytes
-    with their int64 `offset` [rows + 1]; rows: int [N], the row of each id. made_from: words, None where unknown.
+    with their int64 `offset` [rows + 1]; rows: int [N], the row of each id.
     """
 
-    def __init__(
-        self,
-        ids,
-        name,
-        max_examples=None,
-        is_train=True,
-        *,
-        labels,
-        class_names,
-        image,
-        rows,
-        offset=None,
-        made_from=None,
-    ):
-        kept = np.arange(len(ids))
-        if max_examples is not None and max_examples < len(ids):
-            kept = np.arange(max_examples) * len(ids) // max_examples
-        self.ids, self.name, self.is_train, self.made_from = [ids[i] for i in kept], name, is_train, made_from
-        self.labels, self.class_names = np.ascontiguousarray(labels[kept], np.int32), list(class_names)
+    def __init__(self, ids, name, is_train=True, *, labels, class_names, image, rows, offset=None, made_from=None):
+        self.ids, self.name, self.is_train, self.made_from = ids, name, is_train, made_from
+        self.labels, self.class_names = np.ascontiguousarray(labels, np.int32), list(class_names)
         self.num_classes, self.encoded = len(self.class_names), offset is not None
         self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
         self.dtype = np.uint8 if image.dtype == np.uint8 else np.float32
-        self._image, self._rows, self._offset = image, np.asarray(rows, np.int64)[kept], offset
-        self._images = self._position = None
+        self._image, self._rows, self._offset = image, np.asarray(rows, np.int64), offset
+        self._images = None
         if self.encoded:
             self.nbytes = int((offset[self._rows + 1] - offset[self._rows]).sum())
         else:
-            self.nbytes = len(kept) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
+            self.nbytes = len(ids) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
 
     def subset(self, positions, is_train):
         """Return the Dataset of the images at `positions` (int [n]), in that order."""
         return Dataset(
             [self.ids[i] for i in positions],
             self.name,
-            is_train=is_train,
+            is_train,
             labels=self.labels[positions],
             class_names=self.class_names,
             image=self._image,
@@ -342,6 +251,11 @@ class Dataset:
             made_from=self.made_from,
         )
 
+    @property
+    def network_shape(self):
+        """(height, width, channels) of the batches of create_input_ops: of crops of JPEG files, else image_shape."""
+        return (IMAGENET_SIZE, IMAGENET_SIZE, 3) if self.encoded else self.image_shape
+
     def __len__(self):
         return len(self.ids)
 
@@ -349,9 +263,9 @@ class Dataset:
         return f"Dataset({self.name}, {'train' if self.is_train else 'test'}, {len(self)} images of {self.image_shape})"
 
     def images(self):
-        """Return the whole split as one array [N, h, w, c], read once and kept. TypeError when encoded.
+        """Return the complete split as one array [N, h, w, c], read once and kept. TypeError when encoded.
 
-        Without `max_examples`, or from a packed file, it begins at a multiple of 64 bytes: see empty().
+        From a packed file it begins at a multiple of 64 bytes: see empty().
         """
         if self.encoded:
             raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
@@ -364,10 +278,9 @@ class Dataset:
         """Read the `rows` of the file, not encoded, into one array: rows that follow one another in one go."""
         images = empty((len(rows), *self.image_shape), self.dtype)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        with LOCK:
-            for a, b in zip([0, *breaks], [*breaks, len(rows)]):
-                if b > a:
-                    self._image.read_direct(images, np.s_[rows[a] : rows[b - 1] + 1], np.s_[a:b])
+        for a, b in zip([0, *breaks], [*breaks, len(rows)]):
+            if b > a:
+                self._image.read_direct(images, np.s_[rows[a] : rows[b - 1] + 1], np.s_[a:b])
         return images
 
     def read(self, positions):
@@ -382,24 +295,7 @@ class Dataset:
             return self._image[rows[0] : rows[-1] + 1] if in_order else self._image[rows]
         unique, inverse = np.unique(rows, return_inverse=True)
         if self.encoded:
-            with LOCK:
-                jpegs = [self._image[self._offset[row] : self._offset[row + 1]].tobytes() for row in unique]
+            jpegs = [self._image[self._offset[row] : self._offset[row + 1]].tobytes() for row in unique]
             return [jpegs[i] for i in inverse]
         images = self._read_rows(unique)
         return images if np.array_equal(unique, rows) else images[inverse]
-
-    def get_data(self, id):
-        """Return (image, label) of one id: float32 [h, w, c], uint8 images scaled to 0 ... 1, and one-hot float32
-        [num_classes]. Raises UserError for an unknown id."""
-        if self._position is None:
-            self._position = {name: i for i, name in enumerate(self.ids)}
-        if id not in self._position:
-            raise UserError(f"{self.name} has no id {id!r} in its {'train' if self.is_train else 'test'} split")
-        position = self._position[id]
-        image = self.read([position])[0]
-        if self.encoded:
-            from datasets.archives import decode_rgb
-
-            image = decode_rgb(image, self.name, id)
-        image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
-        return image, np.eye(self.num_classes, dtype=np.float32)[self.labels[position]]

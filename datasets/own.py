@@ -5,22 +5,20 @@
     id_train.txt, id_test.txt optional: the split; without them 80/20 by a shuffle with a fixed seed
 
 uint8 images stay uint8, float images become float32 and must be finite; other integers must lie in 0 ... 255.
-The file may come from anywhere: nothing it claims is believed before it was compared with what it holds.
 """
 
+import itertools
 import os
 
 import h5py
 import numpy as np
 
-from datasets.archives import refusing
 from command import UserError
-from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array
+from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, reading
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
-MAX_CLASSES = 100_000
 
 
 def split_80_20(num):
@@ -34,8 +32,8 @@ def is_there(folder):
     return os.path.isfile(os.path.join(folder, IDS)) and any(os.path.isfile(os.path.join(folder, f)) for f in FILES)
 
 
-def open_own(folder, name, max_examples=None):
-    """Return (train, test), two Datasets, read whole into memory. Raises UserError naming the id and the value."""
+def open_own(folder, name):
+    """Return (train, test), two Datasets, read completely into memory. Raises UserError naming the id and the value."""
     found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
     if len(found) != 1:
         what = (
@@ -46,25 +44,15 @@ def open_own(folder, name, max_examples=None):
         raise UserError(f"dataset {name}: {folder} holds {what}")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
-    with refusing(path), h5py.File(path, "r", locking=False) as file:
-        labels, num_classes = read_labels(file, path, ids)
-        images = read_images(file, path, ids, len(train_ids))
+    with reading(path), h5py.File(path, "r", locking=False) as file:
+        labels, num_classes = read_labels(file, ids)
+        images = read_images(file, ids, len(train_ids))
     if len(set(labels[: len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
-    class_names = [str(i) for i in range(num_classes)]
-    splits = ((train_ids, labels[: len(train_ids)], images[0]), (test_ids, labels[len(train_ids) :], images[1]))
+    names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
     return tuple(
-        Dataset(
-            split_ids,
-            name,
-            max_examples,
-            split == 0,
-            labels=split_labels,
-            class_names=class_names,
-            image=image,
-            rows=np.arange(len(image)),
-        )
-        for split, (split_ids, split_labels, image) in enumerate(splits)
+        Dataset(split_ids, name, is_train, labels=found, class_names=names, image=image, rows=np.arange(len(image)))
+        for split_ids, is_train, found, image in zip((train_ids, test_ids), (True, False), splits, images)
     )
 
 
@@ -72,7 +60,7 @@ def read_ids(path):
     """Return the ids in a text file, one a line; empty lines do not count."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: it must hold the ids, one a line")
-    with refusing(path), open(path, encoding="utf-8") as file:
+    with reading(path), open(path, encoding="utf-8") as file:
         ids = [line.strip() for line in file if line.strip()]
     strange = next((id for id in ids if "/" in id or "\0" in id or id in (".", "..")), None)
     if strange is not None:
@@ -110,86 +98,77 @@ def read_splits(folder):
     return train, test
 
 
-def open_item(file, path, id, item):
-    """Return (h5py.h5d.DatasetID, shape, dtype) of `item` of an id, checked by hdf5.open_array."""
-    if not file.id.links.exists(id.encode()):
-        raise UserError(f"{path} has no {id}, but {IDS} has the id {id!r}")
-    return open_array(file, path, f"{id}/{item}")
-
-
-def read_array(data, shape, dtype):
-    """Return a checked HDF5 dataset as an array in the machine's byte order."""
-    array = np.empty(shape, dtype.newbyteorder("="))
-    data.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
-    return array
-
-
-def read_labels(file, path, ids):
+def read_labels(file, ids):
     """Return (labels int32 [N], number of classes) of the one-hot labels."""
     labels, num_classes = np.empty(len(ids), np.int32), None
     for i, id in enumerate(ids):
-        data, shape, dtype = open_item(file, path, id, "label")
-        num_classes = num_classes or (shape[0] if len(shape) == 1 else None)
-        if shape != (num_classes,) or num_classes > MAX_CLASSES:
+        label = open_array(file, f"{id}/label")[()]
+        if np.ndim(label) != 1 or len(label) != (num_classes or len(label)):
             raise UserError(
-                f"{path}: label of id {id!r} has the shape {shape}: expected one-hot "
-                + (f"[{num_classes}] as id {ids[0]!r} has" if i else f"[classes], at most {MAX_CLASSES}")
+                f"{file.filename}: label of id {id!r} has the shape {np.shape(label)}: expected one-hot "
+                + (f"[{num_classes}] as id {ids[0]!r} has" if i else "[classes]")
             )
-        label = read_array(data, shape, dtype)
+        num_classes = len(label)
         if np.count_nonzero(label) != 1 or label.max() != 1:
             raise UserError(
-                f"{path}: label of id {id!r} is {label[:20].tolist()}: expected one-hot, a single 1 among zeros"
+                f"{file.filename}: label of id {id!r} is {label[:20].tolist()}: expected one-hot, a single 1 among "
+                "zeros"
             )
         labels[i] = label.argmax()
     if num_classes < 2:
-        raise UserError(f"{path}: the labels have {num_classes} class: a classifier needs at least 2")
+        raise UserError(f"{file.filename}: the labels have {num_classes} class: a classifier needs at least 2")
     return labels, num_classes
 
 
-def read_images(file, path, ids, num_train):
+def read_images(file, ids, num_train):
     """Return the images of the first `num_train` ids and of the others: uint8 or float32 [N, h, w, c] each."""
-    kind, shape_hwc, _ = image_type(file, path, ids[0])
-    size = int(np.prod(shape_hwc, dtype=object)) * len(ids) * np.dtype(kind).itemsize
+    dtype, shape = image_type(open_array(file, f"{ids[0]}/image"))
+    size = int(np.prod(shape, dtype=object)) * len(ids) * np.dtype(dtype).itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > 0.8 * memory:
         raise UserError(
-            f"{path}: {len(ids)} images of {shape_hwc} need {size / 1e9:.1f} GB: this machine has {memory / 1e9:.1f} GB"
+            f"{file.filename}: {len(ids)} images of {shape} need {size / 1e9:.1f} GB: this machine has "
+            f"{memory / 1e9:.1f} GB"
         )
-    images = tuple(empty((num, *shape_hwc), kind) for num in (num_train, len(ids) - num_train))
-    for i, id in enumerate(ids):
-        found_kind, found_shape, data = image_type(file, path, id)
-        if (found_kind, found_shape) != (kind, shape_hwc):
+    images = tuple(empty((num, *shape), dtype) for num in (num_train, len(ids) - num_train))
+    for id, into in zip(ids, itertools.chain(*images)):
+        data = open_array(file, f"{id}/image")
+        if image_type(data) != (dtype, shape):
             raise UserError(
-                f"{path}: image of id {id!r} is {data.dtype} of shape {data.shape}, that of id {ids[0]!r} "
-                f"is {np.dtype(kind)} of {shape_hwc}: all must agree"
+                f"{where(data)} is {data.dtype} of shape {data.shape}, that of id {ids[0]!r} "
+                f"is {np.dtype(dtype)} of {shape}: all must agree"
             )
-        read_image(data, path, id, images[i >= num_train][i - num_train * (i >= num_train)])
+        read_image(data, into)
     return images
 
 
-def image_type(file, path, id):
-    """Return (np.uint8 or np.float32, (h, w, c), h5py.h5d.DatasetID) of the image of an id."""
-    data, shape, dtype = open_item(file, path, id, "image")
-    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind == "b":
-        raise UserError(f"{path}: image of id {id!r} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
+def image_type(data):
+    """Return (np.uint8 or np.float32, (h, w, c)), as which an image in the file, an h5py.Dataset, is read."""
+    shape, dtype = data.shape, data.dtype
+    if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
+        raise UserError(f"{where(data)} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
     if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
         raise UserError(
-            f"{path}: image of id {id!r} has the shape {shape}, channels first: expected [h, w, c], which "
+            f"{where(data)} has the shape {shape}, channels first: expected [h, w, c], which "
             "np.transpose(image, (1, 2, 0)) makes of it"
         )
-    return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1), data
+    return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1)
 
 
-def read_image(data, path, id, into):
-    """Read an image, checked by image_type, into the array `into`, and check its values."""
-    image = read_array(data, data.shape, data.dtype).reshape(into.shape)
+def read_image(data, into):
+    """Read an image, an h5py.Dataset, into the array `into`, and check its values."""
+    image = data[()].reshape(into.shape)
     if into.dtype == np.uint8 and image.dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
         raise UserError(
-            f"{path}: image of id {id!r} has values from {image.min()} to {image.max()}: expected 0 to "
-            "255, or float numbers"
+            f"{where(data)} has values from {image.min()} to {image.max()}: expected 0 to 255, or float numbers"
         )
     with np.errstate(over="ignore"):
         into[...] = image
     if into.dtype == np.float32 and not np.isfinite(into).all():
         bad = np.argwhere(~np.isfinite(into))[0].tolist()
-        raise UserError(f"{path}: image of id {id!r} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
+        raise UserError(f"{where(data)} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
+
+
+def where(data):
+    """Return words that name an h5py.Dataset in an error."""
+    return f"{data.file.filename}: {data.name}"

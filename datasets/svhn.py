@@ -3,10 +3,9 @@
 import os
 
 import numpy as np
+from scipy.io import loadmat
 
-from datasets.archives import load_mat
-from command import UserError
-from datasets.hdf5 import Source
+from datasets.hdf5 import Source, reading
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, False, True  # a mirrored digit is another sign
 FILES = {
@@ -15,12 +14,7 @@ FILES = {
 }
 MIRRORS = ("http://ufldl.stanford.edu/housenumbers/",)
 CLASS_NAMES = [str(digit) for digit in range(10)]
-SHAPES = {
-    "X": lambda shape, kind: len(shape) == 4 and shape[:3] == (32, 32, 3) and shape[3] > 0 and kind == "uint8",
-    "y": lambda shape, kind: len(shape) == 2 and shape[0] > 0 and shape[1] == 1,
-}
-MAX_BYTES = 1 << 28  # train has 225 million
-PART = 4096
+PART = 4096  # images
 
 
 def read(archive_dir):
@@ -36,13 +30,6 @@ def read(archive_dir):
 
 def read_mat(path):
     """Return X, uint8 [32, 32, 3, N] as it is stored, and the labels, int [N] in 0 ... 9."""
-    with open(path, "rb") as file:
-        variables = load_mat(file, path, SHAPES, MAX_BYTES)
-    x, y = variables["X"], variables["y"].reshape(-1)
-    if x.dtype != np.uint8 or x.shape != (32, 32, 3, len(y)):
-        raise UserError(
-            f"{path}: X is {x.dtype} of shape {x.shape}: expected uint8 of (32, 32, 3, {len(y)}), one a label"
-        )
-    if y.dtype.kind not in "uif" or not np.isin(y, np.arange(1, 11)).all():
-        raise UserError(f"{path}: y has labels other than 1 ... 10")
-    return x, y.astype(np.int64) % 10
+    with reading(path):
+        variables = loadmat(path, variable_names=["X", "y"])
+        return variables["X"], variables["y"].reshape(-1).astype(np.int64) % 10

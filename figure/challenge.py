@@ -3,7 +3,6 @@
 python figure/compare.py --challenge figure/studies/digits --runs 3 --steps 100
 """
 
-import dataclasses
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 import datasets
 import runs
 from command import UserError, WorldError, one_line
+from config import FIELDS, check_data, processor, versions
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainer.py"
 TOLERANCE = 0.05  # of a loss or an accuracy: another processor rounds otherwise, and training makes that grow
@@ -51,7 +51,7 @@ def what_is_missing(run, data_dir):
     """Why a run cannot be trained here: its data, or the checkpoint that it started from; '' if it can."""
     try:
         splits = datasets.create_default_splits(run.config.dataset, data_dir, validation=run.config.validation)
-        runs.check_data("it", stored_config(run)["data"] | {"made_from": splits[0].made_from}, *splits)
+        check_data("it", stored_config(run)["data"] | {"made_from": splits[0].made_from}, *splits)
         if run.config.checkpoint:
             runs.run_dir_of(run.config.checkpoint)
     except UserError as error:
@@ -64,8 +64,8 @@ def flags_of(config):
     values = {"learning_rate": config.base_learning_rate}
     if config.norm_type == "group" and config.group_size is None:
         values["groups"] = config.groups
-    for field in dataclasses.fields(runs.Config):
-        if field.metadata and field.name not in ELSEWHERE:
+    for field in FIELDS:
+        if "help" in field.metadata and field.name not in ELSEWHERE:
             values[field.name] = getattr(config, field.name)
     words = []
     for name, value in values.items():
@@ -129,7 +129,7 @@ def compare(run, repeated, data_dir):
 def what_differs(run, data_dir):
     """Words for what makes other bits likely: versions, the processor, the archives of the data."""
     stored, train = stored_config(run), datasets.create_default_splits(run.config.dataset, data_dir)[0]
-    here = runs.versions() | {"processor": runs.processor(), "data": train.made_from}
+    here = versions() | {"processor": processor(), "data": train.made_from}
     there = stored["versions"] | {
         "processor": stored.get("machine", {}).get("processor"),
         "data": stored["data"].get("made_from"),

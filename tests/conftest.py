@@ -3,7 +3,6 @@
 import signal
 
 import pytest
-
 import scripts  # first: it quietens TensorFlow as it loads
 import tensorflow as tf
 

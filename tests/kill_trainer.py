@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import scripts  # first: it quietens TensorFlow as it loads
-
 import numpy as np
+import scripts  # first: it quietens TensorFlow as it loads
 
 import download
 

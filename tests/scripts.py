@@ -1,5 +1,6 @@
 """Run the scripts as users do, and read what they leave."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,9 +17,19 @@ from command import import_tensorflow
 import_tensorflow()
 
 import h5py
+import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+import checkpoints
+import config
+import datasets
+import evaler
+import trainer
+from command import UserError
+from model import create_model
 
 TIMINGS = ("images_per_second",)
 
@@ -39,17 +50,50 @@ def run(script, *flags, code=0):
 
 def run_here(monkeypatch, *flags):
     """trainer.main() in this process, whose TensorFlow runs already and whose signals stay as they are."""
-    import trainer
-
-    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
     monkeypatch.setattr(trainer, "set_threads", lambda *_: None)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        trainer.main()
+        trainer.main(*config.parse_training([*map(str, flags)]))
     finally:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def evaluate(flags):
+    """evaler.main() in this process."""
+    evaler.main(config.parse_evaluation([*map(str, flags)]))
+
+
+@contextlib.contextmanager
+def refused(*words, kind=UserError):
+    """The block raises an error of one line that has these words in it: the wrong value, and what would be right."""
+    with pytest.raises(kind) as caught:
+        yield
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and all(str(word) in message for word in words), message
+
+
+def configure(*flags):
+    """(flags, configuration, train, test) as trainer.py makes them."""
+    parsed, _ = config.parse_training([*map(str, flags)])
+    train, test = datasets.create_default_splits(parsed.dataset, parsed.data_dir)
+    return parsed, config.derive(parsed, train), train, test
+
+
+def state_of(*flags):
+    """The state of a run with these flags before its first step."""
+    _, configuration, train, _ = configure(*flags)
+    keras.utils.set_random_seed(configuration.seed)
+    return trainer.State(create_model(configuration, train.network_shape, train.num_classes), configuration)
+
+
+def network_of(run_dir):
+    """The network of a run, with the weights of its newest checkpoint."""
+    configuration, data = config.read_config(run_dir)
+    model = create_model(configuration, tuple(data["image_shape"]), data["num_classes"])
+    checkpoints.load_weights(model, run_dir)
+    return model
 
 
 def only_run(train_dir):

@@ -20,6 +20,8 @@ sys.path.insert(0, str(scripts.REPO / "figure"))
 
 import compare
 import results
+
+from config import Config
 import runs
 
 GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
@@ -28,7 +30,7 @@ GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
 # ------------------------------------------------------------------------------------------ reading and tabulating
 
 
-def config(norm="batch", batch_size=2, seed=0, ws=False, **other):
+def config_json(norm="batch", batch_size=2, seed=0, ws=False, **other):
     """A config.json as trainer.py writes it; `other` replaces values wherever they stand."""
     made = {
         "flags": {
@@ -66,7 +68,7 @@ def config(norm="batch", batch_size=2, seed=0, ws=False, **other):
 def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None, **settings):
     run_dir = folder / name
     run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps(config(**settings)))
+    (run_dir / "config.json").write_text(json.dumps(config_json(**settings)))
     rows = [{"step": step, "loss/accuracy": 0.5, "test_loss/accuracy": accuracy} for step in range(50, steps + 1, 50)]
     rows += [{"step": steps + 1, "diverged": True}] * diverged
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -350,20 +352,18 @@ def run_of(cell, step, speeds, state="finished"):
     return runs.Run(None, cell.config, cell.settings, rows, {}, {}, state)
 
 
-def test_the_time_left_is_what_the_logs_say(data_dir, monkeypatch):
-    """Medians where it was measured, a + b / batch size between, and only what is left to train counts."""
-    two, thirty_two, four = grid(
-        monkeypatch, data_dir, *"--norm_type group --batch_size 2 32 4 --seeds 1 --max_training_step 100".split()
-    )
-    found = [run_of(two, 100, [100.0, 50.0, 400.0]), run_of(thirty_two, 40, [1000.0], "unfinished")]
-    seconds = compare.seconds_per_image(found)
-    b = (1 / 100 - 1 / 1000) / (1 / 2 - 1 / 32)
-    a = 1 / 1000 - b / 32
-    for size, expected in ((2, 1 / 100), (32, 1 / 1000), (4, a + b / 4), (8, a + b / 8)):
-        assert seconds(size) == pytest.approx(expected, rel=1e-12)
-    left = 64 * 100 * (a + b / 4) + 64 * 60 / 1000
-    assert compare.time_left([two, four, thirty_two], found, 2) == pytest.approx(left / 2, rel=1e-12)
-    assert compare.time_left([two, four, thirty_two], [], 2) is None
+def test_the_plan_has_the_hours_of_what_is_to_do(data_dir, monkeypatch, capsys):
+    """By the median speed of the runs that are there, of the nearest batch size: 100,000 steps of 64 images
+    are to do of batch size 4 at 100 per second, and of 32 at 1000, with two processes."""
+    flags = "--norm_type group --batch_size 2 32 4 --seeds 1 --max_training_step 100000 --jobs 2".split()
+    two, thirty_two, four = cells = grid(monkeypatch, data_dir, *flags)
+    done = run_of(two, 100_000, [100.0, 50.0, 400.0])._replace(evaluation={"accuracy": 0.5})
+    found = [done, run_of(thirty_two, 40, [1000.0], "unfinished")]
+    monkeypatch.setattr(compare, "read_runs", lambda folders: found)
+    compare.print_plan(cells, compare.parse_flags()[0])
+    printed = capsys.readouterr().out
+    hours = (6.4e6 / 100 + 6.4e6 / 1000) / 2 / 3600
+    assert f"3 runs, 2 to do; about {hours:.1f} hours" in printed and "done   group, batch size 2" in printed
 
 
 def test_a_run_is_that_of_one_cell_alone(data_dir, monkeypatch):
@@ -405,7 +405,7 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
 )
 def test_batch_norm_is_evaluated_until_it_has_its_rows(norm, evaluation, needed, tmp_path):
     """At batch size 2, four; where no checkpoint is left, what there is of an evaluation is kept as it is."""
-    config = runs.Config(norm_type=norm, batch_size=2)
+    config = Config(norm_type=norm, batch_size=2)
     of_state = [
         runs.Run(tmp_path, config, {}, [], {}, evaluation, state) for state in ("finished", "unfinished", "diverged")
     ]
@@ -469,7 +469,7 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
     assert len(before) == 10
     plan = scripts.run("figure/compare.py", *flags, "--dry_run")
     assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
-    assert "2 runs, 1 to do; about 0.0 hours" in plan
+    assert "2 runs, 1 to do" in plan
     scripts.run("figure/compare.py", *flags)
     assert (group / "evaluation.json").exists()
     for path, time_of in before.items():
@@ -544,7 +544,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         (("--accumulate",), "+acc"),
         (("--weight_standardization",), "+ws"),
         (("--groups", "7"), "7 groups"),
-        (("--epochs", "2", "--max_training_step", "5"), "--epochs 2"),
+        (("--epochs", "2", "--max_training_step", "5"), "--epochs"),
         (("--max_training_step", "7"), "6"),
         (("--learning_rate", "0.5"), "base_learning_rate 0.2"),
         (("--from_logs", "/nowhere"), "has no effect"),

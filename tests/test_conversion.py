@@ -13,9 +13,12 @@ import pytest
 import scripts
 import tensorflow as tf
 
-import model as models
+from config import derive, parse_training
+import convert
+import networks
 import ops
-import trainer
+import checkpoints
+from command import UserError
 
 FLAGS = "--dataset Digits --model resnet8 --max_batch_size 32 --max_training_step 60 --log_step 20".split()
 CONVERSION = (*FLAGS, "--norm_type", "group", "--max_training_step", 1)
@@ -43,7 +46,7 @@ def group_run(batch_run, data_dir, tmp_path_factory):
 
 def random_network(norm_type, seed=0):
     """resnet8 with every variable drawn at random, as if trained; half of the gammas are negative."""
-    network, rng = models.create_model("resnet8", (8, 8, 1), 10, norm_type, groups=4), np.random.default_rng(seed)
+    network, rng = networks.build(shape=(8, 8, 1), norm_type=norm_type, groups=4), np.random.default_rng(seed)
     for variable in network.variables:
         scale = 0.1 if "kernel" in variable.path else 1.0
         variable.assign(
@@ -62,13 +65,13 @@ def channel_moments(network, name, images):
 
 def test_every_channel_has_the_moments_that_batch_norm_gave_it():
     source = random_network("batch")
-    network = models.create_model("resnet8", (8, 8, 1), 10, "group", groups=4)
+    network = networks.build(shape=(8, 8, 1), norm_type="group", groups=4)
     for layer in network.layers:
         if layer.name.endswith("conv"):
             layer.set_weights(source.get_layer(layer.name).get_weights())
     images = tf.constant(np.random.default_rng(1).random((100, 8, 8, 1)), tf.float32)  # two batches, not alike
     images = tf.concat([images[:64], 3 * images[64:]], 0)
-    ops.match_moments(network, source, images)
+    convert.match_moments(network, source, images)
     for layer in network.layers:
         if isinstance(layer, ops.GroupNorm):
             mean, deviation = channel_moments(network, layer.name, images)
@@ -89,18 +92,18 @@ def test_batch_norm_of_any_keras_model_can_be_replaced():
     images = tf.constant(np.random.default_rng(0).random((50, 8, 8, 3)), tf.float32)
     network.get_layer("first").moving_mean.assign(np.arange(8.0))
     network.get_layer("second").beta.assign([1.0, -2.0, 3.0, 0.5])
-    copy = ops.replace_batch_norm(network, groups=2, images=images)
+    copy = convert.replace_batch_norm(network, groups=2, images=images)
     for name in ("first", "second"):
         for found, wanted in zip(channel_moments(copy, name, images), channel_moments(network, name, images)):
             np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)
-    copy = ops.replace_batch_norm(network, groups=2)
+    copy = convert.replace_batch_norm(network, groups=2)
     np.testing.assert_array_equal(copy.get_layer("second").beta, [1.0, -2.0, 3.0, 0.5])
     assert [type(copy.get_layer(name)) for name in ("first", "second")] == [ops.GroupNorm] * 2
     for name in ("conv", "conv2"):
         for ours, theirs in zip(copy.get_layer(name).get_weights(), network.get_layer(name).get_weights()):
             np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(ValueError, match="8 channels cannot be split into 3 groups"):
-        ops.replace_batch_norm(network, groups=3)
+        convert.replace_batch_norm(network, groups=3)
 
 
 def block(x, name, **settings):
@@ -139,7 +142,7 @@ def randomize(network, seed=0):
 def test_nested_and_sequential_models_keep_the_moments_of_every_channel(kind, norms, sized):
     network = randomize(network_of(kind))
     images = np.random.default_rng(1).random((70, 8, 8, 3)).astype("float32")
-    copy = ops.replace_batch_norm(network, images=images, **sized)
+    copy = convert.replace_batch_norm(network, images=images, **sized)
     assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in copy._flatten_layers())
     assert [layer.groups for layer in copy._flatten_layers() if isinstance(layer, ops.GroupNorm)] == [2] * norms
     found, wanted = (np.float64(model(images)) for model in (copy, network))
@@ -155,7 +158,7 @@ def test_settings_and_adapted_means_are_kept():
     inner = keras.Model(inputs, block(inputs, "norm", **settings), name="inner")
     inner.trainable = False
     x = block(inner(adapted(inputs)), "last", scale=False)
-    copy = ops.replace_batch_norm(keras.Model(inputs, x), groups=2)
+    copy = convert.replace_batch_norm(keras.Model(inputs, x), groups=2)
     x = np.ones((1, 8, 8, 3), "float32")
     np.testing.assert_array_equal(copy.get_layer("adapted")(x), adapted(x))
     frozen, last = copy.get_layer("inner").get_layer("norm"), copy.get_layer("last")
@@ -185,13 +188,13 @@ IMAGES = np.ones((2, 8, 8, 3), "float32")
 )
 def test_what_cannot_be_replaced_is_refused_by_name(kind, arguments, said):
     with pytest.raises(ValueError, match=said):
-        ops.replace_batch_norm(network_of(kind), **{"groups": 2, **arguments})
+        convert.replace_batch_norm(network_of(kind), **{"groups": 2, **arguments})
 
 
 @pytest.mark.parametrize("kind", ["shared", "nested twice"])
 def test_a_norm_that_is_used_twice_stays_one(kind):
     network = network_of(kind)
-    copy = ops.replace_batch_norm(network, groups=2)
+    copy = convert.replace_batch_norm(network, groups=2)
     assert len(copy.trainable_variables) == len(network.trainable_variables)
 
 
@@ -207,7 +210,7 @@ def test_models_of_another_kind_are_refused(kind):
         "without batch norm": keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)], name="mine"),
     }
     with pytest.raises(ValueError, match="'mine'.*(functional|no batch norm)"):
-        ops.replace_batch_norm(models_of[kind])
+        convert.replace_batch_norm(models_of[kind])
 
 
 def test_a_converted_network_trains_on_from_what_it_knew(batch_run, group_run):
@@ -244,10 +247,10 @@ def test_other_groups_are_converted_and_the_same_are_taken_as_they_are(
 
 def test_other_classes_get_a_new_last_layer(batch_run, data_dir, digits, capsys):
     flags = (*FLAGS, "--norm_type", "batch", "--data_dir", data_dir, "--checkpoint", batch_run)
-    config = trainer.derive(trainer.parse_flags(list(map(str, flags)))[0], digits[0])
-    network = models.create_model("resnet8", (8, 8, 1), 3, "batch")
+    config = derive(parse_training(list(map(str, flags)))[0], digits[0])
+    network = networks.build(shape=(8, 8, 1), classes=3)
     before = [variable.numpy() for variable in network.get_layer("logits").variables]
-    trainer.start_from_weights(network, config, digits)
+    checkpoints.start_from(batch_run, network, config, digits[0])
     assert "; new: logits/kernel, logits/bias" in capsys.readouterr().out
     for now, then in zip(network.get_layer("logits").variables, before):
         np.testing.assert_array_equal(now.numpy(), then)
@@ -269,5 +272,5 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest(batch_run, m
 
 @pytest.mark.parametrize("flags", [["--norm_type", "batch"], ["--norm_type", "group", "--checkpoint", "RUN"]])
 def test_freezing_needs_batch_norm_and_its_weights(flags):
-    with pytest.raises(trainer.UserError, match="--freeze_batch_norm is for"):
-        trainer.parse_flags(["--dataset", "Digits", "--freeze_batch_norm", *flags])
+    with pytest.raises(UserError, match="--freeze_batch_norm is for"):
+        parse_training(["--dataset", "Digits", "--freeze_batch_norm", *flags])

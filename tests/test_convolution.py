@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from norm_oracle import gradients_of_cube, ROUNDINGS
+from norm_oracle import ROUNDINGS, gradients_of_cube
 
-import ops
+import layers
 
 
 def convolution_oracle(x, kernel, dy, strides):
@@ -55,7 +55,7 @@ def test_convolve_and_its_gradients_are_the_definition(shape, kernel, strides, b
     def convolve(x, kernel, dy):
         with tf.GradientTape() as tape:
             tape.watch([x, kernel])
-            y = ops.convolve(x, kernel, strides)
+            y = layers.convolve(x, kernel, strides)
         return y, *tape.gradient(y, [x, kernel], dy)
 
     arguments = [tf.constant(value) for value in (x, kernel, dy)]
@@ -73,7 +73,7 @@ def test_convolve_has_second_derivatives():
     def gradients(x, kernel):
         with tf.GradientTape() as tape:
             tape.watch([x, kernel])
-            y = tf.reduce_sum(ops.convolve(x, kernel, (2, 2)) ** 3)
+            y = tf.reduce_sum(layers.convolve(x, kernel, (2, 2)) ** 3)
         return tf.concat([tf.reshape(gradient, [-1]) for gradient in tape.gradient(y, [x, kernel])], 0)
 
     for i in (0, 1):
@@ -89,7 +89,7 @@ def test_convolve_takes_empty_and_unknown_batches(shape):
     @tf.function(input_signature=[tf.TensorSpec(shape)])
     def gradient(x):
         with tf.GradientTape() as tape:
-            y = ops.convolve(x, kernel, (2, 2))
+            y = layers.convolve(x, kernel, (2, 2))
         return tape.gradient(y, kernel)
 
     x = np.ones([1 if size is None and i else size or 0 for i, size in enumerate(shape)], np.float32)
@@ -114,7 +114,7 @@ def test_conv2d_layer_is_that_of_keras(arguments):
     """Conv2D gives what keras.layers.Conv2D gives, gradients included, for all arguments."""
     x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype("float32")
     results = []
-    for layer in (ops.Conv2D(64, 3, **arguments), keras.layers.Conv2D(64, 3, **arguments)):
+    for layer in (layers.Conv2D(64, 3, **arguments), keras.layers.Conv2D(64, 3, **arguments)):
         layer.build(x.shape)
         layer.set_weights([np.linspace(-1, 1, math.prod(w.shape)).reshape(w.shape) for w in layer.get_weights()])
         with tf.GradientTape() as tape:
@@ -130,7 +130,7 @@ def test_standardized_weights_have_mean_0_and_variance_1_by_fan_in(shape, dtype)
     """Each filter alone is centred and scaled over its inputs, and points where it did (arXiv 1903.10520)."""
     kernel = np.random.default_rng(0).normal(0.3, 2, shape)
     kernel[..., 0] *= 10  # filters of different sizes
-    weights = ops.standardize_weights(tf.constant(kernel, dtype))
+    weights = layers.standardize_weights(tf.constant(kernel, dtype))
     assert weights.dtype == dtype and weights.shape == shape
     weights, fan_in, inputs = weights.numpy().astype("float64"), math.prod(shape[:-1]), tuple(range(len(shape) - 1))
     expected = (kernel - kernel.mean(inputs)) / np.sqrt(fan_in * kernel.var(inputs) + 1e-5)
@@ -142,15 +142,15 @@ def test_standardized_weights_have_mean_0_and_variance_1_by_fan_in(shape, dtype)
 
 def test_standardized_weights_of_a_constant_filter_are_0():
     """No variance: epsilon keeps the result finite."""
-    np.testing.assert_array_equal(ops.standardize_weights(tf.fill([3, 3, 4, 2], 0.5)), np.zeros((3, 3, 4, 2)))
+    np.testing.assert_array_equal(layers.standardize_weights(tf.fill([3, 3, 4, 2], 0.5)), np.zeros((3, 3, 4, 2)))
 
 
 def test_standardized_weights_gradient():
     """The gradient passes through the mean and variance of each filter, and so does the second one."""
     kernel = tf.constant(np.random.default_rng(0).normal(size=(2, 3, 2, 3)))
     for function in (
-        lambda k: ops.standardize_weights(k) ** 3,
-        lambda k: gradients_of_cube(ops.standardize_weights, [k]),
+        lambda k: layers.standardize_weights(k) ** 3,
+        lambda k: gradients_of_cube(layers.standardize_weights, [k]),
     ):  # and once more
         theoretical, numerical = tf.test.compute_gradient(tf.function(function), [kernel], delta=1e-5)
         np.testing.assert_allclose(theoretical[0], numerical[0], rtol=1e-7, atol=1e-8)  # step^2 of a difference
@@ -160,12 +160,12 @@ def test_standardized_weights_gradient():
 def test_standardized_convolution_is_the_convolution_with_standardized_weights(policy):
     """StandardizedConv2D keeps Conv2D's arguments and stored kernel; only the kernel in use is standardized."""
     x = np.random.default_rng(0).normal(size=(2, 9, 7, 4)).astype("float32")
-    layer = ops.StandardizedConv2D(
+    layer = layers.StandardizedConv2D(
         6, (3, 2), strides=2, padding="same", bias_initializer="ones", activation="relu", dtype=policy
     )
     y = layer(x)
     kernel = tf.cast(layer.kernel, layer.compute_dtype)
-    expected = tf.nn.relu(tf.nn.conv2d(tf.cast(x, kernel.dtype), ops.standardize_weights(kernel), 2, "SAME") + 1)
+    expected = tf.nn.relu(tf.nn.conv2d(tf.cast(x, kernel.dtype), layers.standardize_weights(kernel), 2, "SAME") + 1)
     assert y.dtype == layer.compute_dtype and layer.kernel.dtype == "float32"
     # outputs of size 4: float32 roundings of another order of summing, one rounding of 8 digits in bfloat16
     np.testing.assert_allclose(

@@ -1,7 +1,6 @@
 """The readers against tiny archives in the official formats, element by element; hostile archives; own datasets."""
 
 import gzip
-import hashlib
 import io
 import os
 import pickle
@@ -11,21 +10,19 @@ import subprocess
 import sys
 import tarfile
 import threading
-import tracemalloc
 import zipfile
-import zlib
 
+import archives
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
 
-import archives
 import datasets
 import download
-from datasets import cifar10, digits, hdf5, imagenet, mnist, svhn, tinyimagenet
 from command import UserError, one_line
+from datasets import cifar10, digits, hdf5, imagenet, mnist, svhn, tinyimagenet
 
 CIFAR, ZIP = "cifar-10-python.tar.gz", "tiny-imagenet-200.zip"
 
@@ -67,7 +64,7 @@ def test_cifar_pixels_are_channel_row_column_in_the_archive(tmp_path):
     )
     archives.tar_gz(tmp_path / CIFAR, members)
     *_, (split, images, labels, _) = cifar10.read(tmp_path).parts
-    assert split == 1 and images.shape == (1, 32, 32, 3) and labels.tolist() == [7]
+    assert split == 1 and images.shape == (1, 32, 32, 3) and labels == [7]
     assert images[0, 5, 9].tolist() == [(channel * 1024 + 5 * 32 + 9) % 251 for channel in range(3)]
 
 
@@ -99,7 +96,7 @@ def test_imagenet_index_is_the_rank_of_the_wnid(tmp_path):
         original = Image.open(io.BytesIO(splits["train"][0][i])).convert("RGB")
         assert image.format == "JPEG" and image.mode == "RGB"
         assert np.abs(np.asarray(image, int) - np.asarray(original, int)).max() <= 8
-    assert train.nbytes == sum(map(len, jpegs)) and train.get_data(train.ids[4])[0].shape == (72, 96, 3)
+    assert train.nbytes == sum(map(len, jpegs))
     with pytest.raises(TypeError, match="read"):
         train.images()
 
@@ -184,23 +181,12 @@ def test_read_from_many_threads(tmp_path):
     assert wrong == []
 
 
-def test_get_data_is_that_of_the_original_repo(tmp_path):
-    splits, _, (train, _) = packed("MNIST", tmp_path)
-    image, label = train.get_data(train.ids[5])
-    np.testing.assert_array_equal(image, splits["train"][0][5] / np.float32(255))
-    assert image.dtype == label.dtype == np.float32 and label.tolist() == np.eye(10)[splits["train"][1][5]].tolist()
-    with pytest.raises(UserError, match="no id 'none'"):
-        train.get_data("none")
-
-
 def test_max_examples_are_spread_over_the_split(tmp_path):
     splits, _, (whole, _) = packed("CIFAR10", tmp_path, per_class=2)
     train, test = datasets.create_default_splits("CIFAR10", tmp_path / "data", max_examples=25)
     assert len(train) == 25 and len(test) == 20 and train.ids == whole.ids[::4]
     np.testing.assert_array_equal(train.images(), splits["train"][0][::4])
     np.testing.assert_array_equal(train.labels, splits["train"][1][::4])
-    with pytest.raises(UserError, match="at least 1"):
-        datasets.create_default_splits("CIFAR10", tmp_path / "data", max_examples=0)
 
 
 def peak_memory(code, *args):
@@ -248,179 +234,90 @@ def test_images_in_memory_can_be_shared_with_tensorflow(tmp_path):
             assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
 
 
-@pytest.mark.parametrize("damage", ["truncate", "label", "split", "image", "text"])
-def test_a_packed_file_that_was_damaged(tmp_path, damage):
-    download.prepare("Digits", tmp_path)
-    path = tmp_path / "digits" / "data.hdf5"
-    if damage == "truncate":
-        os.truncate(path, path.stat().st_size // 2)
-    elif damage == "text":
-        path.write_text("<html>")
-    else:
-        with h5py.File(path, "r+") as file:
-            if damage == "label":
-                file["label"][3] = 10
-            elif damage == "split":
-                file["split"][0] = 1
-            else:
-                del file["image"]
-                file["image"] = np.zeros((3, 8, 8, 1), np.uint8)
-    with pytest.raises(UserError, match="download.py"):
-        datasets.create_default_splits("Digits", tmp_path)
-
-
-def external_link(file, name):
+def move_out(file, name):
     """Move an array of an HDF5 file into another file beside it, and link to it."""
     with h5py.File(os.path.join(os.path.dirname(file.filename), "elsewhere.hdf5"), "w") as other:
         other[name] = file[name][()]
-    del file[name]
-    file[name] = h5py.ExternalLink("elsewhere.hdf5", name)
+    replace(file, name, h5py.ExternalLink("elsewhere.hdf5", name))
 
 
-def elsewhere(file, name):
+def link_inside(file, name):
+    file.move(name, "moved")
+    file[name] = h5py.SoftLink("/moved")
+
+
+def store_outside(file, name):
     """Let an array of an HDF5 file be that of the same shape and type in /etc/passwd."""
     shape, dtype = file[name].shape, file[name].dtype
     del file[name]
     file.create_dataset(name, shape, dtype, external=[("/etc/passwd", 0, int(np.prod(shape)) * dtype.itemsize)])
 
 
-def virtual_packed(file, name):
-    shape = file[name].shape
-    layout = h5py.VirtualLayout(shape, np.uint8)
-    layout[:] = h5py.VirtualSource("other.hdf5", name, shape)
+def make_virtual(file, name):
+    layout = h5py.VirtualLayout(file[name].shape, np.uint8)
+    layout[:] = h5py.VirtualSource("other.hdf5", name, file[name].shape)
     del file[name]
     file.create_virtual_dataset(name, layout)
 
 
-def claim(**kwargs):
-    """A change that lets an array claim far more than the file holds."""
-
-    def change(file, name):
-        del file[name]
-        file.create_dataset(name, **kwargs)
-
-    return change
+def make_group(file, name):
+    del file[name]
+    file.create_group(name)
 
 
-def other(value):
-    """A change of an array to what value(array) gives."""
-
-    def change(file, name):
-        replace(file, name, value(file[name][()]))
-
-    return change
+ELSEWHERE = [(move_out, "link"), (link_inside, "link"), (store_outside, "another file"), (make_virtual, "another file")]
 
 
-PACKED_MISTAKES = {
-    "image by an external link": ("image", external_link, "link"),
-    "label by an external link": ("label", external_link, "link"),
-    "class names by a soft link": (
-        "class_names",
-        lambda file, name: (file.move(name, "x"), file.update(class_names=h5py.SoftLink("x"))),
-        "link",
-    ),
-    "image in /etc/passwd": ("image", elsewhere, "another file"),
-    "id in /etc/passwd": ("id", elsewhere, "another file"),
-    "virtual image": ("image", virtual_packed, "another file"),
-    "image claims 4.3 GB": ("image", claim(shape=(1797, 8, 8, 37400), dtype=np.uint8), "more than the file can hold"),
-    "image claims 4.3 GB in chunks": (
-        "image",
-        claim(shape=(1797, 8, 8, 37400), dtype=np.uint8, chunks=(64, 8, 8, 64)),
-        "more than the file can hold",
-    ),
-    "labels claim 4.3 GB": ("label", claim(shape=(1 << 30,), dtype=np.int32), "more than the file can hold"),
-    "image is a group": ("image", lambda file, name: (file.pop(name), file.create_group(name)), "is a group"),
-    "image of float": ("image", other(lambda image: image.astype(float)), "float64"),
-    "image of rank 3": ("image", other(lambda image: image[..., 0]), "(1797, 8, 8)"),
-    "image of text": ("image", other(lambda image: ["a"] * len(image)), "object"),
-    "image of no channel": ("image", other(lambda image: image[..., :0]), "(1797, 8, 8, 0)"),
-    "no label": ("label", lambda file, name: file.pop(name), "no label"),
-    "label one-hot": ("label", other(lambda label: np.eye(10, dtype=int)[label]), "(1797, 10)"),
-    "label of float": ("label", other(lambda label: label.astype(float)), "float64"),
-    "label of text": ("label", other(lambda label: label.astype("S1")), "S1"),
-    "label a number": ("label", other(lambda label: 1), "()"),
-    "label beyond 32 bits": ("label", other(lambda label: label.astype(int) + (1 << 32)), "4294967296"),
-    "split of rank 2": ("split", other(lambda split: split[:, None]), "(1797, 1)"),
-    "splits that are mixed": ("split", other(lambda split: np.r_[split[:9], 1, split[10:]]), "before"),
-    "id of numbers": ("id", other(lambda ids: np.arange(len(ids))), "int64"),
-    "id of rank 2": ("id", other(lambda ids: ids[:, None]), "(1797, 1)"),
-    "id no text": ("id", other(lambda ids: np.array([b"\xff%d" % i for i in range(len(ids))])), "utf-8"),
-    "class names of numbers": ("class_names", other(lambda names: np.arange(10)), "int64"),
-    "class names of rank 2": ("class_names", other(lambda names: names[None]), "(1, 10)"),
-    "JPEG files of rank 2": ("image", lambda file, name: (file.move(name, "jpeg"), replace(file, "offset", 1)), "jpeg"),
-}
-
-
-@pytest.mark.parametrize("mistake", PACKED_MISTAKES)
-def test_a_packed_file_is_believed_no_more_than_any_other(tmp_path, mistake):
-    """The mark says that a file is whole, not who wrote it."""
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        *[("image", *case) for case in ELSEWHERE],
+        ("label", move_out, "link"),
+        ("id", store_outside, "another file"),
+        ("class_names", link_inside, "link"),
+        ("image", make_group, "is a group"),
+        ("label", lambda file, name: file.pop(name), "has no 'label'"),
+        ("image", lambda file, name: replace(file, name, np.zeros((3, 8, 8, 1), np.uint8)), "3 images, 1797 labels"),
+        ("label", lambda file, name: file[name].write_direct(np.full(1797, 10)), "0 to 9"),
+        ("split", lambda file, name: replace(file, name, np.ones(1797, np.uint8)), "train split is empty"),
+        ("id", lambda file, name: replace(file, name, np.arange(1797)), "'int' object"),
+    ],
+)
+def test_a_packed_file_that_was_changed(tmp_path, name, change, said):
     download.prepare("Digits", tmp_path)
-    os.rename(tmp_path / "digits", tmp_path / "Mine")
-    path = tmp_path / "Mine" / "data.hdf5"
-    name, change, said = PACKED_MISTAKES[mistake]
+    path = tmp_path / "digits" / "data.hdf5"
     with h5py.File(path, "r+") as file:
-        file["offset"] = 0
         change(file, name)
-    with pytest.raises(UserError) as error:
-        datasets.create_default_splits("Mine", tmp_path)
-    for word in (said, name if "jpeg" not in said else "jpeg", "download.py"):
-        assert word in str(error.value)
-    assert str(error.value).count(str(path)) == 1 and str(error.value) == one_line(error.value)
-
-
-def test_whether_a_file_is_packed_is_asked_of_this_file_alone(tmp_path):
-    """No link is followed for it: not to the right file, not to one that is missing."""
-    download.prepare("Digits", tmp_path)
-    path = tmp_path / "digits" / "data.hdf5"
-    with h5py.File(path, "r+") as file:
-        replace(file, "image", h5py.ExternalLink("missing.hdf5", "image"))
     assert datasets.is_prepared("Digits", tmp_path)
-    with pytest.raises(UserError, match="image is a soft or external link"):
+    with pytest.raises(UserError) as error:
         datasets.create_default_splits("Digits", tmp_path)
-    for mark in ([1], [1, 1], "1", 1.0, 2):
-        with h5py.File(path, "r+") as file:
+    for word in (said, str(path)):
+        assert word in str(error.value)
+    assert str(error.value) == one_line(error.value)
+
+
+@pytest.mark.parametrize("mark", [None, "1", 2])
+def test_a_file_without_the_mark_is_not_packed(tmp_path, mark):
+    download.prepare("Digits", tmp_path)
+    with h5py.File(tmp_path / "digits" / "data.hdf5", "r+") as file:
+        del file.attrs["packed"]
+        if mark is not None:
             file.attrs["packed"] = mark
-        assert not datasets.is_prepared("Digits", tmp_path)
-
-
-def test_offsets_of_jpeg_files_that_run_around(tmp_path):
-    """The difference of two int64 can pass for positive after it has overflown."""
-    archives.make("ImageNet", tmp_path / "archives")
-    download.prepare("ImageNet", tmp_path, tmp_path / "archives", checksum=False)
-    with h5py.File(tmp_path / "imagenet" / "data.hdf5", "r+") as file:
-        file["offset"][1], file["offset"][2] = (1 << 63) - 1, -2
-    with pytest.raises(UserError, match="the offsets do not fit"):
-        datasets.create_default_splits("ImageNet", tmp_path)
-
-
-def test_an_array_that_lies_beyond_the_end_of_the_file(tmp_path):
-    """It is refused (by HDF5 itself) when it is opened, not in the middle of training."""
-    download.prepare("Digits", tmp_path)
-    path = tmp_path / "digits" / "data.hdf5"
-    with h5py.File(path) as file:
-        image = file["image"].id
-        place, size = image.get_offset(), image.get_storage_size()
-    data, found = path.read_bytes(), struct.pack("<QQ", place, size)
-    assert data.count(found) == 1
-    path.write_bytes(data.replace(found, struct.pack("<QQ", len(data) - 1000, size)))
-    with pytest.raises(UserError, match="is broken .*download.py"):
+    assert not datasets.is_prepared("Digits", tmp_path)
+    with pytest.raises(UserError, match="download.py --dataset Digits"):
         datasets.create_default_splits("Digits", tmp_path)
 
 
-def test_a_class_name_that_claims_gigabytes(tmp_path):
-    """HDF5 makes room for a string of any length that is claimed, before it looks."""
+@pytest.mark.parametrize("data", [b"<html>", b"\x89HDF\r\n\x1a\n" + bytes(100), None])
+def test_a_packed_file_that_is_cut_short_is_packed_anew(tmp_path, data):
     download.prepare("Digits", tmp_path)
     path = tmp_path / "digits" / "data.hdf5"
-    with h5py.File(path) as file:
-        place = file["class_names"].id.get_offset()
-    data = bytearray(path.read_bytes())
-    data[place : place + 4] = struct.pack("<I", 1 << 29)
-    path.write_bytes(data)
-    code = (
-        "try:\n    datasets.create_default_splits('Digits', sys.argv[1])\n"
-        "except datasets.UserError as error:\n    assert 'class_names' in str(error)"
-    )
-    assert peak_memory(code, tmp_path) < 50e6
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if data is None else data)
+    with pytest.raises(UserError, match="download.py --dataset Digits"):
+        datasets.create_default_splits("Digits", tmp_path)
+    download.prepare("Digits", tmp_path)
+    assert len(datasets.create_default_splits("Digits", tmp_path)[0]) == 1437
 
 
 def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
@@ -438,47 +335,45 @@ def test_nothing_here_loads_tensorflow_or_what_only_packing_needs():
     assert result.stderr.strip() == "set()"
 
 
-# --- hostile archives -------------------------------------------------------------------------------------------------
+# What is wrong with an archive
 
 
 def refused(read, *words):
     """Check that reading raises a UserError in one line with all of `words`."""
     with pytest.raises(UserError) as error:
-        source = read()
-        list(source.parts)
-    for word in words:
-        assert word in str(error.value)
-    assert str(error.value) == one_line(error.value)
+        list(read().parts)
+    assert all(word in str(error.value) for word in words) and str(error.value) == one_line(error.value)
 
 
-CIFAR_MEMBERS = {
-    "path traversal": ({"name": "../../evil"}, "leads out"),
-    "absolute path": ({"name": "/tmp/evil"}, "leads out"),
-    "symbolic link": ({"name": "link", "type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, "link"),
-    "hard link": ({"name": "link", "type": tarfile.LNKTYPE, "linkname": "readme.html"}, "link"),
-    "device": ({"name": "null", "type": tarfile.CHRTYPE}, "device"),
-    "huge member": ({"name": "cifar-10-batches-py/data_batch_1", "size": 1 << 40}, "claims 1099511627776 bytes"),
-}
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("CIFAR10", CIFAR),
+        ("MNIST", "train-images-idx3-ubyte.gz"),
+        ("SVHN", "train_32x32.mat"),
+        ("TinyImageNet", ZIP),
+        ("ImageNet", "ILSVRC2012_img_train.tar"),
+        ("ImageNet", "ILSVRC2012_devkit_t12.tar.gz"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["empty", "first half", "html", "missing"])
+def test_damaged_archives(tmp_path, name, file, damage):
+    archives.make(name, tmp_path)
+    data = (tmp_path / file).read_bytes()
+    if damage == "missing":
+        os.remove(tmp_path / file)
+        with pytest.raises(FileNotFoundError, match=file):  # one line of run(), and exit code 2
+            list(datasets.module_of(name).read(tmp_path).parts)
+        return
+    new = {"empty": b"", "first half": data[: len(data) // 2], "html": b"<html>" + b" " * 2000}[damage]
+    (tmp_path / file).write_bytes(new)
+    refused(lambda: datasets.module_of(name).read(tmp_path), file, "replace")
 
 
-@pytest.mark.parametrize("kind", CIFAR_MEMBERS)
-def test_hostile_members_of_a_tar(tmp_path, kind):
-    fields, said = CIFAR_MEMBERS[kind]
-    members, _ = archives.cifar10_members(1, np.random.default_rng(0))
-    archives.tar_gz(tmp_path / "good.tar.gz", members)
-    data = gzip.decompress((tmp_path / "good.tar.gz").read_bytes())
-    info = tarfile.TarInfo()
-    for field, value in fields.items():
-        setattr(info, field, value)
-    (tmp_path / CIFAR).write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + data))
-    refused(lambda: cifar10.read(tmp_path), CIFAR, fields["name"], said)
-    assert sorted(os.listdir(tmp_path)) == sorted([CIFAR, "good.tar.gz"])
-
-
-def bad_pickle(data):
-    """A tar of CIFAR-10 whose first batch is `data`."""
-    members, _ = archives.cifar10_members(1, np.random.default_rng(0))
-    return {**members, "cifar-10-batches-py/data_batch_1": data}
+def batch(labels=b"K\x01", pixels=3072, **items):
+    """A pickled batch of CIFAR-10 with one black image."""
+    array = archives.py2_array(np.zeros((1, pixels), np.uint8))
+    return archives.py2_dict(**{"data": array, "labels": archives.py2_list([labels])} | items)
 
 
 class Touch:
@@ -494,297 +389,93 @@ class Touch:
 @pytest.mark.parametrize(
     "data, said",
     [
-        (b"cos\nsystem\n(U\x04trueRt.", "os.system"),
-        (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", "builtins.eval"),
-        (b"\x80\x02cnumpy\nload\n.", "numpy.load"),
-        (b"\x80\x02}r\xff\xff\xff\x7f.", "LONG_BINPUT"),
-        (b"\x80\x04\x95", "broken"),
-        (pickle.dumps({b"data": 1}, 4), "nothing that"),
-        (b"\x80\x02]q\x00.", "broken"),
-        (b"", "broken"),
-        (
-            archives.py2_dict(
-                data=archives.py2_array(np.zeros((2, 3071), np.uint8)), labels=archives.py2_list([b"K\x01"])
-            ),
-            "3071",
-        ),
-        (
-            archives.py2_dict(
-                data=archives.py2_array(np.zeros((2, 3072), np.uint8)), labels=archives.py2_list([b"K\x01"])
-            ),
-            "(2, 3072)",
-        ),
-        (
-            archives.py2_dict(
-                data=archives.py2_array(np.zeros((1, 3072), np.uint8)).replace(b"u1K", b"O8K"),
-                labels=archives.py2_list([b"K\x01"]),
-            ),
-            "O8",
-        ),
+        (b"cos\nsystem\n(U\x04trueRt.", "os.system; refused"),
+        (b"\x80\x02cbuiltins\neval\nU\x011\x85R.", "builtins.eval; refused"),
+        (b"\x80\x02cnumpy\nload\n.", "numpy.load; refused"),
+        (b"\x80\x02cnumpy.core.multiarray\nscalar\n.", "scalar; refused"),
+        (b"\x80\x04cnumpy.core.multiarray\n_reconstruct.__globals__\n.", "refused"),
+        (pickle.dumps(Touch("made by a pickle"), 2), "mkdir; refused"),
+        (b"", "EOFError"),
+        (batch(pixels=3071), "3071"),
+        (archives.py2_dict(labels=archives.py2_list([b"K\x01"])), "data"),
+        (batch(labels=b"K\x0a"), "0 to 10: expected 0 to 9"),
+        (batch(labels=b"K\x01K\x02"), "2 labels"),
+        (None, "data_batch_3"),
     ],
 )
-def test_hostile_pickles(tmp_path, data, said):
-    archives.tar_gz(tmp_path / CIFAR, bad_pickle(data))
-    refused(lambda: cifar10.read(tmp_path), CIFAR, "data_batch_1", said)
-
-
-def nested(depth, start=b"]", repeated=9):
-    """A pickled list (or with start=b"(" tuple) that holds `repeated` times one that holds `repeated` times one ..."""
-    end = b"e" if start == b"]" else b""
-    inner = start + (b"(K\x01" + end if end else b"K\x01t") + b"q\x00"
-    for i in range(1, depth):
-        again = b"h" + bytes([i - 1])
-        inner += b"0" + start + (b"(" if end else b"") + again * repeated + (end or b"t") + b"q" + bytes([i])
-    return inner
-
-
-ONE_IMAGE = archives.py2_array(np.zeros((1, 3072), np.uint8))
-
-
-UNFOLDING = {
-    "labels": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=nested(8))),
-    "a type": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE.replace(b"U\x02u1", nested(7)), labels=nested(1))),
-    "a key, all of which is hashed": ("data_batch_1", b"\x80\x02}" + nested(7, b"(") + b"K\x01s."),
-    "a key of doubles": ("data_batch_1", b"\x80\x02}K\x01" + b"2\x86" * 23 + b"K\x01s."),
-    "lists in lists": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=b"](](](K\x01eee")),
-    "a boolean": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_list([b"\x88"]))),
-    "too many labels": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_list([b"K\x01"] * 2))),
-    "labels as text": ("data_batch_1", archives.py2_dict(data=ONE_IMAGE, labels=archives.py2_string(b"\x01"))),
-    "data a number": ("data_batch_1", archives.py2_dict(data=b"K\x01", labels=archives.py2_list([b"K\x01"]))),
-    "millions of lists": ("data_batch_1", b"\x80\x02" + b"]" * 2_000_000 + b"."),
-    "names": ("batches.meta", archives.py2_dict(label_names=nested(7))),
-    "names as text": ("batches.meta", archives.py2_dict(label_names=archives.py2_string(b"cat"))),
-    "names as numbers": ("batches.meta", archives.py2_dict(label_names=archives.py2_list([b"K\x01"]))),
-    "a number": ("batches.meta", b"\x80\x02K\x01."),
-}
-
-
-@pytest.mark.parametrize("what", UNFOLDING)
-def test_pickles_that_unfold(tmp_path, what):
-    """A few hundred bytes that name one list again and again must not become gigabytes, nor a message of megabytes."""
-    (name, data), (members, _) = UNFOLDING[what], archives.cifar10_members(1, np.random.default_rng(0))
-    archives.tar_gz(tmp_path / CIFAR, {**members, "cifar-10-batches-py/" + name: data})
-    tracemalloc.start()
-    refused(lambda: cifar10.read(tmp_path), CIFAR, name, "expected", "repeats" if "a key" in what else "")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 30_000_000
-
-
-def test_a_pickle_that_runs_code_does_not_run(tmp_path):
-    archives.tar_gz(tmp_path / CIFAR, bad_pickle(pickle.dumps(Touch(str(tmp_path / "evil")), 2)))
-    refused(lambda: cifar10.read(tmp_path), "mkdir; refused")
-    assert not (tmp_path / "evil").exists()
-
-
-def test_cifar_labels_out_of_range_and_missing_batches(tmp_path):
-    batch = archives.py2_dict(
-        data=archives.py2_array(np.zeros((1, 3072), np.uint8)), labels=archives.py2_list([b"K\x0a"])
-    )
-    archives.tar_gz(tmp_path / CIFAR, bad_pickle(batch))
-    with pytest.raises(UserError, match="0 to 10: expected 0 to 9"):
-        download.prepare("CIFAR10", tmp_path / "data", tmp_path, checksum=False)
-    members = bad_pickle(batch)
-    del members["cifar-10-batches-py/data_batch_3"]
-    archives.tar_gz(tmp_path / CIFAR, members)
-    refused(lambda: cifar10.read(tmp_path), "data_batch_3")
-
-
-@pytest.mark.parametrize(
-    "name, file",
-    [
-        ("CIFAR10", CIFAR),
-        ("MNIST", "train-images-idx3-ubyte.gz"),
-        ("SVHN", "train_32x32.mat"),
-        ("TinyImageNet", ZIP),
-        ("ImageNet", "ILSVRC2012_img_train.tar"),
-        ("ImageNet", "ILSVRC2012_devkit_t12.tar.gz"),
-    ],
-)
-@pytest.mark.parametrize("damage", ["empty", "first half", "all but a byte", "html", "a byte lost"])
-def test_damaged_archives(tmp_path, name, file, damage):
-    archives.make(name, tmp_path)
-    data = (tmp_path / file).read_bytes()
-    end = {"all but a byte": -1 if not file.endswith(".tar") else -20_000}.get(damage)
-    (tmp_path / file).write_bytes(
-        {
-            "empty": b"",
-            "first half": data[: len(data) // 2],
-            "all but a byte": data[:end],
-            "html": b"<html>" + b" " * 2000,
-            "a byte lost": data[: len(data) // 2] + data[len(data) // 2 + 1 :],
-        }[damage]
-    )
-    reader = {"CIFAR10": cifar10, "MNIST": mnist, "SVHN": svhn, "TinyImageNet": tinyimagenet, "ImageNet": imagenet}[
-        name
-    ]
-    refused(lambda: reader.read(tmp_path), file)
-
-
-def test_a_tar_bomb(tmp_path):
-    with gzip.open(tmp_path / CIFAR, "wb", compresslevel=1) as file:
-        for i in range(9):
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{i}")
-            info.size = 1 << 26
-            file.write(info.tobuf())
-            file.write(bytes(1 << 26))
-    refused(lambda: cifar10.read(tmp_path), "unpacks to more than")
-
-
-@pytest.mark.parametrize(
-    "shape, said",
-    [
-        ((10**6, 10**3, 10**3), "claims"),
-        ((-1, 28, 28), "claims"),
-        ((0, 28, 28), "claims"),
-        ((2, 28, 27), "more bytes"),
-        ((2, 28, 29), "only"),
-    ],
-)
-def test_idx_sizes(tmp_path, shape, said):
-    archives.make("MNIST", tmp_path)
-    with gzip.open(tmp_path / "t10k-images-idx3-ubyte.gz", "wb") as file:
-        file.write(struct.pack(">4i", 2051, *shape) + bytes(2 * 28 * 28))
-    refused(lambda: mnist.read(tmp_path), "t10k-images", said)
-
-
-def test_idx_labels_for_images(tmp_path):
-    archives.make("MNIST", tmp_path)
-    os.replace(tmp_path / "t10k-labels-idx1-ubyte.gz", tmp_path / "t10k-images-idx3-ubyte.gz")
-    refused(lambda: mnist.read(tmp_path), "2049", "2051")
-
-
-def bomb():
-    """A MATLAB file whose only element unpacks to more than is let through."""
-    packer = zlib.compressobj(1)
-    data = b"".join(packer.compress(bytes(1 << 24)) for _ in range(17)) + packer.flush()
-    return b" " * 124 + b"\x00\x01IM" + struct.pack("<II", 15, len(data)) + data
-
-
-@pytest.mark.parametrize(
-    "variables, said",
-    [
-        ({"X": np.zeros((32, 32, 3, 4), np.uint8)}, "no variable y"),
-        ({"X": np.zeros((32, 32, 4), np.uint8)}, "(32, 32, 4)"),
-        ({"X": np.zeros((32, 32, 3, 4), np.float32)}, "single"),
-        ({"X": "text"}, "char"),
-        ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((3, 1))}, "one a label"),
-        ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.zeros((4, 1))}, "1 ... 10"),
-        ({"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.full((4, 1), 1.5)}, "1 ... 10"),
-        (bomb, "unpacks to more"),
-    ],
-)
-def test_mat_of_another_shape(tmp_path, variables, said):
-    archives.make("SVHN", tmp_path)
-    if callable(variables):
-        (tmp_path / "test_32x32.mat").write_bytes(variables())
+def test_batches_of_cifar_that_are_none(tmp_path, monkeypatch, data, said):
+    monkeypatch.chdir(tmp_path)
+    members, _ = archives.cifar10_members(1, np.random.default_rng(0))
+    if data is None:
+        del members["cifar-10-batches-py/data_batch_3"]
     else:
-        savemat(tmp_path / "test_32x32.mat", variables, do_compression=True)
-    refused(lambda: svhn.read(tmp_path), "test_32x32.mat", said)
+        members["cifar-10-batches-py/data_batch_1"] = data
+    archives.tar_gz(tmp_path / CIFAR, members)
+    with pytest.raises(UserError) as error:
+        download.prepare("CIFAR10", tmp_path, tmp_path, checksum=False)
+    assert said in str(error.value) and "CIFAR10" in str(error.value) and str(error.value) == one_line(error.value)
+    assert sorted(os.listdir(tmp_path)) == [CIFAR, "cifar10"] and os.listdir("cifar10") == [".lock"]
 
 
-def test_mat_with_an_unknown_element_type_does_not_reach_scipy(tmp_path):
+@pytest.mark.parametrize(
+    "file, shape",
+    [("images", (2, 28, 29)), ("images", (2, 28, 27)), ("images", (2,)), ("labels", (9,)), ("labels", (2, 28, 28))],
+)
+def test_idx_files_of_other_sizes(tmp_path, file, shape):
+    archives.make("MNIST", tmp_path)
+    with gzip.open(tmp_path / f"t10k-{file}-idx{3 if file == 'images' else 1}-ubyte.gz", "wb") as gz:
+        gz.write(struct.pack(f">{1 + len(shape)}i", 2048 + len(shape), *shape) + bytes(2 * 28 * 28))
+    refused(lambda: mnist.read(tmp_path), f"t10k-{file}")
+
+
+def test_mat_without_labels(tmp_path):
     archives.make("SVHN", tmp_path)
-    savemat(tmp_path / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 4), np.uint8), "y": np.ones((4, 1))})
-    data = (tmp_path / "test_32x32.mat").read_bytes()
-    tag = struct.pack("<II", 2, 32 * 32 * 3 * 4)  # the pixels: type uint8
-    (tmp_path / "test_32x32.mat").write_bytes(data.replace(tag, struct.pack("<II", 132, 32 * 32 * 3 * 4)))
-    refused(lambda: svhn.read(tmp_path), "element of type 132")
+    savemat(tmp_path / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 4), np.uint8)})
+    refused(lambda: svhn.read(tmp_path), "test_32x32.mat", "'y'")
 
 
 @pytest.mark.parametrize(
     "add, said",
     [
-        (("../../evil", b""), "leads out"),
-        (("/etc/evil", b""), "leads out"),
-        (("big", bytes((1 << 23) + 1)), "claims"),
-        (("tiny-imagenet-200/train/n00500004/images/x.JPEG", b"\xff\xd8 no image"), "x.JPEG"),
-        (("tiny-imagenet-200/train/n99999999/images/y.JPEG", b""), "y.JPEG"),
-        (("tiny-imagenet-200/val/images/val_99.JPEG", b""), "val_99.JPEG"),
-        (("tiny-imagenet-200/val/images/val_0.JPEG", archives.picture_file(np.zeros((64, 63, 3), np.uint8))), "64x63"),
+        (("train/n00500004/images/x.JPEG", b"\xff\xd8 no image"), "x.JPEG"),
+        (("train/n99999999/images/y.JPEG", b""), "n99999999"),
+        (("val/images/val_99.JPEG", b""), "val_99.JPEG"),
+        (("val/images/val_0.JPEG", archives.picture_file(np.zeros((64, 63, 3), np.uint8))), "shape"),
     ],
 )
-def test_hostile_members_of_a_zip(tmp_path, add, said):
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_members_of_a_zip_that_do_not_fit(tmp_path, add, said):
     archives.make("TinyImageNet", tmp_path)
-    with pytest.warns(UserWarning) if add[0].endswith("val_0.JPEG") else open(os.devnull):
-        with zipfile.ZipFile(tmp_path / ZIP, "a", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(*add)
-    refused(lambda: tinyimagenet.read(tmp_path), ZIP, add[0].rsplit("/", 1)[-1], said)
-    assert os.listdir(tmp_path) == [ZIP]
-
-
-def test_a_link_in_a_zip(tmp_path):
-    archives.make("TinyImageNet", tmp_path)
-    info = zipfile.ZipInfo("tiny-imagenet-200/link")
-    info.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / ZIP, "a") as archive:
-        archive.writestr(info, "/etc/passwd")
-    refused(lambda: tinyimagenet.read(tmp_path), "link")
-
-
-def bomb_png():
-    """A PNG that claims 50,000 x 50,000 pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">2I5B", 50000, 50000, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(bytes(1000)))
-        + chunk(b"IEND", b"")
-    )
+    with zipfile.ZipFile(tmp_path / ZIP, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny-imagenet-200/" + add[0], add[1])
+    refused(lambda: tinyimagenet.read(tmp_path), ZIP, said)
 
 
 @pytest.mark.parametrize(
     "name, jpeg, said",
     [
         ("val_00000009.JPEG", b"no image", "val_00000009"),
-        ("val_00000010.JPEG", b"", "1 to 9"),
-        ("val_x.JPEG", b"", "val_x"),
-        ("../val_00000009.JPEG", b"", "leads out"),
-        ("val_00000002.JPEG", b"", "each once"),
-        ("val_00000009.JPEG", archives.picture_file(np.zeros((64, 64, 3), np.uint8))[:400], "val_00000009"),
-        ("val_00000009.JPEG", bomb_png(), "val_00000009"),
-        ("folder/", b"", "8 images"),
+        ("val_00000010.JPEG", archives.picture_file(np.zeros((64, 64, 3), np.uint8)), "IndexError"),
+        ("val_x.JPEG", b"", "'x'"),
+        (None, b"", "8 images, but the devkit has 9 labels"),
     ],
 )
-def test_hostile_images_of_imagenet(tmp_path, name, jpeg, said):
+def test_images_of_imagenet_that_do_not_fit(tmp_path, name, jpeg, said):
     archives.make("ImageNet", tmp_path)
     archives.devkit(tmp_path / "ILSVRC2012_devkit_t12.tar.gz", sorted(archives.WNIDS), [1, 2, 3, 4], [1] * 9)
     with tarfile.open(tmp_path / "ILSVRC2012_img_val.tar", "a") as tar:
-        archives.add(tar, name, jpeg, **({"type": tarfile.DIRTYPE} if name == "folder/" else {}))
+        if name is not None:
+            archives.add(tar, name, jpeg)
     refused(lambda: imagenet.read(tmp_path), "ILSVRC2012_img_val.tar", said)
-
-
-def test_photographs_of_the_original_archives_are_not_decoded_again(tmp_path, monkeypatch):
-    """Those that a pinned hash vouches for: one that does not decode goes through. Others are refused."""
-    archives.make("ImageNet", tmp_path / "imagenet")
-    with tarfile.open(tmp_path / "imagenet" / "ILSVRC2012_img_val.tar") as tar:
-        jpegs = {member.name: tar.extractfile(member).read() for member in tar}
-    last = max(jpegs)
-    with tarfile.open(tmp_path / "imagenet" / "ILSVRC2012_img_val.tar", "w") as tar:
-        for name, jpeg in jpegs.items():
-            archives.add(tar, name, jpeg[:-40] if name == last else jpeg)
-    flags = ("ImageNet", tmp_path / "data", tmp_path / "imagenet")
-    refused(lambda: download.prepare(*flags, checksum=False), last, "truncated")
-    found = {}
-    for file in imagenet.FILES:
-        data = (tmp_path / "imagenet" / file).read_bytes()
-        found[file] = (len(data), "md5", hashlib.md5(data).hexdigest())
-    monkeypatch.setattr(imagenet, "FILES", found)
-    download.prepare(*flags)
-    _, test = datasets.create_default_splits("ImageNet", tmp_path / "data")
-    assert test.read([test.ids.index(last)]) == [jpegs[last][:-40]]
 
 
 def test_imagenet_devkit_that_does_not_fit(tmp_path):
     archives.make("ImageNet", tmp_path)
     path, wnids = tmp_path / "ILSVRC2012_devkit_t12.tar.gz", sorted(archives.WNIDS)
     archives.devkit(path, wnids, [1, 2, 3, 4], [1, 2, 5] + [1] * 5)  # 5 is the inner node
-    refused(lambda: imagenet.read(tmp_path), "5 is the ILSVRC2012_ID of no class")
+    refused(lambda: imagenet.read(tmp_path), "devkit", "5")
     archives.devkit(path, wnids[:3], [1, 2, 3], [1] * 8)
-    refused(lambda: imagenet.read(tmp_path), "n03000001.tar", "the devkit does not name")
+    refused(lambda: imagenet.read(tmp_path), "ILSVRC2012_img_train.tar", "n03000001")
 
 
 # --- own datasets in the original repo's layout -----------------------------------------------------------------------
@@ -808,10 +499,6 @@ def test_own_data(tmp_path, file, shape, dtype):
         assert split.images().dtype == split.dtype == (np.float32 if images.dtype.kind == "f" else np.uint8)
         np.testing.assert_array_equal(split.labels, labels[rows])
         assert split.num_classes == 3 and split.image_shape == expected.shape[1:]
-    image, label = splits[0].get_data(splits[0].ids[0])
-    scale = 1 if images.dtype.kind == "f" else 255
-    np.testing.assert_allclose(image.reshape(shape), images[ids.index(splits[0].ids[0])] / scale, rtol=1e-7)
-    assert label.sum() == 1
     assert splits[1].ids == [ids[i] for i in (6, 18, 2, 13)]  # in every run and every version
 
 
@@ -882,45 +569,6 @@ def all_labels(value):
     return in_file(change)
 
 
-def external_storage(file, id):
-    del file[id]["image"]
-    file[id].create_dataset("image", (8, 8, 3), np.uint8, external=[("/etc/passwd", 0, 192)])
-
-
-def virtual(file, id):
-    layout = h5py.VirtualLayout((8, 8, 3), np.uint8)
-    layout[:] = h5py.VirtualSource("other.hdf5", "image", (8, 8, 3))
-    del file[id]["image"]
-    file[id].create_virtual_dataset("image", layout)
-
-
-def huge(**kwargs):
-    """A change that lets an image claim far more than the file holds."""
-
-    def change(file, id):
-        del file[id]["image"]
-        file[id].create_dataset("image", dtype=np.uint8, **kwargs)
-
-    return in_file(change)
-
-
-def deflate_bomb(file, id):
-    del file[id]["image"]
-    data = file[id].create_dataset(
-        "image", (1 << 15, 1 << 15, 3), np.uint8, chunks=(1 << 13, 1 << 13, 1), compression="gzip"
-    )
-    data[: 1 << 13, : 1 << 13, 0] = 0
-
-
-def chunk_bomb(file, id):
-    """A few bytes that HDF5 would make room for a gigabyte to unpack."""
-    del file[id]["image"]
-    data = file[id].create_dataset(
-        "image", (8, 8, 3), np.uint8, maxshape=(None,) * 3, chunks=(1 << 10, 1 << 10, 1 << 10), compression="gzip"
-    )
-    data.id.write_direct_chunk((0, 0, 0), zlib.compress(bytes(1000)))
-
-
 def nan(file, id):
     image = np.zeros((8, 8, 3), np.float32)
     image[1, 2, 0] = np.nan
@@ -950,17 +598,14 @@ MISTAKES = {
     "doubled id in a split": (split_files(lambda ids: ids[:9] + ids[:1], lambda ids: ids[9:]), "twice"),
     "no image": (in_file(lambda file, id: file[id].pop("image")), "/image"),
     "no label": (in_file(lambda file, id: file[id].pop("label")), "/label"),
-    "image is a group": (
-        in_file(lambda file, id: (file[id].pop("image"), file[id].create_group("image"))),
-        "is a group",
-    ),
+    "image is a group": (in_file(lambda file, id: make_group(file, id + "/image")), "is a group"),
     "id is an array": (in_file(lambda file, id: replace(file, id, np.zeros(3))), "is broken"),
     "label not one-hot": (in_file(lambda file, id: replace(file, id + "/label", [1.0, 1.0])), "[1.0, 1.0]"),
     "label all zero": (in_file(lambda file, id: replace(file, id + "/label", [0.0, 0.0])), "[0.0, 0.0]"),
     "label of another size": (in_file(lambda file, id: replace(file, id + "/label", [0, 1, 0])), "one-hot"),
     "label a number": (all_labels(1), "one-hot"),
     "label NaN": (in_file(lambda file, id: replace(file, id + "/label", [np.nan, 0])), "[nan, 0.0]"),
-    "label text": (in_file(lambda file, id: replace(file, id + "/label", "cat")), "object"),
+    "label text": (in_file(lambda file, id: replace(file, id + "/label", "cat")), "one-hot"),
     "one class": (all_labels([1.0]), "1 class"),
     "all of one class": (all_labels([0, 1]), "all train images are of class 1"),
     "image of another size": (
@@ -987,21 +632,11 @@ MISTAKES = {
     "image of 16 bits": (in_file(lambda file, id: replace(file, id + "/image", np.full((8, 8, 3), 300))), "300"),
     "image negative": (in_file(lambda file, id: replace(file, id + "/image", np.full((8, 8, 3), -1))), "-1"),
     "NaN pixel": (in_file(nan), "nan at [1, 2, 0]"),
-    "soft link": (
-        in_file(lambda file, id: (file[id].pop("image"), file[id].update(image=h5py.SoftLink("/1/image")))),
-        "link",
-    ),
+    **{
+        f"{change.__name__}, an image": (in_file(lambda file, id, change=change: change(file, id + "/image")), said)
+        for change, said in ELSEWHERE[1:]
+    },
     "external link": (in_file(lambda file, id: replace(file, id, h5py.ExternalLink("x.hdf5", "/"))), "link"),
-    "external storage": (in_file(external_storage), "another file"),
-    "virtual array": (in_file(virtual), "another file"),
-    "claims a terabyte": (huge(shape=(1 << 20, 1 << 20, 1)), "more than the file can hold"),
-    "claims a terabyte in chunks": (
-        huge(shape=(1 << 20, 1 << 20, 1), chunks=(64, 64, 1)),
-        "more than the file can hold",
-    ),
-    "deflate bomb": (in_file(deflate_bomb), "more than the file can hold"),
-    "a chunk that is a bomb": (in_file(chunk_bomb), "more than the file can hold"),
-    "never written": (huge(shape=(8, 8, 3)), "more than the file can hold"),
     "truncated": (lambda folder, ids: os.truncate(folder / "data.hy", 5000), "truncated"),
     "empty file": (lambda folder, ids: os.truncate(folder / "data.hy", 0), "data.hy"),
     "no HDF5": (lambda folder, ids: (folder / "data.hy").write_text("image,label\n"), "data.hy"),
@@ -1037,15 +672,3 @@ def test_names(tmp_path, name, said):
     with pytest.raises(UserError, match="dataset|MNIST") as error:
         datasets.create_default_splits(name, tmp_path)
     assert said in str(error.value)
-
-
-def test_a_few_mutated_files_end_in_user_errors(tmp_path):
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "fuzz_readers.py")
-    result = subprocess.run(
-        [sys.executable, script, "--files", "180", "--keep", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr

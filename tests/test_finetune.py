@@ -3,6 +3,7 @@
 python -m pytest tests/test_finetune.py
 """
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ import scripts
 
 sys.path.insert(0, str(scripts.REPO / "figure"))
 
+import finetune
+
 import datasets
 import download
-import finetune
 import runs
 
 STUDY = scripts.REPO / "figure" / "studies" / "finetune"
@@ -80,7 +82,7 @@ def test_a_rate_is_chosen_on_images_held_out(monkeypatch):
 
 
 def test_the_table_is_that_of_the_logs():
-    """Fifteen runs on the test split and a run for each way and rate on images held out; README has the first table."""
+    """Fifteen runs on the test split, and one per way and rate on held-out images; the page has the first table."""
     found = runs.read_runs([STUDY / finetune.AFTER])
     tested = [run for run in found if not run.config.validation]
     assert sorted((finetune.way_of(run), run.config.seed) for run in tested) == sorted(
@@ -91,8 +93,8 @@ def test_the_table_is_that_of_the_logs():
     assert all(run.config.base_learning_rate == rates[finetune.way_of(run)] for run in tested)
     written = (STUDY / "table.md").read_text()
     assert finetune.text_of(found) == written
-    page = (scripts.REPO / "README.md").read_text()
+    page = (STUDY.parent / "README.md").read_text()
     for line in finetune.table(tested).splitlines():
         assert line in page, line
     with pytest.raises(StopIteration):
-        finetune.way_of(found[0]._replace(config=runs.dataclasses.replace(found[0].config, norm_type="layer")))
+        finetune.way_of(found[0]._replace(config=dataclasses.replace(found[0].config, norm_type="layer")))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from norm_oracle import (
-    gradients_of_cube,
     FORMATS,
     GROUP_CASES,
     ROUNDINGS,
     assert_close,
     batch_sets,
     from_format,
+    gradients_of_cube,
     group_sets,
     oracle,
     random_case,

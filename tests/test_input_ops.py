@@ -2,13 +2,13 @@
 
 import io
 
+import archives
 import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-import archives
 import datasets
 import download
 import input_ops
@@ -213,7 +213,7 @@ def test_encoded_images_are_cut_from_the_centre(imagenet):
     images, labels = next(iter(input_ops.create_input_ops(test, len(test), False)))
     assert images.shape == (len(test), 224, 224, 3)
     np.testing.assert_array_equal(labels, test.labels)
-    assert input_ops.network_image_shape(test) == (224, 224, 3)
+    assert test.network_shape == (224, 224, 3)
     for image, jpeg in zip(images.numpy(), test.read(np.arange(len(test)))):
         picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
         scale = 256 / min(picture.size)

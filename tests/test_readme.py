@@ -3,8 +3,11 @@
 python -m pytest tests/test_readme.py
 """
 
+import csv
+import math
 import re
 import shlex
+import statistics
 import sys
 
 import pytest
@@ -13,16 +16,18 @@ import scripts
 sys.path.insert(0, str(scripts.REPO / "figure"))
 
 import compare
-import evaler
 import results
+
+from config import parse_evaluation, parse_training
+import ops
 import runs
-import trainer
 
 README = (scripts.REPO / "README.md").read_text()
 FOLDERS = (path for path in (scripts.REPO / "figure" / "studies").iterdir() if path.is_dir())
 STUDIES = sorted(path.name for path in FOLDERS if path.name != "finetune")  # test_finetune.py has that one
-PAGE = README + (scripts.REPO / "figure" / "studies" / "README.md").read_text()
-SHOWN = [name for name in STUDIES if name != "recipe"]  # the recipe's table stands beside its logs alone
+RESULTS = (scripts.REPO / "figure" / "studies" / "README.md").read_text()
+PAGE = README + RESULTS + (scripts.REPO / "figure" / "README.md").read_text()
+SHOWN = [name for name in STUDIES if name not in ("recipe", "rates")]  # these tables stand beside their logs alone
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -38,9 +43,28 @@ def test_table_md_is_made_of_the_logs(name):
 def test_the_tables_are_those_of_the_logs(name):
     for table in results.tables(runs.read_runs([scripts.REPO / "figure" / "studies" / name])):
         for line in results.markdown(table).splitlines()[2:]:
-            assert line in (README if name == "cifar10" else PAGE), (
-                f"README.md lacks or changes this line of figure/studies/{name}: {line}"
-            )
+            assert line in RESULTS, f"figure/studies/README.md lacks or changes this line of {name}: {line}"
+
+
+def test_the_front_page_has_the_medians():
+    """Of results.csv, and the bold number of a column is ahead of the next by more than two standard errors."""
+    with open(scripts.REPO / "figure" / "studies" / "cifar10" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| (norm|batch|group)", line)]
+    (_, *sizes), *shown = lines[:4]
+    medians, spreads = {}, []
+    for norm, *cells in shown:
+        for size, cell in zip(sizes, cells):
+            values = [100 * float(r["accuracy"]) for r in rows if (r["norm"], r["batch_size"]) == (norm, size)]
+            medians.setdefault(size, []).append(statistics.median(values))
+            spreads.append(max(abs(value - medians[size][-1]) for value in values))
+            assert cell.strip("*") == f"{medians[size][-1]:.1f}" and len(values) == 3
+    assert f"within {max(spreads):.1f}" in README
+    for i, (size, found) in enumerate(medians.items()):
+        second, best = sorted(found)[-2:]
+        error = 100 * math.sqrt(sum(v / 100 * (1 - v / 100) for v in (second, best)) / 10_000)
+        bold = [cells[1 + i].startswith("**") for cells in shown]
+        assert bold == [value == best and best - second > 2 * error for value in found], size
 
 
 def test_every_command_parses():
@@ -53,9 +77,9 @@ def test_every_command_parses():
         script, *flags = shlex.split(line, comments=True)[1:]
         assert (scripts.REPO / script).exists(), line
         if script == "trainer.py":
-            trainer.parse_flags(flags)
+            parse_training(flags)
         if script == "evaler.py":
-            evaler.parse_flags(flags)
+            parse_evaluation(flags)
         if script == "figure/compare.py":
             compare.parse_flags(flags)
 
@@ -68,12 +92,12 @@ def test_links_lead_somewhere():
                 assert ((scripts.REPO / page).parent / target).exists(), f"{page}: {target}"
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(2))
 def test_the_examples_for_your_own_model_run(number):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 2
     names = {}
     exec(blocks[number], names)
     if "model" in names:
-        norms = [layer for layer in names["model"].layers if isinstance(layer, names["ops"].GroupNorm)]
-        assert len(norms) == (53 if number == 2 else 1)
+        norms = [layer for layer in names["model"].layers if isinstance(layer, ops.GroupNorm)]
+        assert len(norms) == (53 if number == 1 else 1)

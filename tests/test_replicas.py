@@ -14,18 +14,20 @@ import pytest
 import scripts
 import tensorflow as tf
 
-import evaler
+from config import Config, Workers, derive, parse_training, workers
 import input_ops
+import layers
 import ops
 import replicas
 import runs
 import trainer
+from model import create_model
 
 FLAGS = (
     "--dataset Digits --model resnet8 --max_batch_size 16 --batch_size 4 --max_training_step 30 --test_sample_step 10 "
     "--log_step 5 --ckpt_save_step 4 --norm_type batch --augment crop"
 ).split()
-TWO = replicas.Workers(("a:1", "b:2"), 1)
+TWO = Workers(("a:1", "b:2"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def two_devices():
 
 def weights_after(strategy, batch_size, optimizer, norm_type="group", sync=False, offset=0.0, accumulate=False):
     """The variables of a small network after 3 steps on 8 random images each, by trainer.py's own step."""
-    config = runs.Config(
+    config = Config(
         model="resnet8",
         norm_type=norm_type,
         groups=4,
@@ -54,22 +56,21 @@ def weights_after(strategy, batch_size, optimizer, norm_type="group", sync=False
     )
     keras.utils.set_random_seed(3)
     with strategy.scope():
-        model = evaler.build_model(config, (8, 8, 1), 10)
-        trained = trainer.Optimizer(optimizer, [variable.value for variable in model.trainable_variables])
-        totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-    trained.learning_rate.assign({"momentum": 0.1, "adam": 1e-3}[optimizer])
-    step = trainer.make_train_step(model, trained, totals, config, strategy)
+        model = create_model(config, (8, 8, 1), 10)
+    state = trainer.State(model, config, strategy)
+    state.optimizer.learning_rate.assign({"momentum": 0.1, "adam": 1e-3}[optimizer])
+    step = trainer.make_train_step(state)
     rng = np.random.default_rng(0)
     for _ in range(3):
         images = tf.constant(rng.random((8, 8, 8, 1)) + offset, tf.float32)
         finite, _, stop = step(images, tf.constant(rng.integers(0, 10, 8), tf.int32), tf.constant(False))
         assert finite and not stop
-    return {variable.path: variable.numpy() for variable in model.variables}, totals.numpy()
+    return {variable.path: variable.numpy() for variable in model.variables}, state.totals.numpy()
 
 
 @pytest.mark.parametrize("optimizer, clip_norm", [("momentum", 20.0), ("momentum", 0.1), ("adam", 20.0)])
 def test_with_group_norm_two_devices_are_one_of_twice_the_batch(optimizer, clip_norm, two_devices, monkeypatch):
-    monkeypatch.setattr(runs, "CLIP_NORM", clip_norm)
+    monkeypatch.setattr(trainer, "CLIP_NORM", clip_norm)
     one, sums = weights_after(tf.distribute.get_strategy(), 4, optimizer)
     two, means = weights_after(two_devices, 2, optimizer)
     for name, value in one.items():
@@ -133,10 +134,8 @@ def test_own_statistics_differ_from_the_whole_batch_and_are_averaged(two_devices
         layer = ops.BatchNorm(momentum=0.0)
         layer.build((None, 2))
         model = keras.Sequential([keras.Input((2,)), layer])
-        totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-        optimizer = trainer.Optimizer("momentum", [variable.value for variable in model.trainable_variables])
-    config = runs.Config(batch_size=2, max_batch_size=4, num_replicas=2)
-    step = trainer.make_train_step(model, optimizer, totals, config, two_devices)
+    config = Config(optimizer="momentum", weight_decay=0.0, batch_size=2, max_batch_size=4, num_replicas=2)
+    step = trainer.make_train_step(trainer.State(model, config, two_devices))
     x = np.float32([[1, 2], [3, 4], [50, 60], [70, 90]])
     step(tf.constant(x), tf.constant([0, 1, 0, 1]), tf.constant(False))
     variances = (x[:2].var(axis=0, ddof=1) + x[2:].var(axis=0, ddof=1)) / 2
@@ -148,12 +147,12 @@ def test_own_statistics_differ_from_the_whole_batch_and_are_averaged(two_devices
 
 def test_each_replica_draws_a_dropout_mask_of_its_own(two_devices):
     with two_devices.scope():
-        layer = ops.Dropout(0.5, seed=1)
+        layer = layers.Dropout(0.5, seed=1)
     of_replicas = two_devices.run(tf.function(lambda: layer(tf.ones([4, 50]), training=True)))
     first, second = (value.numpy() for value in two_devices.experimental_local_results(of_replicas))
     assert set(np.unique(first)) == set(np.unique(second)) == {0.0, 2.0}
     assert 0.3 < (first != second).mean() < 0.7
-    ours, keras_own = ops.Dropout(0.5, seed=1), keras.layers.Dropout(0.5, seed=1)
+    ours, keras_own = layers.Dropout(0.5, seed=1), keras.layers.Dropout(0.5, seed=1)
     ones = tf.ones([4, 50])
     np.testing.assert_array_equal(ours(ones, training=True), keras_own(ones, training=True))
 
@@ -188,7 +187,7 @@ def test_the_rows_of_all_workers_are_the_batch(augment, digits):
         made = input_ops.create_input_ops(digits[0], 12, True, augment, seed=4, first_step=3, last_step=5, rows=rows)
         return [(images.numpy(), labels.numpy()) for images, labels in made]
 
-    rows = [replicas.rows_of(replicas.Workers(("a:1", "b:1"), i), 12, updates=3) for i in range(2)]
+    rows = [replicas.rows_of(Workers(("a:1", "b:1"), i), 12, updates=3) for i in range(2)]
     assert [list(r) for r in rows] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]  # of each update two images each
     for whole, first, second in zip(batches(None), batches(rows[0]), batches(rows[1])):
         for all_values, *parts in zip(whole, first, second):
@@ -198,13 +197,13 @@ def test_the_rows_of_all_workers_are_the_batch(augment, digits):
 
 @pytest.mark.parametrize("workers, examples", [(1, 5), (2, 5), (3, 7), (3, 2)])
 def test_every_test_image_has_one_worker(workers, examples):
-    shares = [replicas.test_share(replicas.Workers(("a:1",) * workers, i), examples) for i in range(workers)]
+    shares = [replicas.test_share(Workers(("a:1",) * workers, i), examples) for i in range(workers)]
     np.testing.assert_array_equal(np.concatenate(shares), np.arange(examples))
 
 
 def test_what_two_workers_predict_of_7_images_is_joined(two_devices):
     """4 + 3 without the padding. The devices of this process stand for workers whose first predictions are equal."""
-    join = replicas.make_join(two_devices, replicas.Workers(("a:1", "b:2"), 0), 7)
+    join = replicas.make_join(two_devices, Workers(("a:1", "b:2"), 0), 7)
     losses, classes = join([np.float32([0.5, 1.5, 2.5, 3.5]), np.arange(4)])
     np.testing.assert_array_equal(losses, np.float32([0.5, 1.5, 2.5, 3.5, 0.5, 1.5, 2.5]))
     np.testing.assert_array_equal(classes, [0, 1, 2, 3, 0, 1, 2])
@@ -228,13 +227,13 @@ def test_what_two_workers_predict_of_7_images_is_joined(two_devices):
 def test_a_wrong_tf_config_is_one_line(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(replicas.UserError, match="TF_CONFIG"):
-        replicas.workers()
+        workers()
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"task": {"type": "worker", "index": 0}}'])
 def test_a_tf_config_without_a_cluster_is_one_worker(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
-    assert replicas.workers() == replicas.Workers(("",), 0)
+    assert workers() == Workers(("",), 0)
 
 
 @pytest.mark.parametrize(
@@ -248,14 +247,14 @@ def test_a_tf_config_without_a_cluster_is_one_worker(text, monkeypatch):
 )
 def test_what_does_not_go_with_replicas_is_refused(flags, words):
     with pytest.raises(trainer.UserError, match=words):
-        trainer.parse_flags(["--dataset", "Digits", "--max_batch_size", "16", *flags])
+        parse_training(["--dataset", "Digits", "--max_batch_size", "16", *flags])
 
 
 def test_an_update_of_all_replicas_sets_the_rate(digits):
-    flags, _ = trainer.parse_flags(
+    flags, _ = parse_training(
         "--dataset Digits --model resnet8 --max_batch_size 64 --replicas 4 --batch_size 8".split()
     )
-    config = trainer.derive(flags, digits[0])
+    config = derive(flags, digits[0])
     assert config.num_replicas == 4 and config.updates_per_step == 2
     assert config.peak_learning_rate == pytest.approx(0.2 * 32 / 64)
     assert config.batch_norm_momentum == pytest.approx(0.9**0.5)

@@ -17,33 +17,36 @@ import pytest
 import scripts
 import tensorflow as tf
 
+import checkpoints
+from config import Config, derive, parse_training, read_config, write_config
 import datasets
+import download
 import evaler
 import input_ops
+import layers
 import ops
 import runs
 import summaries
 import trainer
+from model import create_model
 
 SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", "32")
 
 
 def configuration(data_dir, *flags):
     """(config, train, test) as trainer.py makes them of flags."""
-    parsed, _ = trainer.parse_flags([*SMALL, "--data_dir", data_dir, *map(str, flags)])
-    train, test = trainer.load_data(parsed)
-    return trainer.derive(parsed, train), train, test
+    parsed, _ = parse_training([*SMALL, "--data_dir", data_dir, *map(str, flags)])
+    train, test = download.load_splits(parsed.dataset, parsed.data_dir, parsed.validation)
+    return derive(parsed, train), train, test
 
 
 def machinery(data_dir, *flags):
-    """What a run consists of: config, model, optimizer, totals and the step's graph."""
+    """What a run consists of: config, model, optimizer, totals and the graph of a step."""
     config, train, _ = configuration(data_dir, *flags)
     keras.utils.set_random_seed(config.seed)
-    model = evaler.build_model(config, train.image_shape, train.num_classes)
-    optimizer = trainer.Optimizer(config.optimizer, [v.value for v in model.trainable_variables])
-    totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-    step = trainer.make_train_step(model, optimizer, totals, config)
-    return config, model, optimizer, totals, step
+    model = create_model(config, train.image_shape, train.num_classes)
+    state = trainer.State(model, config)
+    return config, model, state.optimizer, state.totals, trainer.make_train_step(state)
 
 
 def random_batch(count, seed=0):
@@ -300,7 +303,7 @@ def test_accumulated_gradients_are_those_of_the_whole_step(norm_type, alike, opt
 
 def test_schedules():
     def rates(schedule, warmup=0, steps=100):
-        config = runs.Config(lr_schedule=schedule, warmup_steps=warmup, peak_learning_rate=2.0, max_training_step=steps)
+        config = Config(lr_schedule=schedule, warmup_steps=warmup, peak_learning_rate=2.0, max_training_step=steps)
         return [trainer.learning_rate_at(step, config) for step in range(steps)]
 
     assert rates("constant") == [2.0] * 100
@@ -339,7 +342,7 @@ def test_the_rate_scales_as_its_optimizer_needs(flags, scaling, share, data_dir)
 )
 def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
     """A mirrored digit is another sign; photographs are mirrored. Weights decay by 1e-4 with momentum."""
-    config = trainer.derive(trainer.parse_flags(["--dataset", dataset])[0], digits[0])
+    config = derive(parse_training(["--dataset", dataset])[0], digits[0])
     assert (config.augment, config.optimizer, config.weight_decay) == (augment, optimizer, 1e-4)
     assert (config.base_learning_rate, config.lr_schedule) == (0.2, "cosine")
     assert (config.batch_size, config.max_batch_size, config.updates_per_step) == (64, 64, 1)
@@ -349,7 +352,7 @@ def test_defaults_of_a_dataset(dataset, augment, optimizer, digits):
 
 def recipe(train, *flags):
     """The configuration of a run on ImageNet with these flags; its images are stood in for by `train`."""
-    return trainer.derive(trainer.parse_flags(["--dataset", "ImageNet", *map(str, flags)])[0], train)
+    return derive(parse_training(["--dataset", "ImageNet", *map(str, flags)])[0], train)
 
 
 def test_imagenet_is_trained_as_in_the_paper(digits):
@@ -391,11 +394,11 @@ def test_flags_win_over_a_recipe(flags, expected, digits):
 def test_a_run_folder_of_before_recipes_is_read_as_it_was(finished, tmp_path):
     """Then the flags alone said max_batch_size and lr_schedule."""
     stored = json.loads((finished[0] / "config.json").read_text())
-    whole = runs.read_config(finished[0])[0]
+    whole = read_config(finished[0])[0]
     for name in ("max_batch_size", "lr_schedule"):
         stored["flags"][name] = stored["derived"].pop(name)
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert runs.read_config(tmp_path)[0] == whole and (whole.max_batch_size, whole.lr_schedule) == (32, "cosine")
+    assert read_config(tmp_path)[0] == whole and (whole.max_batch_size, whole.lr_schedule) == (32, "cosine")
 
 
 @pytest.mark.parametrize(
@@ -443,14 +446,14 @@ def test_the_network_is_what_the_flags_ask_for(flags, norm, expected, data_dir):
     """The kind of its norms and convolutions, the settings of every norm (of 16, 32 and 64 channels), its dtypes."""
     config, train, _ = configuration(data_dir, "--norm_type", *flags.split())
     try:
-        model = evaler.build_model(config, train.image_shape, train.num_classes)
+        model = create_model(config, train.image_shape, train.num_classes)
     finally:
         keras.mixed_precision.set_dtype_policy("float32")
     norms = [layer for layer in model.layers if layer.name.endswith("_norm")]
     convolutions = [layer for layer in model.layers if isinstance(layer, keras.layers.Conv2D)]
     assert (model.name, model.output_shape) == ("resnet8", (None, 10))
     assert {type(layer) for layer in norms} == ({norm} if norm else set())
-    standardized = ops.StandardizedConv2D if "--weight_standardization" in flags else ops.Conv2D
+    standardized = layers.StandardizedConv2D if "--weight_standardization" in flags else layers.Conv2D
     assert {type(layer) for layer in convolutions} == {standardized}
     for name, values in expected.items():
         by_channels = values if isinstance(values, tuple) else (values,) * 3
@@ -467,7 +470,7 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, 
     config, _, test = configuration(data_dir, "--max_training_step", 100, "--log_step", 3, "--write_summary_step", 50)
     now = [1000.0]
     monkeypatch.setattr(summaries.time, "perf_counter", lambda: now[0])
-    runs.write_config(tmp_path, config, config, {})
+    write_config(tmp_path, config, config, {})
     log = summaries.Log(tmp_path, config, test, first_step=0)
     for step, seconds in enumerate((70, 2, 2, 2, 2, 4), 1):
         now[0] += seconds
@@ -486,7 +489,7 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(data_dir, 
 def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
     """The whole test split, by moving statistics, without dropout; nothing moves."""
     config, train, test = configuration(data_dir, "--norm_type", "batch", "--model", "convnet")
-    model = evaler.build_model(config, train.image_shape, train.num_classes)
+    model = create_model(config, train.image_shape, train.num_classes)
     before = {variable.path: variable.numpy().copy() for variable in model.variables}
     predict = evaler.make_predictor(model)
     results = [
@@ -532,7 +535,7 @@ def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(main_of, data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
     main_of(*SMALL, "--max_training_step", 3, "--data_dir", data_dir, "--train_dir", tmp_path)
     assert len(list(scripts.only_run(tmp_path).glob("model-*.index"))) == 3
 
@@ -546,9 +549,9 @@ def watched(data_dir, tmp_path_factory):
     labels and loss)."""
     train_dir, weights, steps, make_train_step = tmp_path_factory.mktemp("watched"), [], [], trainer.make_train_step
 
-    def make_watched(model, *others):
-        weights.extend(variable.numpy() for variable in model.variables)
-        train_step = make_train_step(model, *others)
+    def make_watched(state):
+        weights.extend(variable.numpy() for variable in state.model.variables)
+        train_step = make_train_step(state)
 
         def step(images, labels, stop):
             finite, loss, stop = train_step(images, labels, stop)
@@ -624,26 +627,27 @@ def test_threads_are_set_for_the_images_of_an_update_before_the_network_is_built
         raise Asked(arguments)
 
     flags = (*SMALL, "--batch_size", 2, "--data_dir", data_dir, "--train_dir", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["trainer.py", *map(str, flags)])
     monkeypatch.setattr(trainer, "set_threads", set_threads)
-    monkeypatch.setattr(evaler, "build_model", None)
+    monkeypatch.setattr(trainer, "create_model", None)
     with pytest.raises(Asked) as asked:
-        trainer.main()
+        trainer.main(*parse_training([*map(str, flags)]))
     assert asked.value.args == ((2, (8, 8, 1)),)
 
 
 # ------------------------------------------------------------------------------------------------ ways to start
 
 
-@pytest.mark.parametrize("script", ["trainer", "evaler", "model", "input_ops", "datasets", "download", "compare"])
-def test_flags_are_parsed_before_tensorflow_loads(script):
+@pytest.mark.parametrize("script", ["trainer", "evaler", "model", "download", "figure/compare", "figure/speed"])
+@pytest.mark.parametrize("flag", ["--help", "--no_such_flag"])
+def test_flags_are_parsed_before_tensorflow_loads(script, flag):
     """--help and wrong flags take a fraction of a second; TensorFlow takes five."""
     code = (
-        f"import sys; sys.path.insert(0, 'figure'); import {script}; "
-        f"print([name for name in ('tensorflow', 'keras') if name in sys.modules])"
+        f"import runpy, sys; sys.path.insert(0, 'figure'); sys.argv = ['{script}.py', '{flag}']\n"
+        f"try:\n runpy.run_path('{script}.py', run_name='__main__')\n"
+        f"finally:\n print([name for name in ('tensorflow', 'keras') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=scripts.REPO, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts.REPO, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]" and done.returncode == (0 if flag == "--help" else 2)
 
 
 def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, main_of, capsys, tmp_path):
@@ -668,7 +672,7 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     assert "Digits validation: accuracy" in printed and result["images"] == 200
     assert result["accuracy"] == scripts.metrics(run_dir)[-1]["test_loss/accuracy"]
     with pytest.raises(evaler.UserError, match="held out 200"):
-        evaler.main(["--dataset", "Digits", *map(str, common), "--validation", "100"])
+        scripts.evaluate(["--dataset", "Digits", *map(str, common), "--validation", "100"])
     main_of("--resume", run_dir)
     assert "going on at step 2" in capsys.readouterr().out
 
@@ -727,9 +731,9 @@ def test_the_first_line_comes_before_tensorflow_and_says_what_comes(finished):
 )
 def test_checkpoint_of_another_network_is_refused(flags, said, finished, data_dir):
     config, _, _ = configuration(data_dir, *flags)
-    other, _ = runs.read_config(finished[0])
+    other, _ = read_config(finished[0])
     with pytest.raises(evaler.UserError, match=said):
-        runs.check_convertible(config, other, finished[0])
+        checkpoints.check_convertible(config, other, finished[0])
 
 
 @pytest.mark.parametrize("flag", [("--dtype", "bfloat16"), ("--jit_compile",)])
@@ -926,7 +930,7 @@ def test_onednn_is_on_unless_the_user_says_no(given):
         (("--learning_rate", "-1"), "-1"),
         (("--learning_rate", "nan"), "nan"),
         (("--groups", "8"), "--norm_type group"),
-        (("--norm_type", "group", "--groups", "4", "--group_size", "4"), "--group_size 4"),
+        (("--norm_type", "group", "--groups", "4", "--group_size", "4"), "--group_size"),
         (("--augment", "--no_augment"), "--no_augment"),
         (("--seed", "-1"), "-1"),
         (("--log_step", "0"), "0"),
@@ -944,7 +948,7 @@ def test_onednn_is_on_unless_the_user_says_no(given):
 )
 def test_wrong_flags_are_named(flags, said, capsys):
     with pytest.raises((trainer.UserError, SystemExit)) as error:
-        trainer.parse_flags([*SMALL, *flags])
+        parse_training([*SMALL, *flags])
     words = str(error.value) if error.type is trainer.UserError else capsys.readouterr().err
     assert said in words and len(words.splitlines()) == 1
 
@@ -952,7 +956,7 @@ def test_wrong_flags_are_named(flags, said, capsys):
 @pytest.mark.parametrize("flags", [("--norm_type", "batch"), ("--seed", "0"), ("--batch_size", "32"), ("--augment",)])
 def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flags):
     with pytest.raises(trainer.UserError, match=f"{flags[0]} .*has no effect"):
-        trainer.parse_flags(["--resume", "somewhere", *flags])
+        parse_training(["--resume", "somewhere", *flags])
 
 
 @pytest.mark.parametrize(

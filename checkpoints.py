@@ -1,0 +1,94 @@
+"""The weights of a network in the checkpoints of runs, and a network that starts from those of another run."""
+
+import os
+
+import tensorflow as tf
+
+import runs
+from command import UserError
+from config import read_config
+from convert import match_moments
+from input_ops import create_input_ops
+from model import create_model
+
+CONVERSION_IMAGES = 256  # training images over which the norms of --checkpoint are converted
+
+
+def weights_of(model) -> dict:
+    """The variables that a checkpoint holds of a model, by name: weights, moving statistics, state of dropout."""
+    return {variable.path: variable.value for variable in model.variables}
+
+
+def load_weights(model, checkpoint) -> tuple[str, int]:
+    """Read a model's variables from a checkpoint (a path, or a run folder: its newest); returns the path and step."""
+    path = str(checkpoint)
+    if os.path.isdir(path):
+        path = tf.train.latest_checkpoint(path) or path
+    try:
+        reader = tf.train.load_checkpoint(path)
+        shapes = reader.get_variable_to_shape_map()
+    except (ValueError, tf.errors.OpError):
+        raise UserError(
+            f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, such as "
+            f"RUN_FOLDER/model-1000, or the run folder"
+        ) from None
+    stored = {name: tuple(shape) for name, shape in shapes.items() if name.startswith("model/")}
+    variables = {
+        f"model/{name.replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE": variable
+        for name, variable in weights_of(model).items()
+    }
+    wanted = {name: tuple(variable.shape) for name, variable in variables.items()}
+    for name in sorted(wanted.keys() | stored.keys()):
+        if wanted.get(name) != stored.get(name):
+            raise UserError(
+                f"checkpoint {path} is of another model, norm or number of classes: "
+                f"{name.split('/')[1].replace('.S', '/')} is "
+                f"{stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+            )
+    for name, variable in variables.items():
+        variable.assign(reader.get_tensor(name))
+    return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
+
+
+def start_from(checkpoint, model, config, train) -> str | None:
+    """Give a network the weights of --checkpoint, print what is new, and return the norm that was converted, if any.
+
+    Norms of another kind are converted by match_moments over CONVERSION_IMAGES training images; other classes get a
+    new last layer.
+    """
+    other, data = read_config(runs.run_dir_of(checkpoint))
+    converted = check_convertible(config, other, checkpoint)
+    source = create_model(other, train.network_shape, data["num_classes"])
+    path, _ = load_weights(source, checkpoint)
+    same_classes = data.get("class_names", train.class_names) == train.class_names
+    taken = {name: v for name, v in weights_of(source).items() if same_classes or not name.startswith("logits/")}
+    new = []
+    for name, variable in weights_of(model).items():
+        if name in taken and taken[name].shape == variable.shape:
+            variable.assign(taken[name])
+        else:
+            new.append(name)
+    print(f"starting from the weights of {path}" + (f"; new: {', '.join(new)}" if new else ""), flush=True)
+    if converted:
+        batches = create_input_ops(train, min(len(train), CONVERSION_IMAGES), True, seed=config.seed, last_step=1)
+        match_moments(model, source, next(iter(batches))[0])
+    return other.norm_type if converted else None
+
+
+def check_convertible(config, other, checkpoint) -> bool:
+    """Whether the norms of a run with `other` have to be converted; UserError if its weights do not fit, or cannot."""
+    for name in ("model", "weight_standardization"):
+        if getattr(config, name) != getattr(other, name):
+            raise UserError(
+                f"checkpoint {checkpoint} is of a run with --{name} {getattr(other, name)}, not "
+                f"{getattr(config, name)}: give the same"
+            )
+    same = config.norm_type == other.norm_type
+    if config.norm_type == "group":
+        same = same and (config.groups, config.group_size) == (other.groups, other.group_size)
+    if not same and (config.norm_type not in ("group", "layer", "instance") or other.norm_type == "none"):
+        raise UserError(
+            f"checkpoint {checkpoint} is of a run with --norm_type {other.norm_type}, which cannot become "
+            f"{config.norm_type}: give the same, or group, layer or instance to convert a norm"
+        )
+    return not same

@@ -1,0 +1,333 @@
+"""Measure speed as ratios: the norms alone, training steps and their memory, trainer.py, and ImageNet's input.
+
+    python figure/speed.py alone            # the norms alone
+    python figure/speed.py steps            # training steps and their memory; draws figure/speed.png
+    python figure/speed.py trainer          # images per second of trainer.py on CIFAR10, and of the input alone
+    python figure/speed.py imagenet         # ImageNet's input beside decoding alone
+    python figure/speed.py steps --quick    # fewer cases and rounds
+
+What is compared runs in turn, round after round. A ratio is the median over the rounds of the ratio within a round, its
+quartiles are in brackets. Let nothing else run. Prints tables.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from command import ArgumentParser, WorldError, run, set_threads, start
+
+NORMS = ("group", "batch", "none")
+
+
+def parse_flags(argv=None):
+    import datasets
+
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("alone", "steps", "trainer", "imagenet"), help="what to measure")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where CIFAR10 or ImageNet is")
+    parser.add_argument("--case", help="(used by the script itself) measure one case and print it as JSON")
+    return parser.parse_args(argv)
+
+
+FLAGS = start(__name__, parse_flags)  # flags first: TensorFlow takes seconds to import
+
+import keras
+import numpy as np
+import tensorflow as tf
+from matplotlib.figure import Figure
+
+import datasets
+import input_ops
+import ops
+import trainer
+from config import Config, processor
+from model import create_model
+from results import COLOURS
+
+GROUPS = 8
+SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (1, 8, 8, 64), (8, 14, 14, 512)]
+STEPS = [("resnet20", 32, batch_size) for batch_size in (1, 2, 8, 32, 64)]
+STEPS += [("convnet", 32, 2), ("convnet", 32, 64), ("resnet50", 224, 2), ("resnet50", 224, 8)]
+TRAINER_BATCH_SIZES = (1, 2, 8, 32, 64)
+PHOTOGRAPHS, PHOTOGRAPHS_AT_ONCE = 1024, 32
+
+
+def take_turns(functions, rounds, seconds=0.2):
+    """Seconds a call of each function: {name: [of each round]}; a turn lasts about `seconds`."""
+    calls = {}
+    for name, function in functions.items():
+        function()  # traces the graph
+        begin = time.perf_counter()
+        function()
+        calls[name] = max(1, round(seconds / (time.perf_counter() - begin)))
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            for _ in range(calls[name]):
+                function()
+            times[name].append((time.perf_counter() - begin) / calls[name])
+    return times
+
+
+def ratio(times, name, base):
+    """'median [lower quartile upper quartile]' of times[name] / times[base], each within one round."""
+    of_rounds = [a / b for a, b in zip(times[name], times[base])]
+    low, median, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
+    return f"{median:.2f} [{low:.2f} {high:.2f}]"
+
+
+def in_own_process(kind, **case):
+    """The result of measure_<kind>(**case) in a new process."""
+    command = [sys.executable, __file__, "steps", "--case", json.dumps([kind, case])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise WorldError(f"measuring {kind} {case} failed with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine():
+    return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, TensorFlow {tf.__version__}"
+
+
+# The norms alone.
+
+
+def transpose_formula(x, gamma, beta):
+    """Group norm as the original repo has it: to [N, C, H, W] and [N, G, C / G, H, W], moments there, and back."""
+    n, h, w, c = x.shape
+    x = tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [n, GROUPS, c // GROUPS, h, w])
+    mean, variance = tf.nn.moments(x, [2, 3, 4], keepdims=True)
+    x = tf.reshape((x - mean) / tf.sqrt(variance + ops.EPSILON), [n, c, h, w])
+    return tf.transpose(x * tf.reshape(gamma, [1, c, 1, 1]) + tf.reshape(beta, [1, c, 1, 1]), [0, 2, 3, 1])
+
+
+def contenders(shape):
+    """{name: function of (x, gamma, beta)}."""
+    layer = keras.layers.GroupNormalization(GROUPS, epsilon=ops.EPSILON)
+    layer.build(shape)
+    zeros, ones = tf.zeros(shape[-1:]), tf.ones(shape[-1:])
+
+    def of_keras(x, gamma, beta):
+        with keras.StatelessScope(state_mapping=[(layer.gamma, gamma), (layer.beta, beta)]):
+            return layer(x)
+
+    return {
+        "group": lambda x, gamma, beta: ops.group_norm(x, gamma, beta, GROUPS),
+        "Keras": of_keras,
+        "transpose": transpose_formula,
+        "batch": lambda x, gamma, beta: ops.batch_norm(x, gamma, beta, zeros, ones, training=True)[0],
+    }
+
+
+def forward_and_backward(function, shape):
+    """A function of no arguments that computes y and all gradients for random inputs."""
+    rng = np.random.default_rng(0)
+    x, gamma, beta, dy = (
+        tf.constant(rng.standard_normal(s), tf.float32) for s in (shape, shape[-1:], shape[-1:], shape)
+    )
+
+    @tf.function
+    def compute(x, gamma, beta, dy):
+        with tf.GradientTape() as tape:
+            tape.watch([x, gamma, beta])
+            y = function(x, gamma, beta)
+        return y, *tape.gradient(y, [x, gamma, beta], dy)
+
+    return lambda: compute(x, gamma, beta, dy)[1].numpy()[0, 0, 0, 0]
+
+
+def print_alone(quick):
+    print(f"{machine()}\nThe norm alone, forward and backward, {GROUPS} groups, float32")
+    print(f"{'input NHWC':<16}{'group, ms':>10}  {'/ Keras':<18}{'/ transpose':<18}{'/ batch':<18}")
+    for shape in SHAPES[3:5] if quick else SHAPES:
+        functions = {name: forward_and_backward(function, shape) for name, function in contenders(shape).items()}
+        times = take_turns(functions, 7 if quick else 21, seconds=0.1)
+        shares = "".join(f"{ratio(times, 'group', base):<18}" for base in ("Keras", "transpose", "batch"))
+        print(f"{'x'.join(map(str, shape)):<16}{1e3 * statistics.median(times['group']):>10.2f}  {shares}", flush=True)
+
+
+# Training steps.
+
+
+def make_step(model, size, batch_size, variant, updates):
+    """A function that does `updates` updates of trainer.py; variant: a norm, 'group XLA' or 'group bfloat16'."""
+    norm_type, _, how = variant.partition(" ")
+    config = Config(
+        model=model,
+        norm_type=norm_type,
+        optimizer="adam",
+        batch_size=batch_size,
+        max_batch_size=updates * batch_size,
+        batch_norm_momentum=0.9,
+        jit_compile=how == "XLA",
+        dtype="bfloat16" if how == "bfloat16" else "float32",
+    )
+    keras.utils.set_random_seed(0)
+    state = trainer.State(create_model(config, (size, size, 3), 10), config)
+    state.optimizer.learning_rate.assign(1e-5)
+    train_step = trainer.make_train_step(state)
+    images = tf.random.uniform([updates * batch_size, size, size, 3])
+    labels = tf.random.uniform([updates * batch_size], maxval=10, dtype=tf.int32)
+    return lambda: train_step(images, labels)[1].numpy()
+
+
+def measure_step(model, size, batch_size, variants, rounds):
+    """Seconds per update of each variant: {variant: [of each round]}."""
+    set_threads(batch_size, (size, size, 3))
+    updates = max(1, 16 // batch_size)
+    times = take_turns({v: make_step(model, size, batch_size, v, updates) for v in variants}, rounds)
+    return {name: [seconds / updates for seconds in of_rounds] for name, of_rounds in times.items()}
+
+
+def measure_memory(model, size, batch_size, norm_type):
+    """Peak bytes that three updates take beyond what the process had before."""
+    set_threads(batch_size, (size, size, 3))
+    tf.random.uniform([1]).numpy()
+    unit = 1 if sys.platform == "darwin" else 1024
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = make_step(model, size, batch_size, norm_type, updates=1)
+    for _ in range(3):
+        step()
+    return unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def print_steps(quick):
+    print(
+        f"{machine()}\nA training step with Adam; the other columns are times / that of group norm, or its peak memory"
+    )
+    print(f"{'model':<10}{'batch':>6}{'group, images/s':>17}  {'group / batch':<18}{'group / none':<18}others")
+    found = {}
+    for model, size, batch_size in [STEPS[1], STEPS[3]] if quick else STEPS:
+        more = ["group XLA", "group bfloat16"] if (model, batch_size) == ("resnet20", 32) and not quick else []
+        case = {"model": model, "size": size, "batch_size": batch_size}
+        rounds = 7 if quick or model == "resnet50" else 21
+        times = found[f"{model}\nbatch {batch_size}"] = in_own_process(
+            "step", **case, variants=[*NORMS, *more], rounds=rounds
+        )
+        peaks = {norm: in_own_process("memory", **case, norm_type=norm) / 1e9 for norm in NORMS}
+        others = [f"{name} {ratio(times, name, 'group')}" for name in more]
+        others.append("GB " + " ".join(f"{norm} {peak:.2f}" for norm, peak in peaks.items()))
+        print(
+            f"{model:<10}{batch_size:>6}{batch_size / statistics.median(times['group']):>17.1f}  "
+            f"{ratio(times, 'group', 'batch'):<18}{ratio(times, 'group', 'none'):<18}{'; '.join(others)}",
+            flush=True,
+        )
+    if not quick:
+        draw_steps(found, ROOT / "figure" / "speed.png")
+
+
+def draw_steps(found, path):
+    """Steps with group norm and without any, as share of the step with batch norm."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for i, times in enumerate(found.values()):
+        for j, norm in enumerate(("group", "none")):
+            shares = [a / b for a, b in zip(times[norm], times["batch"])]
+            low, median, high = statistics.quantiles(shares, n=4, method="inclusive")
+            label = None if i else f"{norm} norm"
+            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm], label=label)
+            axes.plot([i + 0.4 * j] * 2, [low, high], color="black", linewidth=1)
+    axes.axhline(1, color=COLOURS["batch"], label="batch norm")
+    axes.set_xticks([i + 0.2 for i in range(len(found))], list(found), fontsize=8)
+    axes.set(ylabel="time of a training step\n(batch norm = 1)", ylim=(0, 1.4))
+    axes.set_title(machine(), fontsize=8)
+    axes.legend(fontsize=8, loc="upper right", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+# trainer.py, and the input alone.
+
+
+def images_per_second(norm, batch_size, data_dir):
+    """The median over the rows of a run of trainer.py, whose first row has the tracing of the graph left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--dataset CIFAR10 --model convnet --norm_type {norm} --batch_size {batch_size} --max_training_step 31"
+        command = [sys.executable, str(ROOT / "trainer.py"), *flags.split(), "--data_dir", data_dir]
+        subprocess.run([*command, "--train_dir", folder], check=True, stdout=subprocess.DEVNULL)
+        (path,) = Path(folder).glob("*/metrics.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row)
+
+
+def print_trainer(quick, data_dir):
+    batches = iter(input_ops.create_input_ops(datasets.create_default_splits("CIFAR10", data_dir)[0], 64, True, "crop"))
+    speed = 64 / statistics.median(take_turns({"input": lambda: next(batches)}, 21)["input"])
+    print(f"{machine()}\nCIFAR10, convnet, as trainer.py trains it; the input alone: {speed:.0f} images per second")
+    print(f"{'batch size':>10}{'group, images/s':>17}{'batch, images/s':>17}  group / batch, as images/s")
+    for batch_size in (2,) if quick else TRAINER_BATCH_SIZES:
+        speeds = {norm: [] for norm in ("group", "batch")}
+        for _ in range(2 if quick else 3):
+            for norm, of_rounds in speeds.items():
+                of_rounds.append(images_per_second(norm, batch_size, data_dir))
+        group, batch = (statistics.median(of_rounds) for of_rounds in speeds.values())
+        print(f"{batch_size:>10}{group:>17.1f}{batch:>17.1f}  {ratio(speeds, 'group', 'batch')}", flush=True)
+
+
+# ImageNet's input.
+
+
+def decoded_alone(photographs, is_training):
+    """What create_input_ops reads and decodes, on all cores, without what it does then."""
+
+    def decode(jpeg, label, place):
+        if is_training:
+            seed = tf.random.split(input_ops.key(input_ops.AUGMENTATION, 0, place), 2)[0]
+            window = input_ops.random_window(tf.io.extract_jpeg_shape(jpeg), seed)
+            return tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)[0, 0, 0]
+        return tf.io.decode_jpeg(jpeg, channels=3)[0, 0, 0]
+
+    steps = len(photographs) // PHOTOGRAPHS_AT_ONCE
+    positions = input_ops.shuffled(len(photographs), PHOTOGRAPHS_AT_ONCE, 0, 0).take(steps)
+    places = tf.data.Dataset.zip(tf.data.Dataset.range(steps), positions)
+    files = input_ops.jpeg_files(places, photographs, PHOTOGRAPHS_AT_ONCE)
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    batches = files.map(decode, num_parallel_calls=os.cpu_count()).batch(PHOTOGRAPHS_AT_ONCE)
+    return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
+
+
+def print_imagenet(quick, data_dir):
+    _, test = datasets.create_default_splits("ImageNet", data_dir)
+    count = min(len(test), 64 if quick else PHOTOGRAPHS) // PHOTOGRAPHS_AT_ONCE * PHOTOGRAPHS_AT_ONCE
+    photographs = test.subset(np.arange(count), is_train=True)
+    print(f"{machine()}\n{count} photographs, images per second")
+    print(f"{'':<10}{'decoded alone':>16}{'input':>8}  ratio")
+    for name, is_training in (("training", True), ("testing", False)):
+        last = count // PHOTOGRAPHS_AT_ONCE if is_training else None
+        batches = {
+            "decoding": decoded_alone(photographs, is_training),
+            "input": input_ops.create_input_ops(
+                photographs, PHOTOGRAPHS_AT_ONCE, is_training, "flip+crop", last_step=last
+            ),
+        }
+        functions = {key: lambda batches=value: [None for _ in batches] for key, value in batches.items()}
+        times = take_turns(functions, 3 if quick else 20)
+        alone, both = (count / statistics.median(times[key]) for key in ("decoding", "input"))
+        print(f"{name:<10}{alone:>16.0f}{both:>8.0f}  {ratio(times, 'decoding', 'input')}", flush=True)
+
+
+def main(flags):
+    if flags.case:
+        tf.get_logger().setLevel("ERROR")  # many graphs are traced here, which it would warn of
+        kind, case = json.loads(flags.case)
+        print(json.dumps({"step": measure_step, "memory": measure_memory}[kind](**case)))
+    elif flags.what in ("alone", "steps"):
+        {"alone": print_alone, "steps": print_steps}[flags.what](flags.quick)
+    else:
+        {"trainer": print_trainer, "imagenet": print_imagenet}[flags.what](flags.quick, flags.data_dir)
+
+
+if __name__ == "__main__":
+    run(lambda: main(FLAGS))
