@@ -195,12 +195,20 @@ def measure_memory(model, size, batch_size, norm_type):
     """Peak bytes that three updates take beyond what the process had before."""
     set_threads(batch_size, (size, size, 3))
     tf.random.uniform([1]).numpy()
-    unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     step = make_step(model, size, batch_size, norm_type, updates=1)
     for _ in range(3):
         step()
-    return unit * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_memory() - before
+
+
+def peak_memory():
+    """Peak bytes of this process: on Linux without those of the parent, which getrusage would count."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 def print_steps(quick):
