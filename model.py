@@ -5,6 +5,7 @@ python model.py --model resnet20 --norm_type group --groups 4
 """
 
 import functools
+import math
 
 import config
 from command import UserError, run, start
@@ -124,6 +125,8 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
 def norm(x, config, name=None, gamma="ones"):
     """The norm of a network on x [N, ..., C]; gamma: 'ones' or 'zeros', what gamma starts at."""
     arguments = {"gamma_initializer": gamma, "name": name}
+    if config.norm_type.startswith("batch"):
+        check_batch(x, config, name)
     if config.norm_type == "batch":
         layer = ops.BatchNorm(momentum=config.batch_norm_momentum, synchronized=config.sync_batch_norm, **arguments)
         layer.freeze_statistics = config.freeze_batch_norm
@@ -144,6 +147,18 @@ def norm(x, config, name=None, gamma="ones"):
         "instance": channels,
     }
     return ops.GroupNorm(groups[config.norm_type], **arguments)(x)
+
+
+def check_batch(x, config, name):
+    """Raise UserError where batch norm would see a single value per channel of x [N, ..., C] in training."""
+    positions, images = x.shape[1:-1], config.batch_size
+    if images and None not in positions:
+        images *= config.num_replicas if config.sync_batch_norm else 1
+        if images * math.prod(positions) < 2:
+            raise UserError(
+                f"--batch_size {config.batch_size} is too small for batch norm in {config.model}: {name} sees "
+                f"one position of each image, a single value per channel; use a larger batch or another --norm_type"
+            )
 
 
 def fc(x, units, name, activation=None, initializer="he_normal", dtype=None):
