@@ -16,6 +16,7 @@ name, does not count.
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -231,7 +232,7 @@ class Dataset:
         self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
         self.dtype = np.uint8 if image.dtype == np.uint8 else np.float32
         self._image, self._rows, self._offset = image, np.asarray(rows, np.int64), offset
-        self._images = None
+        self._images = self._position = None
         if self.encoded:
             self.nbytes = int((offset[self._rows + 1] - offset[self._rows]).sum())
         else:
@@ -299,3 +300,19 @@ class Dataset:
             return [jpegs[i] for i in inverse]
         images = self._read_rows(unique)
         return images if np.array_equal(unique, rows) else images[inverse]
+
+    def get_data(self, id):
+        """Return (image, label) of one id, as in the original repo: float32 [h, w, c], uint8 images scaled to 0 ... 1,
+        and one-hot float32 [num_classes]. Raises UserError for an unknown id."""
+        if self._position is None:
+            self._position = {name: i for i, name in enumerate(self.ids)}
+        if id not in self._position:
+            raise UserError(f"{self.name} has no id {id!r} in its {'train' if self.is_train else 'test'} split")
+        position = self._position[id]
+        image = self.read([position])[0]
+        if self.encoded:
+            from datasets.images import load_image  # which imports this module
+
+            image = load_image(io.BytesIO(image), f"{self.name}, id {id}")
+        image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
+        return image, np.eye(self.num_classes, dtype=np.float32)[self.labels[position]]

@@ -181,6 +181,19 @@ def test_read_from_many_threads(tmp_path):
     assert wrong == []
 
 
+@pytest.mark.parametrize("name", ["MNIST", "ImageNet"])
+def test_get_data_is_that_of_the_original_repo(name, tmp_path):
+    _, _, (train, _) = packed(name, tmp_path)
+    image, label = train.get_data(train.ids[5])
+    (stored,) = train.read([5])
+    pixels = np.asarray(Image.open(io.BytesIO(stored)).convert("RGB")) if train.encoded else stored
+    np.testing.assert_array_equal(image, pixels / np.float32(255))
+    assert image.dtype == label.dtype == np.float32
+    assert label.tolist() == np.eye(train.num_classes)[train.labels[5]].tolist()
+    with pytest.raises(UserError, match="'none'"):
+        train.get_data("none")
+
+
 def test_max_examples_are_spread_over_the_split(tmp_path):
     splits, _, (whole, _) = packed("CIFAR10", tmp_path, per_class=2)
     train, test = datasets.create_default_splits("CIFAR10", tmp_path / "data", max_examples=25)
