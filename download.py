@@ -14,30 +14,31 @@ import hashlib
 import os
 import time
 
-import datasets
-from datasets import hdf5
-from command import ArgumentParser, UserError, WorldError, one_line, run, sync
+import requests
+from requests.adapters import HTTPAdapter
+from tqdm import tqdm
+from urllib3.exceptions import HTTPError
+from urllib3.util import Retry
 
-TIMEOUT = 60.0  # seconds without a byte before a mirror counts as stalled
-TRIES, RETRY_WAIT = 3, 1.0  # tries of a mirror that bring nothing new; seconds between
-SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: slower than that, try the next mirror
-PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # bytes read of a file, and of a connection: lost if it ends halfway
+import datasets
+from command import ArgumentParser, UserError, one_line, run, sync, within
+from datasets import hdf5
+
+TIMEOUT = 60.0  # seconds without a byte after which a mirror counts as stalled
+RETRY = Retry(2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)  # of requests
+TURNS = 10  # of all mirrors, as long as each turn changes something
+SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: a mirror that is slower is left for the next
+PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # bytes read of a file, and of a connection
+BAR = {"disable": None, "leave": False}  # of tqdm, drawn on a terminal only
 
 
 class Refused(Exception):
-    """A mirror does not have the file, or not the right one: go on with the next."""
-
-
-def progress(total, name, unit="B"):
-    """Return a tqdm bar, drawn on a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=name, unit=unit, unit_scale=unit == "B", disable=None, leave=False)
+    """A mirror is too slow, or does not have the right file: try the next."""
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the lock of a dataset's folder, which is made if it is missing; say so when another process holds it."""
+    """Hold the lock of a dataset's folder, which is made if it is missing; print if another process holds it."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as file:
         try:
@@ -50,141 +51,100 @@ def locked(folder):
 
 def hash_file(path, kind):
     """Return the hash of a file as hex digits; kind: sha256 or md5."""
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with open(path, "rb") as file, progress(os.path.getsize(path), f"verify {os.path.basename(path)}") as bar:
+    digest, name = hashlib.new(kind, usedforsecurity=False), os.path.basename(path)
+    with (
+        open(path, "rb") as raw,
+        tqdm.wrapattr(raw, "read", total=os.path.getsize(path), desc=f"verify {name}", **BAR) as file,
+    ):
         while block := file.read(BLOCK):
             digest.update(block)
-            bar.update(len(block))
     return digest.hexdigest()
 
 
 def verify(path, expected, checksum):
-    """Raise UserError if a file that the user placed is not the expected one; without `checksum` only warn.
-
-    Returns the hash.
-    """
+    """Return the hash of an archive. Raises UserError if it is not the expected one, or only warns without checksum."""
     size, kind, right = expected
     found = hash_file(path, kind)
-    if found == right:
-        return found
-    what = f"{path} has {os.path.getsize(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
-    if checksum:
-        raise UserError(f"{what}: put the right file in its place, or accept this one with --no_checksum")
-    print(f"warning: {what}", flush=True)
+    if found != right:
+        what = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
+        if checksum:
+            raise UserError(f"{what}: put the right file in its place, or accept this one with --no_checksum")
+        print(f"warning: {what}", flush=True)
     return found
 
 
-def fetch(urls, path, expected, checksum, timeout=None):
-    """Fetch the first of `urls` that gives the expected file to `path`, resuming path.part; returns its hash.
-
-    Raises WorldError with all that was tried, and where to put the file by hand.
-    """
-    size, kind, right = expected
-    failures = []
-    for i, url in enumerate(urls):
-        try:
-            found = fetch_from(url, path + PART, expected, checksum, timeout or TIMEOUT, is_last=i == len(urls) - 1)
-            sync(path + PART)
-            os.replace(path + PART, path)
-            return found
-        except Refused as error:
-            failures.append(f"{url}: {error}")
-            print(f"warning: {failures[-1]}", flush=True)
-    raise WorldError(
-        f"{os.path.basename(path)} cannot be fetched ({'; '.join(failures)}); expected {size} bytes with {kind} "
-        f"{right}; fetch it by hand, put it in {os.path.dirname(path)} and run this again, or put it in a "
-        "folder DIR and add --archive_dir DIR"
-    )
-
-
-def fetch_from(url, part, expected, checksum, timeout, is_last):
-    """Fetch url to the file `part`, going on where that ends, until it is the expected file, whose hash it
-    returns. Raises Refused."""
-    import requests
-    from urllib3.exceptions import HTTPError
-
-    size, kind, right = expected
-    best, tries = have_bytes(part), 0
-    while True:
-        resumed = have_bytes(part) > 0
-        try:
-            whole = have_bytes(part) == size or receive(url, part, size if checksum else None, timeout, is_last)
-            reason = f"the connection ended after {have_bytes(part)} of {size} bytes"
-        except (requests.RequestException, HTTPError) as error:
-            whole = False
-            reason = f"{type(error).__name__} after {have_bytes(part)} of {size} bytes ({one_line(error, 300)})"
-        if whole:
-            found = hash_file(part, kind)
-            if found == right:
-                return found
-            what = f"got {have_bytes(part)} bytes with {kind} {found}, expected {size} bytes with {right}"
-            if not checksum and whole:
-                print(f"warning: {url}: {what}", flush=True)
-                return found
-            os.remove(part)
-            if not resumed:
-                raise Refused(what)
-            reason, best = what, 0  # the beginning may be another mirror's: once more
-        tries = 0 if have_bytes(part) > best else tries + 1
-        best = max(best, have_bytes(part))
-        if tries >= TRIES:
-            raise Refused(reason)
-        time.sleep(RETRY_WAIT)
-
-
-def have_bytes(path):
-    """Return the size of a file, 0 if it is not there."""
+def size_of(path):
+    """Return the bytes of a file, 0 if it does not exist."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def receive(url, part, size, timeout, is_last):
-    """Append what the server sends to the file `part`; return whether that is all the server has.
+def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
+    """Fetch the expected file from the mirrors `urls` in turn to `path`, continuing path.part; returns its hash.
 
-    size: the bytes that are expected, None if any will do. Raises Refused, or what requests and urllib3 raise.
+    Raises ConnectionError if no mirror gives it.
     """
-    import requests
+    part, name, (size, kind, right) = path + PART, os.path.basename(path), expected
+    for turn in range(TURNS):
+        has_changed = False
+        for url in urls:
+            have = size_of(part)
+            try:
+                if have != size:
+                    receive(url, part, size, timeout, may_be_slow=turn > 0 or url == urls[-1])
+                found = hash_file(part, kind)
+                if found != right and checksum:  # a wrong file, or the beginning of another
+                    what = f"got {size_of(part)} bytes with {kind} {found}, expected {size} bytes with {right}"
+                    os.remove(part)
+                    raise Refused(what)
+            except (requests.RequestException, HTTPError, Refused) as error:
+                reason = f"{type(error).__name__}: {one_line(error, 300)}"
+                print(f"warning: {url}: {reason}", flush=True)
+                has_changed = has_changed or size_of(part) != have
+                continue
+            if found != right:
+                print(f"warning: {name} of {url} has {kind} {found}, expected {right}", flush=True)
+            sync(part)
+            os.replace(part, path)
+            return found
+        if not has_changed:
+            break
+    raise ConnectionError(
+        f"no mirror gives {name} ({one_line(reason, 40)}): check the network, or get it elsewhere and add "
+        "--archive_dir DIR"
+    )
 
-    have = have_bytes(part)
+
+def receive(url, part, size, timeout, may_be_slow):
+    """Append what a mirror sends to the file `part`. Raises Refused, or what requests and urllib3 raise.
+
+    size: the bytes that are expected in all, for the bar.
+    """
+    have = size_of(part)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with requests.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
-        if response.status_code == 416 and have:  # nothing after our end: whole, or another file
-            if response.headers.get("Content-Range") == f"bytes */{have}":
-                return True
-            os.remove(part)
-            return False
-        if response.status_code not in (200, 206):
-            raise Refused(f"status {response.status_code} {response.reason}")
-        if response.headers.get("Content-Type", "").startswith("text/html"):
-            raise Refused("a web page (text/html) instead of the file")
-        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise Refused(f"asked for bytes from {have}, got {response.headers.get('Content-Range')}")
-        start = have if response.status_code == 206 else 0
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdigit() else None
-        if size is not None and total is not None and total != size:
-            raise Refused(f"the server has {total} bytes, expected {size}")
-        with (
-            open(part, "ab" if start else "wb") as file,
-            progress(total or size, os.path.basename(part)[: -len(PART)]) as bar,
-        ):
-            bar.update(start)
-            began, received = time.monotonic(), 0
-            for block in response.raw.stream(RECEIVED, decode_content=False):
-                file.write(block)
-                bar.update(len(block))
-                received += len(block)
-                if size is not None and start + received > size:
-                    file.truncate(0)
-                    raise Refused(f"more than the expected {size} bytes")
-                seconds = time.monotonic() - began
-                if not is_last and seconds > SLOW_AFTER and received < SLOW_RATE * seconds:
-                    raise Refused(f"only {received / seconds / 1e3:.0f} kB/s, trying another mirror")
-    return total is None or have_bytes(part) == total
+    with requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=RETRY))
+        with session.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
+            if response.status_code == 416:  # there is nothing after what we have: another file
+                os.remove(part)
+            response.raise_for_status()
+            if response.headers.get("Content-Type", "").startswith("text/html"):
+                raise Refused("a web page (text/html) instead of the file")
+            start = have if response.status_code == 206 else 0
+            bar = {"total": size, "initial": start, "desc": os.path.basename(part).removesuffix(PART), **BAR}
+            with open(part, "ab" if start else "wb") as file, tqdm.wrapattr(response.raw, "read", **bar) as raw:
+                began, received = time.monotonic(), 0
+                while block := raw.read(RECEIVED):
+                    file.write(block)
+                    received += len(block)
+                    seconds = time.monotonic() - began
+                    if not may_be_slow and seconds > SLOW_AFTER and received < SLOW_RATE * seconds:
+                        raise Refused(f"only {received / seconds / 1e3:.0f} kB/s, trying the next mirror")
 
 
 def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
-    """Return the folder where all archives of a dataset lie, verified, after fetching those that are missing; and those
-    of them, in words, that have other hashes than the original, which --no_checksum takes."""
+    """Return the folder that holds all archives of a dataset, verified, after fetching those that are missing; and
+    words for each whose hash is not the original's, which --no_checksum accepts."""
     if archive_dir is not None:
         places = [os.path.join(archive_dir, name.lower()), archive_dir]
         folder = next((p for p in places if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
@@ -197,9 +157,9 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     mirrors = ([mirror] if mirror else []) + list(module.MIRRORS)
     if missing and not mirrors:
         raise UserError(
-            f"{name} needs {' '.join(missing)}: https://image-net.org gives them only to those who log in and "
-            f"accept its non-commercial research terms, so get them there, put them in {folder} or in a "
-            f"folder DIR with --archive_dir DIR, and run download.py --dataset {name} again"
+            f"{name} needs {' '.join(missing)}: https://image-net.org gives them to those who log in and accept its "
+            f"non-commercial research terms; put them in {folder} or in a folder DIR with --archive_dir DIR, and run "
+            f"download.py --dataset {name} again"
         )
     others = []
     for file, expected in module.FILES.items():
@@ -208,38 +168,47 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
             found = fetch([base.rstrip("/") + "/" + file for base in mirrors], path, expected, checksum, timeout)
         else:
             found = verify(path, expected, checksum)
-        others += [f"{file} {expected[1]} {found[:12]}"] * (found != expected[2])
+        if found != expected[2]:
+            others.append(f"{file} {expected[1]} {found[:12]}")
     return folder, others
 
 
-def prepare(
-    name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False, timeout=None
-):
-    """Make the known dataset `name` ready to be read, and print a line that says what was made.
-
-    Raises UserError for what the user must provide or put right, WorldError or OSError for the network or the disk.
-    """
+def check_known(name, data_dir):
+    """Raise UserError unless `name` is one of datasets.NAMES."""
     if name not in datasets.NAMES:
         datasets.folder_of(name, data_dir)  # raises for a name in another case
         raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
+
+
+def prepare(
+    name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False, timeout=TIMEOUT
+):
+    """Fetch and pack the known dataset `name` unless it is packed, and print a line on it.
+
+    Raises UserError for what the user must provide or correct, OSError for the network or the disk.
+    """
+    check_known(name, data_dir)
     folder = datasets.folder_of(name, data_dir)
-    if datasets.is_prepared(name, data_dir):
-        print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
-        return
-    with locked(folder):
-        if datasets.is_prepared(name, data_dir):  # by the process that we waited for
-            print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
-            return
-        hdf5.remove_unfinished(folder)
-        module = datasets.module_of(name)
-        archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
-        made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
-        pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
-        # What --archive_dir names stays, and so does what no mirror gives again.
-        done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
-        for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
-            if os.path.exists(path):
-                os.remove(path)
+    if not datasets.is_prepared(name, data_dir):
+        with locked(folder):
+            if not datasets.is_prepared(name, data_dir):  # nor by the process that we waited for
+                fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout)
+                return
+    print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
+
+
+def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout):
+    """Do what prepare() says, while the folder is locked."""
+    hdf5.remove_unfinished(folder)
+    module = datasets.module_of(name)
+    archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
+    made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
+    pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
+    # The archives of --archive_dir stay, and so do those that no mirror gives again.
+    done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
+    for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
+        if os.path.exists(path):
+            os.remove(path)
 
 
 def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_dir=datasets.DATA_DIR):
@@ -294,7 +263,7 @@ def pack(name, folder, read):
     began = time.monotonic()
     try:
         source = read()
-        with progress(source.num_images, f"pack {name}", " images") as bar:
+        with tqdm(total=source.num_images, desc=f"pack {name}", unit=" images", **BAR) as bar:
             hdf5.write(folder, source, bar)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
@@ -310,7 +279,8 @@ def pack(name, folder, read):
 
 def parse_args():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--dataset",
         "--datasets",
         nargs="+",
@@ -318,53 +288,36 @@ def parse_args():
         metavar="NAME",
         help=f"{' '.join(datasets.NAMES)}, or a name of your own with --image_dir",
     )
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--archive_dir",
         metavar="DIR",
         help="use the archives in DIR or DIR/<name in lower case>; fetch and delete nothing",
     )
-    parser.add_argument("--mirror", metavar="URL", help="try URL/<file> before the known mirrors")
-    parser.add_argument("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="where datasets are kept")
-    parser.add_argument("--keep_archives", action="store_true", help="do not delete fetched archives after packing")
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        metavar="SECONDS",
-        help="without a byte for so long, a server counts as stalled",
-    )
-    parser.add_argument("--image_dir", metavar="DIR", help="pack DIR/<class>/<image> as a dataset of your own")
-    parser.add_argument("--test_image_dir", metavar="DIR", help="the test split, likewise; else a fifth of --image_dir")
-    parser.add_argument("--image_size", nargs=2, type=int, metavar=("H", "W"), help="resize the images of --image_dir")
+    source.add_argument("--mirror", metavar="URL", help="try URL/<file> before the known mirrors")
+    source.add_argument("--image_dir", metavar="DIR", help="pack DIR/<class>/<image> as a dataset of your own")
+    add("--test_image_dir", metavar="DIR", help="the test split, likewise; else a fifth of --image_dir")
+    size = within(int, low=1)
+    add("--image_size", nargs=2, type=size, metavar=("H", "W"), help="resize the images of --image_dir")
+    add("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
+    add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="where datasets are kept")
+    add("--keep_archives", action="store_true", help="do not delete fetched archives after packing")
+    seconds = within(float, above=0)
+    add("--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help="without a byte until a server is given up")
     args = parser.parse_args()
-    fetching = {
-        "--archive_dir": args.archive_dir,
-        "--mirror": args.mirror,
-        "--no_checksum": args.no_checksum,
-        "--keep_archives": args.keep_archives,
-    }
-    given = [flag for flag, value in fetching.items() if value]
+    given = [flag for flag in ("archive_dir", "mirror", "no_checksum", "keep_archives") if getattr(args, flag)]
     if args.image_dir is None and (args.test_image_dir or args.image_size):
         parser.error("--test_image_dir and --image_size go with --image_dir")
     if args.image_dir is not None and len(args.dataset) != 1:
         parser.error(
             f"--image_dir makes one dataset, but --dataset names {len(args.dataset)}: {' '.join(args.dataset)}"
         )
-    if args.image_dir is not None and given:
-        parser.error(f"{given[0]} has no effect with --image_dir: it packs images that are there")
-    if args.dataset == ["Digits"] and given:
-        parser.error(f"{given[0]} has no effect on Digits, which comes with scikit-learn")
-    if args.archive_dir is not None and args.mirror is not None:
-        parser.error("--mirror has no effect with --archive_dir, which fetches nothing")
-    if args.archive_dir is not None and not os.path.isdir(args.archive_dir):
-        parser.error(f"--archive_dir {args.archive_dir} is not a folder")
+    if given and args.image_dir is not None:
+        parser.error(f"--{given[0]} has no effect with --image_dir: it packs images that are there")
+    if given and args.dataset == ["Digits"]:
+        parser.error(f"--{given[0]} has no effect on Digits, which comes with scikit-learn")
     if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
         parser.error(f"--mirror {args.mirror}: expected a URL that starts with http:// or https://")
-    if args.image_size is not None and not all(1 <= size <= 4096 for size in args.image_size):
-        parser.error(f"--image_size {args.image_size[0]} {args.image_size[1]}: expected two sizes from 1 to 4096")
-    if not 0 < args.timeout < 1e6:
-        parser.error(f"--timeout {args.timeout}: expected a positive number of seconds")
     return args
 
 
@@ -374,9 +327,7 @@ def main():
         prepare_folder(args.dataset[0], args.image_dir, args.test_image_dir, args.image_size, args.data_dir)
         return
     for name in args.dataset:  # all names before the first hour of fetching
-        if name not in datasets.NAMES:
-            datasets.folder_of(name, args.data_dir)
-            raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
+        check_known(name, args.data_dir)
     for name in args.dataset:
         prepare(
             name, args.data_dir, args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout

@@ -267,20 +267,6 @@ MAKERS = {
 }
 
 
-def tiff_12(values):
-    """Return integers [h, w] of 12 bits, w even, as a TIFF file with 12 bits a sample, which Pillow reads only."""
-    (height, width), (first, second) = values.shape, values.reshape(-1, 2).T
-    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
-    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 122, 277: 1, 278: height, 279: len(data)}
-    return (
-        b"II*\0"
-        + struct.pack("<IH", 8, len(tags))
-        + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-        + bytes(4)
-        + data
-    )
-
-
 def png_16(values):
     """Return integers [h, w, 3] as a PNG file of 16 bits a channel, which Pillow does not write."""
 
