@@ -2,10 +2,9 @@
 
     for images, labels in create_input_ops(train, 64, is_training=True, seed=0, first_step=0, last_step=100): ...
 
-Batch number s of a training run is a function of the seed and of s alone: the order of the examples, the flips and
-the crops are drawn by counter-based generators from keys that are hashed from both. So a run can be continued
-anywhere, exactly. Everything is done a batch at a time, in TensorFlow's own threads; there is no Python call for each
-example.
+Batch number s of a training run is a function of the seed and s alone: the order of the examples, the flips and the
+crops are drawn by counter-based generators from keys that are hashed from both, so that a run can be continued from any
+step, exactly. TensorFlow's threads make a batch at a time; there is no Python call for each example.
 """
 
 import numpy as np
@@ -86,8 +85,9 @@ def key(purpose, seed, number):
 
 
 def shuffled(examples: int, batch_size: int, seed: int, first_step: int):
-    """The positions [batch_size] of the examples of step first_step, first_step + 1, ...; each epoch is a permutation
-    of its own, drawn from all of them alike, and a batch may begin in one and end in the next."""
+    """A tf.data.Dataset of the positions [batch_size] of the examples of step first_step, first_step + 1, ...
+
+    Each epoch is a permutation of its own, all equally likely; a batch may begin in one and end in the next."""
     start = first_step * batch_size  # in the endless sequence of epochs
 
     def of_epoch(epoch):
@@ -182,8 +182,8 @@ def jpeg_files(places, dataset, batch_size, rows=None):
 def random_resized_crop(jpeg, seed, flip=True):
     """A crop of 8 to 100 % of the area and an aspect of 3/4 to 4/3, resized and mirrored (arXiv 1409.4842).
 
-    Resized by plain bilinear interpolation, without a low-pass filter before it, as TensorFlow's model garden does:
-    where pixels are left out, fine detail is a little sharper than at test time, and may alias.
+    Resized by bilinear interpolation without antialiasing, as in TensorFlow's model garden: where pixels are skipped,
+    fine detail is a little sharper than at test time.
 
     Args:
         jpeg: the file, a string.
@@ -233,8 +233,8 @@ def decode_window(jpeg, window):
 def centre_crop(jpeg):
     """The shorter side to 256 pixels, the centre of 224 × 224 (arXiv 1803.08494, section 4.1).
 
-    Only the part of the picture that the crop is made of is decoded and resized. Against resizing the whole and cutting
-    then, the difference is that of rounding: 0.01 of 255.
+    Only the window that the crop needs is decoded and resized: the same as resizing the complete picture and cutting
+    then, up to rounding (0.01 of 255).
 
     Returns:
         [224, 224, 3] float32, 0 ... 255.
@@ -249,7 +249,7 @@ def centre_crop(jpeg):
 
 
 def centre(size):
-    """Where the centre crop of a picture of size [2] lies, as resample takes it: begin [2] and scale [2]."""
+    """Return the centre crop of a picture of size [2] as arguments of resample: begin [2] and scale [2]."""
     resized = tf.round(tf.cast(size, tf.float32) * IMAGENET_RESIZE / tf.cast(tf.reduce_min(size), tf.float32))
     scale = resized / tf.cast(size, tf.float32)
     return tf.floor((resized - IMAGENET_SIZE) / 2) / scale, scale
@@ -258,10 +258,8 @@ def centre(size):
 def resample(image, begin, scale):
     """Resize a window of an image to 224 × 224 by the triangle kernel, as tf.image.resize does with antialias=True.
 
-    Down first, then across as down the transpose. TensorFlow's kernel takes the rows for the pixels of a single row,
-    and all that is in them for channels: so it runs through memory, in one thread. tf.image.resize computes the same in
-    four times the time, for 3 channels at a step; and the kernel shares many rows out over threads that decode other
-    images, which costs more than it saves.
+    Resize rows, transpose, resize columns. TensorFlow's kernel sees an image of one column, whose channels are a
+    complete row: it reads memory in order, in one thread, and takes a quarter of the time of tf.image.resize.
 
     Args:
         image: [h, w, 3], uint8 or float32.
@@ -272,7 +270,7 @@ def resample(image, begin, scale):
         [224, 224, 3] float32, in the image's units.
     """
 
-    def down(image, axis):  # [n, m] to [224, m]
+    def resize_rows(image, axis):  # [n, m] to [224, m]
         out = tf.raw_ops.ScaleAndTranslate(
             images=image[tf.newaxis, tf.newaxis],
             size=[1, IMAGENET_SIZE],
@@ -284,8 +282,8 @@ def resample(image, begin, scale):
         return out[0, 0]
 
     height, width = tf.unstack(tf.shape(image)[:2])
-    image = tf.transpose(down(tf.reshape(image, [height, width * 3]), 0))  # [w * 3, 224]
-    image = down(tf.reshape(image, [width, 3 * IMAGENET_SIZE]), 1)  # [224, 3 * 224]
+    image = tf.transpose(resize_rows(tf.reshape(image, [height, width * 3]), 0))  # [w * 3, 224]
+    image = resize_rows(tf.reshape(image, [width, 3 * IMAGENET_SIZE]), 1)  # [224, 3 * 224]
     image = tf.transpose(tf.reshape(image, [IMAGENET_SIZE * 3, IMAGENET_SIZE]))  # [224, 224 * 3]
     return tf.reshape(image, [IMAGENET_SIZE, IMAGENET_SIZE, 3])
 

@@ -36,13 +36,16 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
 
 
 def module_of(name: str):
-    """The module that holds the facts of dataset `name`: EPOCHS to train by default, whether images may be MIRRORED,
-    whether it is FETCHED_ON_FIRST_USE, and of a known one its FILES, MIRRORS and read(). A user's own: datasets.own."""
+    """Return the module of dataset `name`, of a user's own datasets.own.
+
+    It has EPOCHS to train by default, whether images may be MIRRORED, whether it is FETCHED_ON_FIRST_USE, and that of a
+    known dataset FILES, MIRRORS and read().
+    """
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
 def recipe_of(name: str) -> dict:
-    """How dataset `name` is trained where its module has a RECIPE, which replaces defaults of trainer.py; else {}.
+    """Return the RECIPE of the module of dataset `name`, which replaces defaults of trainer.py; {} without one.
 
     Keys: batch_size, max_batch_size, momentum_rate (at max_batch_size images per update), lr_schedule,
     reported_epochs.
@@ -51,9 +54,9 @@ def recipe_of(name: str) -> dict:
 
 
 def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
-    """Return whether `name` can be read: packed and marked as whole, or a user's own data with its id.txt."""
-    place = folder_of(name, data_dir)
-    return hdf5.is_packed(place) or (name not in NAMES and own.is_there(place))
+    """Return whether `name` can be read: packed to the end, or a user's own data with its id.txt."""
+    folder = folder_of(name, data_dir)
+    return hdf5.is_packed(folder) or (name not in NAMES and own.is_there(folder))
 
 
 def create_default_splits(

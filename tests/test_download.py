@@ -315,7 +315,7 @@ def test_mistakes_of_the_user(args, said, tmp_path, monkeypatch, capsys):
     assert not any("data.hdf5" in files for _, _, files in os.walk(tmp_path))
 
 
-# --- packing ----------------------------------------------------------------------------------------------------------
+# packing
 
 
 def big_archives(folder):
@@ -382,7 +382,7 @@ def test_a_failure_while_packing_keeps_the_old_file(tmp_path):
     assert sorted(os.listdir(tmp_path / "digits")) == [".lock", "data.hdf5", "id.txt"]
 
 
-# --- folders of images ------------------------------------------------------------------------------------------------
+# folders of images
 
 
 def image_folders(folder, sizes=((10, 12),)):
