@@ -2,7 +2,7 @@
 
 A script fails in one clear line on stderr, never in a traceback for a mistake, and ends with the exit code
     2    for a mistake of the user, or something that the user must provide (UserError, a path that cannot be used)
-    1    for a failure of the world (WorldError, OSError: the network, the disk), and for training that diverges
+    1    for a failure of the world (ExternalError, OSError: the network, the disk), and for training that diverges
     130  for Ctrl-C; 143 for SIGTERM
 """
 
@@ -34,7 +34,7 @@ class UserError(Exception):
     """The user's mistake, or something the user must provide: one line with the wrong value and what would be right."""
 
 
-class WorldError(Exception):
+class ExternalError(Exception):
     """What neither the user nor the code did wrong: the network, the disk, training that diverged."""
 
 
@@ -56,7 +56,7 @@ def run(main):
         return main()
     except UserError as error:
         code, message = 2, error
-    except WorldError as error:
+    except ExternalError as error:
         code, message = 1, error
     except OSError as error:  # requests' errors are OSErrors too
         code, message = (2 if error.errno in USER_ERRNO else 1), f"{type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 import layers
 import ops
-from command import UserError, WorldError, one_line, sync
+from command import UserError, ExternalError, one_line, sync
 from config import flags_given, read_config, versions
 from input_ops import create_input_ops, to_float
 
@@ -94,7 +94,7 @@ def write(model, test, folder, run_dir, step, accuracy) -> None:
         accuracy: of the network on the test split.
 
     Raises:
-        WorldError: if a file cannot be written, or its logits differ.
+        ExternalError: if a file cannot be written, or its logits differ.
     """
     folder = Path(os.path.abspath(folder))
     try:
@@ -110,7 +110,7 @@ def write(model, test, folder, run_dir, step, accuracy) -> None:
                 sync(path)
             os.replace(made, folder)
     except (OSError, tf.errors.OpError) as error:  # the disk is full, in Python's and in TensorFlow's words
-        raise WorldError(f"--export {folder} could not be written: {error}; nothing was exported") from error
+        raise ExternalError(f"--export {folder} could not be written: {error}; nothing was exported") from error
     for name, difference in differences.items():
         print(f"wrote {folder / name}: largest difference of a logit {difference:.1e}")
 
@@ -197,7 +197,7 @@ def convolution_before(layer):
 
 
 def check(model, test, folder) -> tuple[dict, float]:
-    """({file: largest difference of a logit}, the largest logit) on test images; WorldError above TOLERANCE."""
+    """({file: largest difference of a logit}, the largest logit) on test images; ExternalError above TOLERANCE."""
     chosen = test.subset(np.arange(min(len(test), CHECKED_IMAGES)), is_train=False)
     exported, network = (
         tf.saved_model.load(str(folder / "saved_model")),
@@ -215,7 +215,9 @@ def check(model, test, folder) -> tuple[dict, float]:
             differences[name] = float(np.maximum(differences[name], found))  # NaN, if there is one
     for name, difference in differences.items():
         if not difference <= TOLERANCE * max(1.0, largest):  # nor NaN
-            raise WorldError(f"a logit of {name} differs by {difference:.1e} from the network's: nothing was exported")
+            raise ExternalError(
+                f"a logit of {name} differs by {difference:.1e} from the network's: nothing was exported"
+            )
     return differences, largest
 
 

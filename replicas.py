@@ -21,7 +21,7 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from command import UserError, WorldError, complain
+from command import UserError, ExternalError, complain
 from config import Workers, workers
 
 HELLO_BYTES = 1 << 20  # more than what a worker says of itself
@@ -67,7 +67,7 @@ def all_workers(who: Workers, identity: dict, timeout: float):
 
     Raises:
         UserError: naming the first difference, in every worker.
-        WorldError: if a worker does not come within `timeout` seconds.
+        ExternalError: if a worker does not come within `timeout` seconds.
     """
     if len(who.addresses) == 1:
         yield
@@ -113,7 +113,7 @@ def receive_all(who, identity, deadline):
                 connection, _ = server.accept()
             except TimeoutError:
                 missing = (f"{i} ({a})" for i, a in enumerate(who.addresses) if i and i not in others)
-                raise WorldError(f"these workers did not come: {', '.join(missing)}; {ADVICE}") from None
+                raise ExternalError(f"these workers did not come: {', '.join(missing)}; {ADVICE}") from None
             connection.settimeout(HELLO_SECONDS)
             try:
                 index, theirs = json.loads(connection.makefile().readline(HELLO_BYTES))
@@ -136,7 +136,7 @@ def report(who, identity, deadline):
             return [chief], json.loads(chief.makefile().readline(HELLO_BYTES))
         except (OSError, ValueError):  # not there yet, or not the chief
             time.sleep(0.2)
-    raise WorldError(f"worker 0 ({who.addresses[0]}) did not come, or waits for others; {ADVICE}")
+    raise ExternalError(f"worker 0 ({who.addresses[0]}) did not come, or waits for others; {ADVICE}")
 
 
 def difference(ours, theirs, index):

@@ -19,7 +19,7 @@ import threading
 import time
 
 import config as configuration
-from command import UserError, WorldError, run, set_threads, start
+from command import UserError, ExternalError, run, set_threads, start
 
 FLAGS = start(__name__, configuration.parse_training)  # flags first: TensorFlow takes seconds to import
 
@@ -368,7 +368,7 @@ def end_at_nan(state, log, loss):
     step, newest = int(state.step) + 1, state.manager.latest_checkpoint
     log.add({"step": step, "diverged": True})
     log.close()
-    raise WorldError(
+    raise ExternalError(
         f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning rate "
         f"{float(state.optimizer.learning_rate.numpy()):g}; "
         + (f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet")
@@ -476,11 +476,11 @@ def finish(run_dir, state, train, test, interruption):
         done = train_run(state, train, test, log, interruption)
     except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
         # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
-        raise WorldError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error
+        raise ExternalError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error
     except tf.errors.OpError as error:
         if len(who.addresses) == 1:
             raise
-        raise WorldError(
+        raise ExternalError(
             f"another worker was lost ({type(error).__name__}); start all again with --resume {place}"
         ) from error
     if not done:

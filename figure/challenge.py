@@ -15,7 +15,7 @@ from pathlib import Path
 
 import datasets
 import runs
-from command import UserError, WorldError, one_line
+from command import UserError, ExternalError, one_line
 from config import FIELDS, check_data, processor, versions
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainer.py"
@@ -25,7 +25,7 @@ ELSEWHERE = {"prefix", "data_dir", "train_dir", "epochs", "learning_rate", "grou
 
 
 def challenge(folder, number, steps, data_dir):
-    """Compare `steps` steps of `number` runs below `folder`, chosen at random; WorldError beyond TOLERANCE."""
+    """Compare `steps` steps of `number` runs below `folder`, chosen at random; ExternalError beyond TOLERANCE."""
     found = runs.read_runs([folder])
     if not found:
         raise UserError(f"no run folder in {folder}: name a study, such as figure/studies/digits")
@@ -40,7 +40,7 @@ def challenge(folder, number, steps, data_dir):
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
-        raise WorldError(f"a row differs by {max(results):.3g}, where {TOLERANCE} is allowed for another rounding")
+        raise ExternalError(f"a row differs by {max(results):.3g}, where {TOLERANCE} is allowed for another rounding")
 
 
 def stored_config(run):
@@ -95,7 +95,7 @@ def repeat(run, steps, data_dir):
         rows = {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
         if not rows:
             log.seek(0)
-            raise WorldError(f"{run.path.name} cannot be trained again: {one_line(log.read()[-400:])}")
+            raise ExternalError(f"{run.path.name} cannot be trained again: {one_line(log.read()[-400:])}")
     return {step: row for step, row in rows.items() if step <= steps}
 
 

@@ -32,7 +32,7 @@ import challenge
 import datasets
 import download
 import results
-from command import ArgumentParser, UserError, WorldError, one_line, run, within
+from command import ArgumentParser, UserError, ExternalError, one_line, run, within
 from config import derive, describe_data, parse_training, settings_of, training_parser
 from runs import MEASURES, read_runs
 
@@ -219,7 +219,7 @@ class Processes:
             self.cores.put(set(cores[i::jobs]) or set(cores))
 
     def run(self, command, log):
-        """Run a script to its end; WorldError, with the last lines of its log, if it fails."""
+        """Run a script to its end; ExternalError, with the last lines of its log, if it fails."""
         cores = self.cores.get()
 
         def prepare():  # in the new process
@@ -248,7 +248,7 @@ class Processes:
             self.cores.put(cores)
         if code:
             last = " ".join(Path(log).read_text(errors="replace").splitlines()[-3:])
-            raise WorldError(f"{command[0]} ended with code {code}: {one_line(last, 400)}")
+            raise ExternalError(f"{command[0]} ended with code {code}: {one_line(last, 400)}")
 
     def stop(self):
         self.stopped = True
@@ -271,7 +271,7 @@ def run_cell(cell, flags, processes):
     if command:
         try:
             processes.run(command, log)
-        except WorldError:
+        except ExternalError:
             found = cell.find(read_runs([flags.train_dir]))
             if found is None or found.state != "diverged":
                 raise
@@ -292,7 +292,7 @@ def run_cell(cell, flags, processes):
 def train_all(cells, flags):
     """Run all cells that are not done, --jobs at a time. Interrupted, stops them after saving.
 
-    Raises WorldError at the end, if some failed.
+    Raises ExternalError at the end, if some failed.
     """
     runs = read_runs([flags.train_dir])
     waiting = [cell for cell in cells if not is_done(cell, runs)]
@@ -307,7 +307,7 @@ def train_all(cells, flags):
                 bar.update(cell.images)
                 try:
                     say(f"{cell.name}: {outcome(future.result())}")
-                except WorldError as error:
+                except ExternalError as error:
                     failures.append(f"{cell.name}: {error}")
                     say(failures[-1])
         except BaseException:
@@ -316,7 +316,7 @@ def train_all(cells, flags):
             processes.stop()
             raise
     if failures:
-        raise WorldError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
+        raise ExternalError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
 
 
 def outcome(found):

@@ -29,7 +29,7 @@ import numpy as np
 
 import datasets
 import runs
-from command import ArgumentParser, UserError, WorldError, run
+from command import ArgumentParser, UserError, ExternalError, run
 from compare import PR_SET_PDEATHSIG, PRCTL, available_cores
 
 WAYS = {"1 worker": 1, "2 independent": 2, "2 workers": 2}  # and how many processes
@@ -134,7 +134,7 @@ def speeds(processes, folder, places, wanted):
         for i, process in enumerate(processes):
             if process.poll():
                 log = (Path(folder) / f"{i}.log").read_text(errors="replace")
-                raise WorldError(f"{process.args[1]} ended with code {process.returncode}: {log[-400:]}")
+                raise ExternalError(f"{process.args[1]} ended with code {process.returncode}: {log[-400:]}")
         rows = [[row for path in place.glob("*/metrics.jsonl") for row in runs.read_rows(path)] for place in places]
         if first is None and all(rows):
             first = [len(of_run) + 1 for of_run in rows]  # the row under way began before all trained

@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import ArgumentParser, WorldError, run, set_threads, start
+from command import ArgumentParser, ExternalError, run, set_threads, start
 
 NORMS = ("group", "batch", "none")
 
@@ -93,7 +93,7 @@ def in_own_process(kind, **case):
     command = [sys.executable, __file__, "steps", "--case", json.dumps([kind, case])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise WorldError(f"measuring {kind} {case} failed with exit code {done.returncode}")
+        raise ExternalError(f"measuring {kind} {case} failed with exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

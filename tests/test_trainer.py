@@ -851,7 +851,7 @@ def test_a_step_ends_with_the_update_that_failed(main_of, tmp_path):
         (folder / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids))
     flags = "--dataset BRIGHT --model resnet8 --norm_type none --batch_size 1 --max_batch_size 16".split()
     flags += "--learning_rate 1e-9 --max_training_step 1".split()
-    with pytest.raises(trainer.WorldError, match="diverged at step 1"):
+    with pytest.raises(trainer.ExternalError, match="diverged at step 1"):
         main_of(*flags, "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
 
 
