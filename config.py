@@ -33,6 +33,7 @@ LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per
 SCALING = {"adam": "square root", "momentum": "linear"}  # with the images per update: arXiv 2205.10287, 1706.02677
 WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
 MAX_BATCH_SIZE = 64  # images per step, where the dataset has no recipe of its own
+SMALL_DATASET = 10_000  # images in a user's folders: below, the default network is a smaller one
 CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
 EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
 PREDICTED_CLASSES = 5  # that --predict names for each image
@@ -50,7 +51,8 @@ class Network:
     model: str | None = flag(
         None,
         f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
-        f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above",
+        f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above, resnet18 for "
+        f"folders of fewer than {SMALL_DATASET} images",
         choices=MODELS,
         metavar="MODEL",
         derived=True,
@@ -214,10 +216,12 @@ class Config(Network):
 FIELDS = dataclasses.fields(Config)
 
 
-def default_model(image_shape: tuple) -> str:
-    """resnet20 for images of at most 64 pixels a side, resnet50 above or where the side is not known."""
+def default_model(image_shape: tuple, is_small: bool = False) -> str:
+    """resnet20 for images of at most 64 pixels a side; above, resnet50, or resnet18 for a small dataset."""
     height, width, _ = image_shape
-    return "resnet20" if height and max(height, width) <= 64 else "resnet50"
+    if height and max(height, width) <= 64:
+        return "resnet20"
+    return "resnet18" if is_small else "resnet50"
 
 
 def default_groups(model: str) -> int:
@@ -456,8 +460,10 @@ def batch_sizes(flags: Config) -> tuple[int, int]:
 def derive(flags: Config, train) -> Config:
     """The configuration: the flags, and what follows from them and the training images. Nothing changes it later."""
     facts, recipe = datasets.module_of(flags.dataset), datasets.recipe_of(flags.dataset)
-    model = flags.model or default_model(train.network_shape)
+    is_small = train.from_folder and len(train) < SMALL_DATASET
+    model = flags.model or default_model(train.network_shape, is_small)
     check_network(flags, model)
+    is_mirrored = facts.MIRRORED or train.from_folder
     optimizer = flags.optimizer or ("adam" if model == "convnet" else "momentum")
     number = number_of_replicas(flags.replicas)
     batch_size, max_batch_size = batch_sizes(flags)
@@ -489,7 +495,7 @@ def derive(flags: Config, train) -> Config:
         # A step forgets a tenth of the statistics, in however many batches: every batch size averages over the same
         # number of images.
         batch_norm_momentum=0.9**batch_share,
-        augment=flags.augment or ("flip+crop" if facts.MIRRORED and not flags.no_augment else None),
+        augment=flags.augment or ("flip+crop" if is_mirrored and not flags.no_augment else None),
         max_training_step=steps,
         test_sample_step=flags.test_sample_step or epoch,
     )

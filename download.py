@@ -8,6 +8,7 @@ Your images become RGB of 8 bits, with transparent parts on white; images of mor
 packed already is skipped. A download that was cut off continues where it stopped.
 """
 
+import collections
 import contextlib
 import fcntl
 import hashlib
@@ -211,7 +212,9 @@ def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, t
             os.remove(path)
 
 
-def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_dir=datasets.DATA_DIR):
+def prepare_folder(
+    name, image_dir, test_image_dir=None, image_size=None, skip_broken=False, data_dir=datasets.DATA_DIR
+):
     """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
     from datasets.folder import read
 
@@ -227,12 +230,46 @@ def prepare_folder(name, image_dir, test_image_dir=None, image_size=None, data_d
     with locked(folder):
         if hdf5.is_packed(folder):
             check_recipe(name, folder, recipe)
+            check_files(name, folder, image_dir, test_image_dir)
             print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
             return
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
                 raise UserError(f"{folder}/{file} is there and was not packed by download.py: choose another name")
-        pack(name, folder, lambda: read(image_dir, test_image_dir, image_size)._replace(recipe=recipe))
+
+        def read_source():
+            source = read(image_dir, test_image_dir, image_size, skip_broken)
+            return source._replace(recipe=recipe | source.recipe)
+
+        pack(name, folder, read_source)
+        print(
+            "trainer.py will mirror and shift these images at random; --augment crop only shifts them, which is right "
+            "for digits and signs, --no_augment shows them as they are"
+        )
+
+
+def check_files(name, folder, image_dir, test_image_dir):
+    """Raise UserError if images were added to the folders that `folder` was packed from, or removed."""
+    from datasets.folder import id_of, list_splits
+
+    if not os.path.isdir(image_dir):  # the originals are gone
+        return
+    packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
+    skipped = hdf5.read_recipe(folder).get("skipped", [])
+    _, train, test = list_splits(image_dir, test_image_dir)
+    now = collections.Counter(
+        id_of(path, image_dir if files is train or test_image_dir is None else test_image_dir)
+        for files in (train, test)
+        for path, _ in files
+        if path not in skipped
+    )
+    new, gone = sorted((now - packed).elements()), sorted((packed - now).elements())
+    if new or gone:
+        changes = [f"{len(ids)} {what}, such as {ids[0]}" for what, ids in (("more", new), ("fewer", gone)) if ids]
+        raise UserError(
+            f"{image_dir} has changed since {name} was packed from {packed.total()} images: {' and '.join(changes)}; "
+            f"delete {folder}/{hdf5.DATA} to pack it anew, or choose another name"
+        )
 
 
 def check_recipe(name, folder, recipe):
@@ -298,16 +335,21 @@ def parse_args():
     source.add_argument("--image_dir", metavar="DIR", help="pack DIR/<class>/<image> as a dataset of your own")
     add("--test_image_dir", metavar="DIR", help="the test split, likewise; else a fifth of --image_dir")
     size = within(int, low=1)
-    add("--image_size", nargs=2, type=size, metavar=("H", "W"), help="resize the images of --image_dir")
+    add("--image_size", nargs="+", type=size, metavar="H W", help="resize the images of --image_dir; one number: H = W")
+    add("--skip_broken", action="store_true", help="leave out images of --image_dir that cannot be read, and name them")
     add("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
     add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="where datasets are kept")
     add("--keep_archives", action="store_true", help="do not delete fetched archives after packing")
     seconds = within(float, above=0)
     add("--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help="without a byte until a server is given up")
     args = parser.parse_args()
+    if args.image_size is not None and len(args.image_size) > 2:
+        parser.error(f"--image_size {' '.join(map(str, args.image_size))}: expected a height and a width")
+    if args.image_size is not None:
+        args.image_size = args.image_size[0], args.image_size[-1]
     given = [flag for flag in ("archive_dir", "mirror", "no_checksum", "keep_archives") if getattr(args, flag)]
-    if args.image_dir is None and (args.test_image_dir or args.image_size):
-        parser.error("--test_image_dir and --image_size go with --image_dir")
+    if args.image_dir is None and (args.test_image_dir or args.image_size or args.skip_broken):
+        parser.error("--test_image_dir, --image_size and --skip_broken go with --image_dir")
     if args.image_dir is not None and len(args.dataset) != 1:
         parser.error(
             f"--image_dir makes one dataset, but --dataset names {len(args.dataset)}: {' '.join(args.dataset)}"
@@ -324,7 +366,8 @@ def parse_args():
 def main():
     args = parse_args()
     if args.image_dir is not None:
-        prepare_folder(args.dataset[0], args.image_dir, args.test_image_dir, args.image_size, args.data_dir)
+        folders = args.image_dir, args.test_image_dir
+        prepare_folder(args.dataset[0], *folders, args.image_size, args.skip_broken, args.data_dir)
         return
     for name in args.dataset:  # all names before the first hour of fetching
         check_known(name, args.data_dir)

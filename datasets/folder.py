@@ -1,30 +1,47 @@
 """A folder of class folders of images, DIR/<class>/<image>, as a user's own dataset; image files to predict."""
 
+import collections
+import hashlib
 import itertools
 import os
 
 import numpy as np
+from PIL import Image
 
-from command import UserError
+from command import UserError, one_line
 from datasets.hdf5 import Source
 from datasets.images import load_image
 from datasets.own import SPLIT_SEED
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .pjpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .tga .avif".split())
+PHOTO_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # images, read here or not
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 PART = 1 << 24  # bytes of images that are in memory at once
 
 
-def read(image_dir, test_image_dir=None, image_size=None):
-    """Return the Source of image_dir/<class>/*: images uint8 [N, h, w, 3], resized to image_size (h, w) if given.
+def list_splits(image_dir, test_image_dir=None):
+    """Return (class names, train, test); train and test are lists of (path, label), sorted by class and path.
 
     The test split is test_image_dir, with the same classes, or a fifth of each class of image_dir: see split_classes.
     Raises UserError.
     """
     class_names = class_folders(image_dir)
+    if {"train", "training"} & set(class_names) and set(class_names) <= SPLIT_NAMES:
+        train, *others = sorted(class_names, key=lambda name: not name.startswith("train"))
+        test = f" --test_image_dir {os.path.join(image_dir, others[-1])}" if others else ""
+        raise UserError(
+            f"--image_dir {image_dir} holds {' '.join(class_names)}, which are splits and no classes: "
+            f"give --image_dir {os.path.join(image_dir, train)}{test}"
+        )
     if len(class_names) < 2:
         raise UserError(
             f"--image_dir {image_dir} has {len(class_names)} class folders: expected DIR/<class>/<image>, "
             "at least 2 classes"
+        )
+    if test_image_dir is not None and os.path.realpath(test_image_dir) == os.path.realpath(image_dir):
+        raise UserError(
+            f"--test_image_dir {test_image_dir} is --image_dir too, so that the test would be on the training images: "
+            "leave it out to test on a fifth of each class"
         )
     files = list_images(image_dir, class_names)
     empty = sorted(set(range(len(class_names))) - {label for _, label in files})
@@ -46,16 +63,81 @@ def read(image_dir, test_image_dir=None, image_size=None):
             if test_image_dir is None
             else f"--test_image_dir {test_image_dir} has no images"
         )
-    shape = (*image_size, 3) if image_size else load_image(train[0][0], train[0][0]).shape
-    return Source(class_names, shape, len(train) + len(test), parts((train, test), shape, image_size))
+    return class_names, train, test
 
 
-def names_in(folder):
-    """Return the sorted names in `folder`. Raises UserError for a name that cannot be part of an id."""
-    names = sorted(os.listdir(folder))
-    for name in (str(folder), *names):
-        check_name(name, folder)
-    return names
+def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
+    """Return the Source of image_dir/<class>/*: images uint8 [N, h, w, 3], resized to image_size (h, w) if given.
+
+    skip_broken: leave out files that cannot be read, each named in a line; else they end the packing, after all of
+    them were named. Raises UserError.
+    """
+    class_names, train, test = list_splits(image_dir, test_image_dir)
+    skipped = []
+    if skip_broken:
+        splits = [[file for file in files if try_load(file[0]) is not None] for files in (train, test)]
+        skipped = sorted({path for path, _ in train + test} - {path for path, _ in splits[0] + splits[1]})
+        train, test = splits
+    if not train or not test:
+        raise UserError(f"no readable image is left for {'training' if not train else 'testing'} in {image_dir}")
+    warn_of_copies(train, test)
+    shape = (*image_size, 3) if image_size else first_shape(train)
+    return Source(
+        class_names,
+        shape,
+        len(train) + len(test),
+        parts((train, test), (image_dir, test_image_dir or image_dir), shape, image_size),
+        {"skipped": skipped},
+    )
+
+
+def id_of(path, folder):
+    """Return class/image of the path of an image."""
+    return os.path.relpath(path, folder).replace(os.sep, "/")
+
+
+def try_load(path, image_size=None):
+    """Return an image file as load_image does; None, with a line that says why, if it cannot be read."""
+    try:
+        return load_image(path, path, image_size)
+    except (UserError, OSError) as error:
+        print(f"warning: {one_line(error)}", flush=True)
+        return None
+
+
+def first_shape(files):
+    """Return the shape of the first readable image of [(path, label)]."""
+    for path, _ in files:
+        try:
+            return load_image(path, path).shape
+        except (UserError, OSError):  # named when all are read
+            pass
+    raise UserError(f"none of {len(files)} training images can be read, such as {files[0][0]}")
+
+
+def warn_of_copies(train, test):
+    """Print how many test images have the contents of a training image, and one of them."""
+    sizes = collections.defaultdict(set)
+    for split, files in enumerate((train, test)):
+        for path, _ in files:
+            sizes[os.path.getsize(path)].add(split)
+    digests = [
+        {path: digest(path) for path, _ in files if len(sizes[os.path.getsize(path)]) == 2} for files in (train, test)
+    ]
+    originals = {value: path for path, value in digests[0].items()}
+    copies = [(path, originals[value]) for path, value in digests[1].items() if value in originals]
+    if copies:
+        print(
+            f"warning: {len(copies)} of {len(test)} test images are training images, too, which makes the test "
+            f"accuracy too high: {copies[0][0]} is a copy of {copies[0][1]}",
+            flush=True,
+        )
+
+
+def digest(path):
+    """Return the SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def check_name(name, folder):
@@ -70,35 +152,66 @@ def class_folders(folder):
     """Return the sorted names of the folders in `folder`."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: name one that holds DIR/<class>/<image>")
-    return [name for name in names_in(folder) if os.path.isdir(os.path.join(folder, name)) and not name.startswith(".")]
+    check_name(str(folder), os.curdir)
+    names = [name for name in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, name))]
+    for name in names:
+        check_name(name, folder)
+    return [name for name in names if not name.startswith(".")]
 
 
 def list_images(folder, class_names):
-    """Return [(path, label)] of the images in the class folders, sorted, and print what is skipped."""
+    """Return [(path, label)] of the images in and below the class folders, and print what is skipped."""
     files, skipped = [], []
     for label, name in enumerate(class_names):
-        class_folder = os.path.join(folder, name)
-        for file in names_in(class_folder) if os.path.isdir(class_folder) else []:
-            (files if is_image_name(file) else skipped).append((os.path.join(class_folder, file), label))
-    print_skipped([path for path, _ in skipped])
+        found, others = walk(os.path.join(folder, name))
+        for path in found:
+            check_name(path, folder)
+        files += [(path, label) for path in found]
+        skipped += others
+    print_skipped(skipped)
     return files
 
 
-def print_skipped(files):
-    """Print how many files are skipped, and one of them."""
-    if files:
-        print(f"skipped {len(files)} files that are no images by their names, such as {files[0]}", flush=True)
+def walk(folder):
+    """Return the sorted (images, other files) in and below `folder`, by their names.
+
+    Hidden files and links to folders are not looked at.
+    """
+    found, others = [], []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in [name for name in names if not name.startswith(".")]:
+            file = os.path.join(place, name)
+            (found if is_image_name(name) and os.path.isfile(file) else others).append(file)
+    return sorted(found), sorted(others)
+
+
+def suffix_of(path):
+    """Return '.jpg' of 'A.JPG'."""
+    return os.path.splitext(path)[1].lower()
 
 
 def is_image_name(name):
-    """Return whether a file is an image by its name."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    """Return whether a file is an image by its name, of a kind that Pillow reads here."""
+    suffix = suffix_of(name)
+    return suffix in SUFFIXES and (suffix == ".pjpeg" or suffix in Image.registered_extensions())
+
+
+def print_skipped(files):
+    """Print how many files are skipped: images that cannot be read here, by suffix, and others."""
+    photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
+    if photos:
+        counts = collections.Counter(map(suffix_of, photos))
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
+        print(f"warning: skipped images that cannot be read here: {kinds}, such as {photos[0]}; convert them to JPEG")
+    others = [file for file in files if suffix_of(file) not in PHOTO_SUFFIXES]
+    if others:
+        print(f"skipped {len(others)} files that are no images by their names, such as {others[0]}", flush=True)
 
 
 def find_images(paths):
-    """Return the files among `paths`, and in place of a folder the sorted images in it and below.
+    """Return the files among `paths`, and in place of a folder the sorted images in it and below: see walk().
 
-    Hidden files and links to folders are not looked at, files that are no images by their names are counted in a line.
     Raises UserError for a path that does not exist, and for a folder without images.
     """
     files = []
@@ -108,16 +221,11 @@ def find_images(paths):
             continue
         if not os.path.isdir(path):
             raise UserError(f"{path!r} is no file and no folder: name image files, or folders of them")
-        found, skipped = [], []
-        for folder, folders, names in os.walk(path):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in [name for name in names if not name.startswith(".")]:
-                file = os.path.join(folder, name)
-                (found if is_image_name(name) and os.path.isfile(file) else skipped).append(file)
-        print_skipped(sorted(skipped))
+        found, others = walk(path)
+        print_skipped(others)
         if not found:
             raise UserError(f"the folder {path} has no image in it or below it ({' '.join(SUFFIXES)})")
-        files += sorted(found)
+        files += found
     return files
 
 
@@ -144,19 +252,28 @@ def split_classes(files, class_names):
     return train, test
 
 
-def parts(splits, shape, image_size):
-    """Yield the images of both splits, PART bytes at a time."""
-    num = max(1, PART // int(np.prod(shape)))
+def parts(splits, folders, shape, image_size):
+    """Yield the images of both splits, PART bytes at a time. Raises UserError at the end if some cannot be read."""
+    num, broken = max(1, PART // int(np.prod(shape))), []
     for split, files in enumerate(splits):
         for i in range(0, len(files), num):
             paths, labels = zip(*files[i : i + num])
             pixels = np.empty((len(paths), *shape), np.uint8)
             for image, path in zip(pixels, paths):
-                loaded = load_image(path, path, image_size)
+                loaded = try_load(path, image_size)
+                if loaded is None:
+                    broken.append(path)
+                    continue
                 if loaded.shape != shape:
                     raise UserError(
                         f"{path} has {loaded.shape[0]}x{loaded.shape[1]} pixels, {splits[0][0][0]} has "
                         f"{shape[0]}x{shape[1]}: give --image_size H W to resize all"
                     )
                 image[...] = loaded
-            yield split, pixels, labels, ["/".join((("train", "test")[split], *p.split(os.sep)[-2:])) for p in paths]
+            name = ("train", "test")[split]
+            yield split, pixels, labels, [f"{name}/{id_of(path, folders[split])}" for path in paths]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {sum(map(len, splits))} images cannot be read, the first is {broken[0]}: repair or "
+            f"remove them, or add --skip_broken"
+        )

@@ -197,9 +197,10 @@ def open_packed(folder, name):
         check(labels, splits, ids, class_names, len(offset) - 1 if encoded else len(image))
     except UserError as error:
         raise UserError(f"{path} is broken ({error}): {REPACK}") from error
-    made_from = read_recipe(folder).get("made_from")
+    recipe = read_recipe(folder)
     num_train = np.count_nonzero(splits == 0)
-    columns = {"class_names": class_names, "image": image, "offset": offset, "made_from": made_from}
+    columns = {"class_names": class_names, "image": image, "offset": offset}
+    columns |= {"made_from": recipe.get("made_from"), "from_folder": "--image_dir" in recipe}
     return tuple(
         Dataset(ids[a:b], name, is_train, labels=labels[a:b], rows=np.arange(a, b), **columns)
         for a, b, is_train in ((0, num_train, True), (num_train, len(ids), False))
@@ -219,14 +220,34 @@ class Dataset:
 
     ids [N] strings, name, is_train, class_names, num_classes, labels int32 [N], dtype (np.uint8, or np.float32 for own
     float images), image_shape (h, w, c) or (None, None, 3) when encoded, encoded: whether images are JPEG files, nbytes
-    of the images of this split, made_from: what they were packed from, None where unknown.
+    of the images of this split, made_from: what they were packed from, None where unknown, from_folder: whether they
+    were packed from folders of a user's images.
 
     image: where the images are, uint8 or float32 [rows, h, w, c] as an array or an h5py dataset, or the `jpeg` bytes
     with their int64 `offset` [rows + 1]; rows: int [N], the row of each id.
     """
 
-    def __init__(self, ids, name, is_train=True, *, labels, class_names, image, rows, offset=None, made_from=None):
-        self.ids, self.name, self.is_train, self.made_from = ids, name, is_train, made_from
+    def __init__(
+        self,
+        ids,
+        name,
+        is_train=True,
+        *,
+        labels,
+        class_names,
+        image,
+        rows,
+        offset=None,
+        made_from=None,
+        from_folder=False,
+    ):
+        self.ids, self.name, self.is_train, self.made_from, self.from_folder = (
+            ids,
+            name,
+            is_train,
+            made_from,
+            from_folder,
+        )
         self.labels, self.class_names = np.ascontiguousarray(labels, np.int32), list(class_names)
         self.num_classes, self.encoded = len(self.class_names), offset is not None
         self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
@@ -250,6 +271,7 @@ class Dataset:
             rows=self._rows[positions],
             offset=self._offset,
             made_from=self.made_from,
+            from_folder=self.from_folder,
         )
 
     @property

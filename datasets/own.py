@@ -7,6 +7,7 @@
 uint8 images stay uint8, float images become float32 and must be finite; other integers must lie in 0 ... 255.
 """
 
+import contextlib
 import itertools
 import os
 
@@ -19,6 +20,7 @@ from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, readi
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
+LARGEST_FLOAT = 20.0  # of float images: beyond, they were hardly scaled for a network
 
 
 def split_80_20(num):
@@ -45,8 +47,7 @@ def open_own(folder, name):
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
     with reading(path), h5py.File(path, "r", locking=False) as file:
-        labels, num_classes = read_labels(file, ids)
-        images = read_images(file, ids, len(train_ids))
+        labels, num_classes, images = read_examples(file, ids, len(train_ids))
     if len(set(labels[: len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
     names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
@@ -60,7 +61,7 @@ def read_ids(path):
     """Return the ids in a text file, one a line; empty lines do not count."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: it must hold the ids, one a line")
-    with reading(path), open(path, encoding="utf-8") as file:
+    with reading(path), open(path, encoding="utf-8-sig") as file:  # some editors write a mark first
         ids = [line.strip() for line in file if line.strip()]
     strange = next((id for id in ids if "/" in id or "\0" in id or id in (".", "..")), None)
     if strange is not None:
@@ -98,77 +99,114 @@ def read_splits(folder):
     return train, test
 
 
-def read_labels(file, ids):
-    """Return (labels int32 [N], number of classes) of the one-hot labels."""
-    labels, num_classes = np.empty(len(ids), np.int32), None
-    for i, id in enumerate(ids):
-        label = open_array(file, f"{id}/label")[()]
-        if np.ndim(label) != 1 or len(label) != (num_classes or len(label)):
+def examples(file, ids):
+    """Yield (id, image, label) of an open file, as h5py.h5d.DatasetIDs: h5py's low-level functions are ten times as
+    fast as file[name], and refuse the same here. Raises UserError as open_array does."""
+    for id in ids:
+        arrays = []
+        with contextlib.suppress(KeyError, RuntimeError, TypeError, ValueError):
+            if file.id.links.get_info(id.encode()).type == h5py.h5l.TYPE_HARD:
+                group = h5py.h5g.open(file.id, id.encode())
+                arrays = [array_in(group, name) for name in (b"image", b"label")]
+        if not arrays or None in arrays:  # open_array says what is wrong
+            arrays = [open_array(file, f"{id}/{name}").id for name in ("image", "label")]
+        yield id, *arrays
+
+
+def array_in(group, name):
+    """Return the DatasetID of an array that lies in a group, an h5py.h5g.GroupID; None if it lies elsewhere."""
+    if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+        return None
+    data = h5py.h5d.open(group, name)
+    creation = data.get_create_plist()
+    lies_here = creation.get_layout() != h5py.h5d.VIRTUAL and not creation.get_external_count()
+    return data if lies_here else None
+
+
+def values_of(data):
+    """Return the values of a DatasetID."""
+    values = np.empty(data.shape, data.dtype)
+    data.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
+
+
+def read_examples(file, ids, num_train):
+    """Return (labels int32 [N], number of classes, images): those of the first `num_train` ids and those of the others,
+    uint8 or float32 [n, h, w, c] each."""
+    labels, num_classes, images = np.empty(len(ids), np.int32), None, None
+    for i, (id, image, label) in enumerate(examples(file, ids)):
+        labels[i], num_classes = read_label(f"{file.filename}: label of id {id!r}", label, num_classes)
+        place = f"{file.filename}: image of id {id!r}"
+        found = image_type(place, image)
+        if images is None:
+            dtype, shape = found
+            images = allocate(file.filename, num_train, len(ids), shape, dtype)
+            into = itertools.chain(*images)
+        if found != (dtype, shape):
             raise UserError(
-                f"{file.filename}: label of id {id!r} has the shape {np.shape(label)}: expected one-hot "
-                + (f"[{num_classes}] as id {ids[0]!r} has" if i else "[classes]")
+                f"{place} is {image.dtype} of shape {image.shape}, that of id {ids[0]!r} is {np.dtype(dtype)} of "
+                f"{shape}: all must agree"
             )
-        num_classes = len(label)
-        if np.count_nonzero(label) != 1 or label.max() != 1:
-            raise UserError(
-                f"{file.filename}: label of id {id!r} is {label[:20].tolist()}: expected one-hot, a single 1 among "
-                "zeros"
-            )
-        labels[i] = label.argmax()
+        read_image(place, image, next(into))
     if num_classes < 2:
         raise UserError(f"{file.filename}: the labels have {num_classes} class: a classifier needs at least 2")
-    return labels, num_classes
+    warn_of_range(file.filename, images[0])
+    return labels, num_classes, images
 
 
-def read_images(file, ids, num_train):
-    """Return the images of the first `num_train` ids and of the others: uint8 or float32 [N, h, w, c] each."""
-    dtype, shape = image_type(open_array(file, f"{ids[0]}/image"))
-    size = int(np.prod(shape, dtype=object)) * len(ids) * np.dtype(dtype).itemsize
+def read_label(place, data, num_classes):
+    """Return (label, number of classes) of a one-hot label, a DatasetID; num_classes: that of the others, if known."""
+    if len(data.shape) != 1 or data.shape[0] != (num_classes or data.shape[0]):
+        expected = f"[{num_classes}] as the others have" if num_classes else "[classes]"
+        raise UserError(f"{place} has the shape {data.shape}: expected one-hot {expected}")
+    label = values_of(data)
+    if np.count_nonzero(label) != 1 or label.max() != 1:
+        raise UserError(f"{place} is {label[:20].tolist()}: expected one-hot, a single 1 among zeros")
+    return label.argmax(), len(label)
+
+
+def allocate(path, num_train, num, shape, dtype):
+    """Return arrays for the images of both splits. Raises UserError if this machine has not the memory."""
+    size = int(np.prod(shape, dtype=object)) * num * np.dtype(dtype).itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > 0.8 * memory:
         raise UserError(
-            f"{file.filename}: {len(ids)} images of {shape} need {size / 1e9:.1f} GB: this machine has "
-            f"{memory / 1e9:.1f} GB"
+            f"{path}: {num} images of {shape} need {size / 1e9:.1f} GB: this machine has {memory / 1e9:.1f} GB"
         )
-    images = tuple(empty((num, *shape), dtype) for num in (num_train, len(ids) - num_train))
-    for id, into in zip(ids, itertools.chain(*images)):
-        data = open_array(file, f"{id}/image")
-        if image_type(data) != (dtype, shape):
-            raise UserError(
-                f"{where(data)} is {data.dtype} of shape {data.shape}, that of id {ids[0]!r} "
-                f"is {np.dtype(dtype)} of {shape}: all must agree"
-            )
-        read_image(data, into)
-    return images
+    return tuple(empty((count, *shape), dtype) for count in (num_train, num - num_train))
 
 
-def image_type(data):
-    """Return (np.uint8 or np.float32, (h, w, c)), as which an image in the file, an h5py.Dataset, is read."""
+def warn_of_range(path, images):
+    """Print a line if float images have values that networks learn badly from."""
+    largest = np.abs(images).max() if images.dtype == np.float32 else 0
+    if largest > LARGEST_FLOAT:
+        print(
+            f"warning: {path}: float images have values up to {largest:g}, from which a network learns slowly or not "
+            "at all: store uint8 of 0 to 255, or divide by 255",
+            flush=True,
+        )
+
+
+def image_type(place, data):
+    """Return (np.uint8 or np.float32, (h, w, c)), as which an image in the file, a DatasetID, is read."""
     shape, dtype = data.shape, data.dtype
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
-        raise UserError(f"{where(data)} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
+        raise UserError(f"{place} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
     if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
         raise UserError(
-            f"{where(data)} has the shape {shape}, channels first: expected [h, w, c], which "
+            f"{place} has the shape {shape}, channels first: expected [h, w, c], which "
             "np.transpose(image, (1, 2, 0)) makes of it"
         )
     return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1)
 
 
-def read_image(data, into):
-    """Read an image, an h5py.Dataset, into the array `into`, and check its values."""
-    image = data[()].reshape(into.shape)
+def read_image(place, data, into):
+    """Read an image, a DatasetID, into the array `into`, and check its values."""
+    image = values_of(data).reshape(into.shape)
     if into.dtype == np.uint8 and image.dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
-        raise UserError(
-            f"{where(data)} has values from {image.min()} to {image.max()}: expected 0 to 255, or float numbers"
-        )
+        raise UserError(f"{place} has values from {image.min()} to {image.max()}: expected 0 to 255, or float numbers")
     with np.errstate(over="ignore"):
         into[...] = image
     if into.dtype == np.float32 and not np.isfinite(into).all():
         bad = np.argwhere(~np.isfinite(into))[0].tolist()
-        raise UserError(f"{where(data)} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
-
-
-def where(data):
-    """Return words that name an h5py.Dataset in an error."""
-    return f"{data.file.filename}: {data.name}"
+        raise UserError(f"{place} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
