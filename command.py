@@ -9,9 +9,11 @@ A script fails in one clear line on stderr, never in a traceback for a mistake, 
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import os
 import platform
+import re
 import signal
 import sys
 import typing
@@ -82,6 +84,8 @@ def one_line(text, limit=2000):
 # Flags.
 
 
+MEANT = {"gn": "group", "bn": "batch", "ln": "layer", "in": "instance", "groupnorm": "group", "batchnorm": "batch"}
+MEANT |= {"--lr": "--learning_rate", "--norm": "--norm_type", "--bs": "--batch_size", "--data": "--data_dir"}
 FACTS = ("low", "above", "exclusive", "on_resume", "derived", "place", "ignored")
 
 
@@ -123,7 +127,17 @@ class ArgumentParser(argparse.ArgumentParser):
                 target.add_argument(f"--{field.name}", type=kind, default=field.default, **how)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(self.with_hint(message))}\n")
+
+    def with_hint(self, message):
+        """The message; for a flag or a value that is nearly right followed by 'did you mean ...?'."""
+        flags = [name for action in self._actions for name in action.option_strings]
+        value = re.search(r"invalid choice: '(.*?)'", message)
+        flag = re.search(r"unrecognized arguments: .*?(--\w+)", message)
+        meant = MEANT.get(value[1].lower() if value else flag[1] if flag else None)
+        if flag and meant not in flags:
+            meant = next(iter(difflib.get_close_matches(flag[1], flags, 1)), None)
+        return f"{message.partition(' (choose from')[0]}: did you mean {meant}?" if meant else message
 
 
 def flag(default, help, **how):

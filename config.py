@@ -28,6 +28,8 @@ LARGE_RESNETS = {  # its table 1: whether blocks are bottlenecks, and the blocks
 }
 MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
 NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # the last: arXiv 1702.03275
+NORMS = (*NORM_TYPES[:-1], *(f"{norm}+ws" for norm in NORM_TYPES[:-1]), NORM_TYPES[-1])  # ws: arXiv 1903.10520
+ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))  # what --norm_type may be
 AUGMENTATIONS = ("crop", "flip+crop")
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
 SCALING = {"adam": "square root", "momentum": "linear"}  # with the images per update: arXiv 2205.10287, 1706.02677
@@ -57,7 +59,13 @@ class Network:
         metavar="MODEL",
         derived=True,
     )
-    norm_type: str = flag("batch", "the normalization", choices=NORM_TYPES)
+    norm_type: str = flag(
+        "batch",
+        f"the normalization, of {', '.join(NORMS)}: +ws is short for --weight_standardization, +acc at the end for "
+        "--accumulate",
+        choices=ARMS,
+        metavar="NORM",
+    )
     groups: int | None = flag(
         None, "groups of group norm; by default 32, in the 6n+2 nets 16", low=1, derived=True, exclusive="groups"
     )
@@ -178,8 +186,8 @@ class Config(Network):
     freeze_batch_norm: bool = flag(False, "with --checkpoint: batch norm keeps the moving statistics that it came with")
     log_step: int = flag(
         10,
-        "steps between lines of log; each is a row of metrics.jsonl too, and every row has the mean training loss and "
-        "accuracy of the last log_step steps",
+        "steps between rows of metrics.jsonl, which have the mean training loss and accuracy of the last log_step "
+        "steps; the console shows them beside its bar, and a line for each test",
         low=1,
         place=True,
     )
@@ -294,7 +302,7 @@ def parse_training(argv=None) -> tuple[Config, Path | None]:
     parser = training_parser()
     parsed = vars(parser.parse_args(argv))
     resume = parsed.pop("resume")
-    flags = Config(**parsed)
+    flags = spell_out(Config(**parsed))
     if resume is None:
         check_flags(flags)
         return flags, None
@@ -306,6 +314,17 @@ def parse_training(argv=None) -> tuple[Config, Path | None]:
                 f"effect: leave it out, or start a new run (from the weights of this one: --checkpoint {resume})"
             )
     return flags, Path(resume)
+
+
+def spell_out(flags: Config) -> Config:
+    """The flags that a --norm_type such as group+ws+acc is short for."""
+    norm, *more = flags.norm_type.replace("batch+renorm", "renorm").split("+")
+    return dataclasses.replace(
+        flags,
+        norm_type="batch+renorm" if norm == "renorm" else norm,
+        weight_standardization=flags.weight_standardization or "ws" in more,
+        accumulate=flags.accumulate or "acc" in more,
+    )
 
 
 def check_flags(flags: Config) -> None:
@@ -380,7 +399,8 @@ def check_path(path) -> None:
 def parse_evaluation(argv=None):
     """The flags of evaler.py."""
     parser = ArgumentParser(description="Evaluate a run over a whole split, in inference mode.")
-    parser.add_argument("--dataset", required=True, help="name of the dataset, one of the known or your own")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="the run folder; by default the newest in --train_dir")
+    parser.add_argument("--dataset", help="the newest run of this dataset, one of the known or your own")
     parser.add_argument("--train_dir", default="train_dir", help="where the run folders are, or one run folder")
     parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
@@ -426,7 +446,12 @@ def parse_evaluation(argv=None):
             raise UserError(f"--{name} has no effect {why}: leave it out")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
-    datasets.folder_of(flags.dataset, flags.data_dir)  # refuses a name that can name no dataset
+    if flags.dataset is not None:
+        datasets.folder_of(flags.dataset, flags.data_dir)  # refuses a name that can name no dataset
+    if flags.run is not None:
+        if "train_dir" in parser.names_given(argv):
+            raise UserError(f"{flags.run} and --train_dir {flags.train_dir} both name runs: give one of them")
+        flags.train_dir = flags.run
     return flags
 
 
@@ -435,11 +460,17 @@ def parse_network(argv=None):
     parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
     parser.add_flags(Network)
     size = within(int, low=1)
-    parser.add_argument("--image_size", type=size, nargs=3, default=[32, 32, 3], metavar=("H", "W", "C"), help="pixels")
+    shape = "height, width and channels; a single number is both height and width; by default 3 channels"
+    parser.add_argument("--image_size", type=size, nargs="+", default=[32], metavar="N", help=shape)
     parser.add_argument("--classes", type=within(int, low=2), default=10, help="number of classes")
     flags = vars(parser.parse_args(argv))
-    image_shape, classes = tuple(flags.pop("image_size")), flags.pop("classes")
-    config = Config(**flags)
+    size, classes = flags.pop("image_size"), flags.pop("classes")
+    if len(size) > 3:
+        raise UserError(f"--image_size {' '.join(map(str, size))}: expected height, width and channels")
+    image_shape = (size[0], size[min(1, len(size) - 1)], size[2] if len(size) == 3 else 3)
+    config = spell_out(Config(**flags))
+    if config.accumulate:
+        raise UserError(f"--norm_type {flags['norm_type']}: +acc changes the training, not the model: leave it out")
     config = dataclasses.replace(config, model=config.model or default_model(image_shape), batch_norm_momentum=0.9)
     check_network(config, config.model)
     return config, image_shape, classes
@@ -563,7 +594,11 @@ def read_config(run_dir) -> tuple[Config, dict]:
             settings[name]
         data["train"], data["test"]
     except FileNotFoundError:
-        raise UserError(f"{run_dir} is no run folder: it has no config.json, which trainer.py writes") from None
+        runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.json, which trainer.py writes"
+            + (f"; it holds {len(runs)}: {', '.join(str(path.parent) for path in runs[:5])}" if runs else "")
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): it should be the JSON object that trainer.py wrote"

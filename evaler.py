@@ -1,14 +1,14 @@
 """Evaluate a run over a whole split, in inference mode.
 
+    python evaler.py train_dir/RUN                                      # a run folder
     python evaler.py --dataset CIFAR10                                  # the newest run of CIFAR10 under train_dir
-    python evaler.py --dataset CIFAR10 --train_dir train_dir/RUN        # one run folder
     python evaler.py --dataset CIFAR10 --split train --batch_statistics reestimate
     python evaler.py --dataset CIFAR10 --predict a.png photos/ --output predictions.csv     # what is in these images?
     python evaler.py --dataset CIFAR10 --export exported                # files that load without this repo: export.py
 
-Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, mistakes.png
-and TensorBoard summaries (scalars, the confusion matrix as an image). With --predict it prints the most likely classes
-of each image file instead, and writes nothing but --output.
+Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, classes.csv,
+confusion.png, mistakes.png and TensorBoard summaries. With --predict it prints the most likely classes of each image
+file instead, and writes nothing but --output.
 """
 
 import contextlib
@@ -46,15 +46,17 @@ REESTIMATION_IMAGES = 10_000  # training images over which batch norm's statisti
 
 
 def make_predictor(model, strategy=None):
-    """A graph from (images [B, h, w, c], labels [B]) to each example's loss [B], predicted class [B], and whether its
-    label is among the five most likely [B]. The replicas of the strategy in this process share a batch."""
+    """A graph from (images [B, h, w, c], labels [B]) to each example's loss [B], predicted class [B], whether its label
+    is among the five most likely [B], and the probability of the prediction [B]. The replicas of the strategy in this
+    process share a batch."""
     strategy = strategy or tf.distribute.get_strategy()
 
     def predict(images, labels):
         logits = model(images, training=False)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
         best = tf.math.top_k(logits, min(5, logits.shape[1])).indices  # of equals the lower class, as argmax
-        return loss, best[:, 0], tf.reduce_any(best == labels[:, tf.newaxis], axis=1)
+        probability = tf.reduce_max(tf.nn.softmax(logits), axis=1)
+        return loss, best[:, 0], tf.reduce_any(best == labels[:, tf.newaxis], axis=1), probability
 
     @tf.function(reduce_retracing=True)
     def predict_batch(images, labels):
@@ -64,23 +66,25 @@ def make_predictor(model, strategy=None):
 
 
 def predict_all(predict, batches):
-    """losses, predictions and in_top5, [N] each, of batches of (images, labels), by what make_predictor gave."""
+    """losses, predictions, in_top5 and probabilities, [N] each, of batches of (images, labels), by what make_predictor
+    gave."""
     outputs = [predict(*batch) for batch in batches]
     return [np.concatenate([values.numpy() for values in column]) for column in zip(*outputs)]
 
 
-def summarize(losses, predictions, in_top5, labels, num_classes):
+def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
     """The result of an evaluation over all of a split.
 
     Args:
-        losses, predictions, in_top5: [N], of predict_all.
+        losses, predictions, in_top5, probabilities: [N], of predict_all.
         labels: [N] the labels of the split, in the same order.
         num_classes: K.
 
     Returns:
         dict with accuracy, loss (mean cross entropy, natural logarithm), images (N), per_class_accuracy [K] (None
-        for a class without images), confusion [K, K] int (label, prediction), losses [N] and predictions [N]; from
-        MANY_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most likely.
+        for a class without images), confusion [K, K] int (label, prediction), losses, predictions and probabilities
+        [N]; from MANY_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most
+        likely.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
@@ -95,6 +99,7 @@ def summarize(losses, predictions, in_top5, labels, num_classes):
         "confusion": confusion,
         "losses": losses,
         "predictions": predictions,
+        "probabilities": probabilities,
     }
 
 
@@ -181,7 +186,7 @@ def readable(files, dataset):
 
 
 def predict_files(model, dataset, files, batch_size):
-    """Yield (file, rank, class name, probability) of the most likely classes of each image file, file after file.
+    """Yield (file, [(class name, probability), ...]) of each image file: its most likely classes, the best first.
 
     Args:
         model: with weights.
@@ -197,8 +202,7 @@ def predict_files(model, dataset, files, batch_size):
     while batch := list(itertools.islice(images, batch_size)):
         probabilities, classes = (values.numpy() for values in classify(tf.stack([image for _, image in batch])))
         for (file, _), best, numbers in zip(batch, probabilities, classes):
-            for rank, (probability, number) in enumerate(zip(best, numbers), 1):
-                yield file, rank, dataset.class_names[number], probability
+            yield file, [(dataset.class_names[number], probability) for probability, number in zip(best, numbers)]
 
 
 def check_images(dataset):
@@ -229,13 +233,20 @@ def check_output(path, files):
 
 
 def write_predictions(path, rows):
-    """Write the rows of predict_files as a CSV file."""
+    """Write what predict_files gave as a CSV file, a row per image file."""
+    names = ["class", "probability"]
+    for rank in range(2, len(rows[0][1]) + 1):
+        names += [f"class_{rank}", f"probability_{rank}"]
+    write_csv(path, ["file", *names], [[file, *itertools.chain(*best)] for file, best in rows])
+    print(f"wrote {path}")
+
+
+def write_csv(path, names, rows):
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("file", "rank", "class", "probability"))
+    writer.writerow(names)
     writer.writerows(rows)
     write_whole(os.path.realpath(path), table.getvalue())
-    print(f"wrote {path}")
 
 
 # The script.
@@ -266,7 +277,7 @@ def summary_of(result):
 
 def check_request(flags, run_dir, config):
     """Raise UserError for what does not suit the run."""
-    if config.dataset != flags.dataset:
+    if flags.dataset not in (None, config.dataset):
         raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}")
     further = [choice for choice in flags.batch_statistics if choice != "moving"]
     if further and config.norm_type != "batch":
@@ -283,14 +294,12 @@ def check_request(flags, run_dir, config):
 def print_predictions(flags, files, model, dataset):
     """Print the most likely classes of each file, and write them to --output; exit code 1 if one could not be read."""
     rows = []
-    for file, rank, name, probability in predict_files(model, dataset, files, min(flags.batch_size, len(files))):
-        if rank == 1:
-            print(file)
-        print(f"  {100 * probability:6.2f} %  {name}", flush=True)
-        rows.append((file, rank, name, probability))
+    for file, best in predict_files(model, dataset, files, min(flags.batch_size, len(files))):
+        print(file, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
+        rows.append((file, best))
     if flags.output is not None and rows:
         write_predictions(flags.output, rows)
-    if sum(rank == 1 for _, rank, *_ in rows) < len(files):
+    if len(rows) < len(files):
         sys.exit(1)
 
 
@@ -327,7 +336,10 @@ def main(flags):
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, data = configuration.read_config(run_dir)
     check_request(flags, run_dir, config)
-    train, test = datasets.create_default_splits(flags.dataset, flags.data_dir, validation=flags.validation)
+    data_dir = flags.data_dir
+    if data_dir == datasets.DATA_DIR:  # not given: where the run's data were
+        data_dir = config.data_dir or data_dir
+    train, test = datasets.create_default_splits(config.dataset, data_dir, validation=flags.validation)
     configuration.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
     if flags.predict:
         check_images(train)
@@ -341,17 +353,20 @@ def main(flags):
     split = test if flags.split == "test" else train
     split_name = "validation" if flags.validation else flags.split
     weights = model.get_weights()  # as training left them
-    measured = measure_all(flags, config, model, train, split, f"{flags.dataset} {split_name}")
+    measured = measure_all(flags, config, model, train, split, f"{config.dataset} {split_name}")
     result = measured["accuracy"]
     with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):
         tf.summary.scalar(f"evaluation_{split_name}/accuracy", result["accuracy"])
         tf.summary.scalar(f"evaluation_{split_name}/loss", result["loss"])
-        confusion = summaries.confusion_image(result["confusion"], split.class_names)
-        tf.summary.image(f"evaluation_{split_name}/confusion", confusion)
+        confusion = summaries.draw_confusion(result["confusion"], split.class_names)
+        tf.summary.image(f"evaluation_{split_name}/confusion", summaries.as_pixels(confusion))
+    confusion.savefig(run_dir / "confusion.png", dpi=200)
     summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
+    classes = zip(split.class_names, result["confusion"].sum(axis=1), result["per_class_accuracy"])
+    write_csv(run_dir / "classes.csv", ("class", "images", "accuracy"), classes)
     results = {measure: summary_of(found) for measure, found in measured.items()}
     runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
-    print(f"wrote {run_dir / 'evaluation.json'}, mistakes.png and TensorBoard summaries beside it")
+    print(f"wrote evaluation.json, classes.csv, confusion.png, mistakes.png and TensorBoard summaries to {run_dir}")
     if flags.export is not None:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
         network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
         network.set_weights(weights)

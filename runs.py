@@ -28,10 +28,10 @@ MEASURES = {
 
 
 def make_run_dir(config: Config) -> Path:
-    """A new folder train_dir/<prefix>-<dataset>_lr_..._bs_..._norm_type_...-<time>, this run's alone."""
+    """A new folder train_dir/<prefix>-<dataset>_<norm>_bs_<batch size>_<model>_s<seed>-<time>, this run's alone."""
     name = (
-        f"{config.prefix}-{config.dataset}_lr_{config.base_learning_rate:g}_bs_{config.batch_size}"
-        f"_norm_type_{config.norm_type}-{time.strftime('%Y%m%d-%H%M%S')}"
+        f"{config.prefix}-{config.dataset}_{config.arm}_bs_{config.batch_size}_{config.model}_s{config.seed}"
+        f"-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
         path = Path(config.train_dir) / (name + suffix)
@@ -58,25 +58,27 @@ def lock(run_dir: Path):
         os.close(handle)  # which ends the lock, as the end of the process does
 
 
-def find_run(train_dir, dataset: str) -> Path:
-    """The run folder of this dataset whose checkpoint is the newest; train_dir may itself be one run folder."""
+def find_run(train_dir, dataset: str | None = None) -> Path:
+    """The run folder, of this dataset if one is given, whose checkpoint is the newest; train_dir may itself be one."""
     train_dir = Path(train_dir)
     if (train_dir / "config.json").exists():
         candidates = [train_dir]
     else:
         candidates = [path.parent for path in train_dir.glob("*/config.json")]
     of_dataset = {path: read_config(path)[0].dataset for path in candidates}
-    runs = [path for path in candidates if of_dataset[path] == dataset]
+    runs = [path for path in candidates if dataset in (None, of_dataset[path])]
     if not runs:
         names = sorted(set(of_dataset.values()))
         raise UserError(
-            f"no run of {dataset} in {train_dir}"
+            f"no run {f'of {dataset} ' if dataset else ''}in {train_dir}"
             + (f", only of {', '.join(names)}" if names else "")
-            + f": train one with 'python trainer.py --dataset {dataset}', or name another --train_dir"
+            + f": train one with 'python trainer.py --dataset {dataset or 'NAME'}', or name another --train_dir"
         )
     saved = [path for path in runs if (path / "checkpoint").exists()]
     if not saved:
-        raise UserError(f"the runs of {dataset} in {train_dir} have no checkpoint yet")
+        raise UserError(
+            f"none of {len(runs)} runs {f'of {dataset} ' if dataset else ''}in {train_dir} has a checkpoint yet"
+        )
     return max(saved, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
 
 

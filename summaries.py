@@ -1,6 +1,6 @@
 """What a run writes and prints: rows of metrics.jsonl, TensorBoard, lines and a bar on the console, pictures.
 
-log = summaries.Log(run_dir, config, test, first_step=0)
+log = summaries.Log(run_dir, config, train, test, first_step=0)
 log.stepped(step)
 if log.due(step): log.write({"step": step, ...}, images)
 """
@@ -8,6 +8,7 @@ if log.due(step): log.write({"step": step, ...}, images)
 import contextlib
 import json
 import os
+import threading
 import time
 
 import numpy as np
@@ -18,19 +19,24 @@ from tensorboard.plugins.hparams import api as hparams
 from tqdm import tqdm
 
 import runs
-from config import flags_given
 from input_ops import create_input_ops
+
+FIRST_TAGS = {"accuracy/test": "test_loss/accuracy", "accuracy/training": "loss/accuracy"}  # TensorBoard's first cards
+SILENCE = 60  # seconds without a line or a bar, after which a row is printed
 
 
 class Log:
     """The row, the scalars, the line and the bar of each step that asks for them.
 
     images_per_second counts the seconds of training alone, without those spent in `with log.paused()` and without the
-    first step, which traces the graph. Of several workers one writes.
+    first step, which traces the graph. Of several workers one writes. batches_done() says how many batches of the
+    present step are done.
     """
 
-    def __init__(self, run_dir, config, test, first_step, writes=True):
+    def __init__(self, run_dir, config, train, test, first_step, writes=True, batches_done=lambda: 0):
         self.config, self.test, self.first_step, self.steps = config, test, first_step, config.max_training_step
+        self.epoch = -(-len(train) // config.max_batch_size)  # in steps
+        self.in_epochs = self.steps % self.epoch == 0 and config.test_sample_step % self.epoch == 0
         self.writes, self.path = writes, run_dir and run_dir / "metrics.jsonl"
         self.file = open(self.path if writes else os.devnull, "a")
         self.writer = tf.summary.create_file_writer(str(run_dir)) if writes else tf.summary.create_noop_writer()
@@ -38,10 +44,19 @@ class Log:
             mark_start(self.writer, first_step)
         if writes and first_step == 0:
             with self.writer.as_default(step=0):
-                write_hparams(config, flags_given(run_dir))
-        self.bar = tqdm(total=self.steps, initial=first_step, unit="step", disable=None if writes else True)
+                write_hparams(config, run_dir.name)
+        self.batches, self.batches_done = config.batches_per_step, batches_done
+        self.bar = tqdm(
+            total=self.steps * self.batches,
+            initial=first_step * self.batches,
+            unit="batch",
+            disable=None if writes else True,
+        )
+        self.closed = threading.Event()
+        if not self.bar.disable:
+            threading.Thread(target=self.move_bar, daemon=True).start()
         self.clock, self.timed_steps, self.seconds_per_step = time.perf_counter(), 0, None
-        self.seconds_per_test = None
+        self.seconds_per_test, self.said_at, self.done = None, time.monotonic(), first_step
 
     def test_due(self, step):
         return step % self.config.test_sample_step == 0 or step == self.steps
@@ -74,15 +89,23 @@ class Log:
             yield
         self.seconds_per_test = time.perf_counter() - began
 
+    def move_bar(self):
+        """Move the bar within a step, which may take a minute, every second. Runs in a thread of its own."""
+        while not self.closed.wait(1):
+            self.bar.n = self.done * self.batches + self.batches_done() % self.batches
+            self.bar.refresh()
+
     def stepped(self, step):
-        """Count a step; say after the second one how long all will take."""
-        self.bar.update()
+        """Count a step; after the second one print how long an epoch and the run will take."""
+        self.done = step
+        self.bar.update(step * self.batches - self.bar.n)
         self.timed_steps += 1
         if step == self.first_step + 1:
             self.clock, self.timed_steps = time.perf_counter(), 0
         if step == self.first_step + 2:
             self.seconds_per_step = time.perf_counter() - self.clock
-            self.say(f"about {duration(self.seconds_left(step))} to go, tests included")
+            epoch = duration(self.epoch * self.seconds_per_step)
+            self.print(f"an epoch takes about {epoch}, the run {duration(self.seconds_left(step))}, tests included")
 
     def seconds_left(self, step):
         tests = self.steps // self.config.test_sample_step - step // self.config.test_sample_step
@@ -90,7 +113,8 @@ class Log:
         guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3  # forward alone
         return (self.steps - step) * self.seconds_per_step + tests * (self.seconds_per_test or guess)
 
-    def say(self, line):
+    def print(self, line):
+        self.said_at = time.monotonic()
         if self.writes:
             self.bar.write(line) if not self.bar.disable else print(line, flush=True)
 
@@ -105,8 +129,10 @@ class Log:
             self.add(row)
             if self.scalars_due(step):
                 self.write_summaries(row, images)
-            if self.line_due(step):
-                self.say(self.line(row))
+            if self.test_due(step) or (self.bar.disable and time.monotonic() - self.said_at > SILENCE):
+                self.print(self.line(row))
+            elif self.line_due(step):
+                self.bar.set_postfix_str(f"loss {row['loss/loss']:.3f}, accuracy {100 * row['loss/accuracy']:.1f} %")
 
     def add(self, row):
         """Append a row to metrics.jsonl."""
@@ -118,26 +144,33 @@ class Log:
             for tag, value in row.items():
                 if tag != "step":
                     tf.summary.scalar(tag, value)
+            for tag, same in FIRST_TAGS.items():
+                if same in row:
+                    tf.summary.scalar(tag, row[same])
             if self.test_due(row["step"]) and images is not None:
                 tf.summary.image("img/image", image_grid(images.numpy()))
                 tests, _ = next(iter(create_input_ops(self.test, min(64, len(self.test)), is_training=False)))
                 tf.summary.image("test_img/image", image_grid(tests.numpy()))
 
     def line(self, row):
+        """The line of a row, of at most 100 columns."""
+        step, total, unit = row["step"], self.steps, "step"
+        if self.in_epochs and step % self.epoch == 0:
+            step, total, unit = step // self.epoch, total // self.epoch, "epoch"
         line = (
-            f"step {row['step']:>{len(str(self.steps))}}/{self.steps}  loss {row['loss/loss']:.4f}  "
-            f"accuracy {100 * row['loss/accuracy']:6.2f} %  rate {row['learning_rate']:.2e}"
+            f"{unit} {step:>{len(str(total))}}/{total}  loss {row['loss/loss']:.4f}  "
+            f"accuracy {100 * row['loss/accuracy']:5.2f} %"
         )
-        if "images_per_second" in row:
-            line += f"  {row['images_per_second']:7.1f} images/s  {duration(self.seconds_left(row['step']))} left"
         if "test_loss/accuracy" in row:
-            line += f"  TEST accuracy {100 * row['test_loss/accuracy']:.2f} %"
-            if "test_loss/top5_accuracy" in row:
-                line += f"  top-5 {100 * row['test_loss/top5_accuracy']:.2f} %"
-            line += f"  loss {row['test_loss/loss']:.4f}"
+            line += f"  test {100 * row['test_loss/accuracy']:5.2f} %"
+        if "test_loss/top5_accuracy" in row:
+            line += f"  top-5 {100 * row['test_loss/top5_accuracy']:5.2f} %"
+        if "images_per_second" in row:
+            line += f"  {row['images_per_second']:.4g} images/s  {duration(self.seconds_left(row['step']))} left"
         return line
 
     def close(self):
+        self.closed.set()
         self.bar.close()
         self.writer.close()
         self.file.close()
@@ -156,27 +189,40 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def write_hparams(config, given):
-    """TensorBoard's HParams table: the main settings, and each other flag that was given, against test accuracy."""
+def write_hparams(config, trial):
+    """The row of a run, called `trial`, in TensorBoard's HParams table: settings against the accuracy of tests.
+
+    TensorBoard takes the columns from one run, so each run declares the same, and shows the first five of the alphabet:
+    hence the numbers.
+    """
     settings = {
+        "1 norm": config.arm,
+        "2 batch size": config.batch_size,
+        "3 model": config.model,
+        "4 rate": config.base_learning_rate,
+        "5 seed": config.seed,
         "dataset": config.dataset,
-        "norm_type": config.norm_type,
-        "batch_size": config.batch_size,
-        "learning_rate": config.base_learning_rate,
-        "model": config.model,
-        "seed": config.seed,
+        "steps": config.max_training_step,
+        "groups": config.groups if config.norm_type == "group" and config.group_size is None else 0,
+        "group_size": config.group_size or 0,
+        "max_batch_size": config.max_batch_size,
         "optimizer": config.optimizer,
-        "weight_standardization": config.weight_standardization,
+        "lr_schedule": config.lr_schedule,
+        "weight_decay": config.weight_decay,
+        "augment": config.augment or "none",
+        "dtype": config.dtype,
     }
-    settings |= {name: value for name, value in given.items() if name not in settings}
+    metrics = {
+        "test_loss/accuracy": "test accuracy",
+        "test_loss/loss": "test loss",
+        "loss/accuracy": "training accuracy",
+        "evaluation_test/accuracy": "accuracy by evaler.py",
+    }
     hparams.hparams_config(
         hparams=[hparams.HParam(name) for name in settings],
-        metrics=[
-            hparams.Metric("test_loss/accuracy", display_name="test accuracy"),
-            hparams.Metric("test_loss/loss", display_name="test loss"),
-        ],
+        metrics=[hparams.Metric(tag, display_name=name) for tag, name in metrics.items()],
     )
-    hparams.hparams(settings)
+    hparams.hparams(settings, trial_id=trial)
 
 
 # Pictures.
@@ -204,38 +250,38 @@ def image_grid(images, most=64):
     return grid.reshape(1, rows * height, columns * width, channels)
 
 
-def confusion_image(confusion, class_names):
-    """The confusion matrix, each row as shares of its label, as a picture [1, H, W, 3] uint8."""
-    figure = Figure(figsize=(7, 6.5), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+def draw_confusion(confusion, class_names):
+    """A figure of the confusion matrix [K, K] (label, prediction), each row as shares of its label."""
+    figure = Figure(figsize=(4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the label's images")
-    axes.set(xlabel="prediction", ylabel="label", title=f"{confusion.sum()} images")
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1))
+    axes.set(xlabel="prediction", ylabel="label")
+    axes.set_title(f"{confusion.sum()} images; colour: share of the label's images", fontsize=8)
     if len(class_names) <= 20:
-        ticks = range(len(class_names))
-        axes.set_xticks(ticks, class_names, rotation=45, ha="right")
-        axes.set_yticks(ticks, class_names)
-        for label, prediction in np.ndindex(*confusion.shape):
-            if confusion[label, prediction]:
-                axes.text(
-                    prediction,
-                    label,
-                    confusion[label, prediction],
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if shares[label, prediction] > 0.5 else "black",
-                )
+        ticks, names = range(len(class_names)), [f"{name:.12}" for name in class_names]
+        axes.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7)
+        axes.set_yticks(ticks, names, fontsize=7)
+    for label, prediction in np.argwhere(confusion) if len(class_names) <= 10 else ():
+        colour = "white" if shares[label, prediction] > 0.5 else "black"
+        count = confusion[label, prediction]
+        axes.text(prediction, label, count, ha="center", va="center", fontsize=7, color=colour)
+    return figure
+
+
+def as_pixels(figure):
+    """A figure as a picture [1, H, W, 3] uint8, for TensorBoard, which shows it some 350 pixels wide."""
+    figure.set_dpi(100)
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[None, ..., :3]
 
 
 def draw_mistakes(path, split, result, most=25):
-    """Save the images that were most wrong as a PNG, each with its label, prediction and loss."""
+    """Save the images that were most wrong as a PNG, each with its id, label, prediction and probability."""
     wrong = np.flatnonzero(result["predictions"] != split.labels)
     worst = wrong[np.argsort(-result["losses"][wrong], kind="stable")][:most]
-    figure = Figure(figsize=(10, 11), layout="constrained")
+    figure = Figure(figsize=(11, 12), layout="constrained")
     figure.suptitle(f"{split.name}: the {len(worst)} worst of {len(wrong)} mistakes in {len(split)} images")
     images = split.read(worst) if len(worst) else []
     if split.encoded:
@@ -246,6 +292,8 @@ def draw_mistakes(path, split, result, most=25):
         axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray")
         label = split.class_names[split.labels[position]]
         prediction = split.class_names[result["predictions"][position]]
-        axes.set_title(f"{label:.24}, not\n{prediction:.24} ({result['losses'][position]:.1f})", fontsize=8)
+        probability = f"{100 * result['probabilities'][position]:.0f} %"
+        name = split.ids[position].rpartition("/")[2]
+        axes.set_title(f"{name[-28:]}\ntrue {label:.20}\npredicted {prediction:.14} {probability}", fontsize=8)
         axes.axis("off")
     figure.savefig(path, dpi=100)

@@ -129,6 +129,10 @@ class State:
             self.window = self.recent.numpy()
         self.writes, self.saved_step, self.saved_at = writes, int(self.step), time.monotonic()
 
+    def batches_done(self):
+        """How many batches of the present step are done: it may be asked by another thread while the step runs."""
+        return int(self.totals.numpy()[2]) // self.config.batch_size
+
     def finish_step(self):
         self.step.assign_add(1)
         self.window[int(self.step) % len(self.window)] = self.totals.numpy()
@@ -410,11 +414,17 @@ def introduce(config, train, test):
     updates = f"{config.updates_per_step} updates each"
     if config.accumulate:
         updates = f"one update each, of {config.batches_per_step} batches"
-    size = "x".join(map(str, train.network_shape))
+    size, norm = "x".join(map(str, train.network_shape)), config.arm.removesuffix("+acc")
+    shown = {
+        "flip+crop": "mirrored and cut at random (--augment crop: not mirrored, for digits and signs; --no_augment)",
+        "crop": "cut at random, not mirrored",
+        None: "as they are (--augment crop cuts them at random, --augment mirrors them, too)",
+    }
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
-        f"{config.model}, {config.norm_type} norm: {config.max_training_step} steps of {config.max_batch_size} images, "
-        f"in {updates}; {tests} tests. How long it will take is said after two steps",
+        f"training images: {shown[config.augment]}\n"
+        f"{config.model}, {norm} norm: {config.max_training_step} steps of {config.max_batch_size} images, "
+        f"in {updates}; {tests} tests",
         flush=True,
     )
 
@@ -472,7 +482,7 @@ def finish(run_dir, state, train, test, interruption):
         flush=True,
     )
     try:
-        log = Log(run_dir, config, test, int(state.step), who.is_chief)
+        log = Log(run_dir, config, train, test, int(state.step), who.is_chief, state.batches_done)
         done = train_run(state, train, test, log, interruption)
     except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
         # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
@@ -491,7 +501,14 @@ def finish(run_dir, state, train, test, interruption):
             flush=True,
         )
         sys.exit(128 + number)
-    print(f"done: {config.max_training_step} steps, run folder {place}")
+    if not who.is_chief:
+        print(f"done: {config.max_training_step} steps")
+    else:
+        accuracy = runs.read_run(run_dir).accuracies["accuracy"]
+        print(
+            f"done: test accuracy {100 * accuracy:.2f} % after {config.max_training_step} steps; next, its classes and "
+            f"mistakes, and its curves:\n  python evaler.py {run_dir}\n  tensorboard --logdir {run_dir.parent}"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from datasets import hdf5, own
 from command import UserError
 
 NAMES = ("MNIST", "Fashion", "SVHN", "CIFAR10", "TinyImageNet", "ImageNet", "Digits")
+OTHER_NAMES = {"Fashion": ("fashionmnist",), "TinyImageNet": ("tinyimagenet200",), "ImageNet": ("imagenet1k",)}
 VALIDATION_SEED = 0
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
@@ -24,9 +25,17 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
     """Return the folder of dataset `name`. Raises UserError for a name that can name no dataset."""
     if name in NAMES:
         return os.path.join(os.path.abspath(data_dir), name.lower())
+    is_free = not os.path.isdir(os.path.join(data_dir, str(name)))
+    letters = re.sub("[^a-z0-9]", "", str(name).lower())
     for known in NAMES:
-        if known.lower() == str(name).lower():
+        likely = (known.lower(), *OTHER_NAMES.get(known, ()))
+        if known.lower() == str(name).lower() or (is_free and letters in likely):
             raise UserError(f"dataset {name!r}: did you mean {known}?")
+    if os.sep in str(name) and os.path.isdir(str(name)):
+        raise UserError(
+            f"dataset {name!r} is a folder: pack its images first, by `python download.py --dataset MY_DATA "
+            f"--image_dir {name}`, then use --dataset MY_DATA"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
         raise UserError(
             f"dataset name {name!r}: use one of {' '.join(NAMES)}, or letters, digits, '_' and '-' for a "

@@ -33,12 +33,9 @@ import datasets
 import download
 import results
 from command import ArgumentParser, UserError, ExternalError, one_line, run, within
-from config import derive, describe_data, parse_training, settings_of, training_parser
+from config import ARMS, NORMS, derive, describe_data, parse_training, settings_of, training_parser
 from runs import MEASURES, read_runs
 
-PLAIN_NORMS = ("batch", "group", "layer", "instance", "none")
-NORMS = (*PLAIN_NORMS, *(f"{norm}+ws" for norm in PLAIN_NORMS), "batch+renorm")
-ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))
 FIRST_BATCH_SIZES = (2, 32)  # these two tell the story
 SMALL = 2  # batch sizes up to this are evaluated with statistics re-estimated in batches of their own size, too
 EPOCHS = 8
@@ -94,16 +91,24 @@ def parse_flags(argv=None):
     for name, remedy in (
         ("seed", "--seeds N trains with the seeds 0 to N - 1"),
         ("resume", "the same command goes on with what it has begun"),
-        ("weight_standardization", "put +ws at the end of a --norm_type"),
-        ("accumulate", "put +acc at the end of a --norm_type"),
     ):
         if name in passed:
             raise UserError(f"--{name} has no effect here: {remedy}")
+    for name, suffix in (("weight_standardization", "+ws"), ("accumulate", "+acc")):
+        if name in passed:  # as trainer.py spells it
+            rest.remove(f"--{name}")
+            flags.norm_type = [arm if suffix in arm else with_suffix(arm, suffix) for arm in flags.norm_type]
     if not {"epochs", "max_training_step"} & set(passed):
         rest += ["--epochs", str(EPOCHS)]
     for name in ("log_step", "write_summary_step"):
         rest += [] if name in passed else [f"--{name}", str(LOG_STEP)]
     return flags, rest
+
+
+def with_suffix(arm, suffix):
+    """group and +ws: group+ws; group+acc and +ws: group+ws+acc."""
+    plain, acc, _ = arm.partition("+acc")
+    return plain + suffix + acc
 
 
 def available_cores():
@@ -115,13 +120,11 @@ class Cell:
     """One run of the grid: what it is, the flags that make it, and the settings by which its folder is known."""
 
     def __init__(self, flags, rest, arm, batch_size, seed):
-        plain = arm.removesuffix("+acc")
-        norm = plain.removesuffix("+ws")
+        norm = arm.removesuffix("+acc").removesuffix("+ws")
         self.arm, self.batch_size, self.seed = arm, batch_size, seed
         self.name = f"{arm}, batch size {batch_size}, seed {seed}"
-        self.flags = ["--dataset", flags.dataset, "--norm_type", norm, "--batch_size", str(batch_size)]
+        self.flags = ["--dataset", flags.dataset, "--norm_type", arm, "--batch_size", str(batch_size)]
         self.flags += ["--seed", str(seed), "--train_dir", flags.train_dir, "--data_dir", flags.data_dir, *rest]
-        self.flags += ["--weight_standardization"] * (plain != norm) + ["--accumulate"] * (arm != plain)
         for name in ("groups", "group_size") if norm == "group" else ():
             value = getattr(flags, name)
             self.flags += [f"--{name}", str(value)] if value is not None else []
