@@ -29,7 +29,7 @@ CARD = """\
 Each file was loaded again, and its logits were compared with the network's on {images} test images. The largest is
 {largest:.3g}.
 
-## saved_model
+{from_file}## saved_model
 
 Largest difference of a logit: {saved_model:.1e}. TensorFlow alone loads it; it trains on as the run did.
 
@@ -71,6 +71,27 @@ def fit(images, labels):  # to train on; labels int [N]
     network.fit({scaled}, labels)
 ```
 """
+
+FROM_FILE = """\
+## From an image file to an array
+
+```python
+import numpy as np
+from PIL import Image, ImageOps
+
+image = ImageOps.exif_transpose(Image.open("a.png")).convert("RGB")
+{lines}
+images = np.asarray(image, np.uint8).reshape(1, {shape}){scaled}
+```
+
+"""
+RESIZE = """\
+image = image.resize(({width}, {height}), Image.Resampling.BILINEAR)"""
+CENTRE_CROP = """\
+scale = 256 / min(image.size)
+image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BILINEAR)
+left, top = ((side - 224) // 2 for side in image.size)
+image = image.crop((left, top, left + 224, top + 224))"""
 
 
 def check_folder(folder) -> None:
@@ -248,8 +269,14 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
         rows["an image file becomes one"] = f"turned upright, {colours}, transparent parts on white, resized: {how}"
     folded = ["the kernels are the standardized ones"] * config.weight_standardization
     folded += ["the scalars of SkipInit were multiplied into the kernels"] * (config.norm_type == "none")
+    height, width, channels = test.network_shape
+    lines = CENTRE_CROP if test.encoded else RESIZE.format(width=width, height=height)
+    lines += '\nimage = image.convert("L")' if channels == 1 else ""
     is_uint8 = test.dtype == np.uint8
+    scaled = "" if is_uint8 else " / np.float32(255)"
+    from_file = FROM_FILE.format(lines=lines, shape=shape, scaled=scaled) if channels in (1, 3) else ""
     return CARD.format(
+        from_file=from_file,
         model=config.model,
         dataset=test.name,
         table="".join(f"| {name} | {cell(value)} |\n" for name, value in rows.items()),
