@@ -62,6 +62,8 @@ def run(main):
         code, message = 1, error
     except OSError as error:  # requests' errors are OSErrors too
         code, message = (2 if error.errno in USER_ERRNO else 1), f"{type(error).__name__}: {error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"the disk is full: {error.filename or error}; free some space, and run this again"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Terminated:

@@ -18,7 +18,7 @@ import time
 import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NameResolutionError, NewConnectionError
 from urllib3.util import Retry
 
 import datasets
@@ -30,6 +30,7 @@ RETRY = Retry(2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504),
 TURNS = 10  # of all mirrors, as long as each turn changes something
 SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: a mirror that is slower is left for the next
 PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # bytes read of a file, and of a connection
+NO_CONNECTION = "no connection"
 BAR = {"disable": None, "leave": False}  # of tqdm, drawn on a terminal only
 
 
@@ -98,8 +99,9 @@ def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
                     os.remove(part)
                     raise Refused(what)
             except (requests.RequestException, HTTPError, Refused) as error:
-                reason = f"{type(error).__name__}: {one_line(error, 300)}"
-                print(f"warning: {url}: {reason}", flush=True)
+                reason = reason_of(error)
+                if reason != NO_CONNECTION:  # which all mirrors would say
+                    print(f"warning: {url}: {reason}", flush=True)
                 has_changed = has_changed or size_of(part) != have
                 continue
             if found != right:
@@ -110,9 +112,20 @@ def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
         if not has_changed:
             break
     raise ConnectionError(
-        f"no mirror gives {name} ({one_line(reason, 40)}): check the network, or get it elsewhere and add "
+        f"no mirror gives {name} ({one_line(reason, 60)}): check the network, or get it elsewhere and add "
         "--archive_dir DIR"
     )
+
+
+def reason_of(error):
+    """Return in a few words why a mirror failed."""
+    cause = error.args[0] if error.args else error
+    cause = getattr(cause, "reason", None) or cause  # what urllib3 retried
+    if isinstance(cause, NewConnectionError | NameResolutionError | ConnectTimeoutError):
+        return NO_CONNECTION
+    if isinstance(error, requests.HTTPError):
+        return f"status {error.response.status_code} {error.response.reason}"
+    return f"{type(error).__name__}: {one_line(cause, 100)}"
 
 
 def receive(url, part, size, timeout, may_be_slow):
