@@ -31,6 +31,7 @@ from tqdm import tqdm
 import challenge
 import datasets
 import download
+import pictures
 import results
 from command import ArgumentParser, UserError, ExternalError, one_line, run, within
 from config import ARMS, NORMS, derive, describe_data, parse_training, settings_of, training_parser
@@ -363,13 +364,27 @@ def images_per_second(runs):
     return {size: statistics.median(speeds) for size, speeds in found.items() if speeds}
 
 
+def report(runs, folder, called=None):
+    """Print the tables and sentences of `runs`; leave them in folder/table.md, results.csv and two pictures."""
+    found, folder = results.tables(runs, called), Path(folder)
+    parts = [part for table in found for part in (results.markdown(table), "\n".join(results.sentences(table))) if part]
+    text = "\n\n".join(parts) + "\n"
+    print(text)
+    (folder / "table.md").write_text(text)
+    results.write_csv(runs, folder / "results.csv")
+    if any(run.state == "finished" for run in runs):
+        pictures.draw_batch_sizes(found, folder / "batch_size.png")
+        pictures.draw_curves(found, folder / "curves.png")
+    print(f"wrote table.md, results.csv and pictures to {folder}")
+
+
 def main():
     flags, rest = parse_flags()
     if flags.from_logs:
         runs = read_runs(flags.from_logs)
         if not runs:
             raise UserError(f"no run folder in {', '.join(flags.from_logs)}: name a folder that trainer.py wrote into")
-        results.report(runs, flags.from_logs[0], flags.called)
+        report(runs, flags.from_logs[0], flags.called)
         return
     if flags.challenge:
         challenge.challenge(flags.challenge, flags.runs, flags.steps, flags.data_dir)
@@ -385,7 +400,7 @@ def main():
     finally:
         runs = read_runs([flags.train_dir])
         if runs:
-            results.report(runs, flags.train_dir, flags.called)
+            report(runs, flags.train_dir, flags.called)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Show runs: the table of accuracies against batch size, what it supports in words, the pictures. See compare.py.
+"""The table of runs: accuracies against batch size, and what they support in words. See compare.py.
 
 Runs are alike when all their settings are alike but for the seed. A cell of the table is alike runs, over their seeds;
 the rows of a table differ in the norm, and in what they name.
@@ -9,9 +9,6 @@ import json
 import math
 import re
 import statistics
-from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from runs import MEASURES
 
@@ -52,9 +49,6 @@ PLAIN = {
     "group_size": "channels per group",
     "validation": "held out",
 }
-
-
-# ----------------------------------------------------------------------------------------------------- the table
 
 
 def frozen(settings):
@@ -245,90 +239,3 @@ def write_csv(runs, path):
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-# -------------------------------------------------------------------------------------------------- the pictures
-
-
-def draw_batch_sizes(found, path):
-    """Accuracy against batch size on a logarithmic axis, a panel per table, a line per row, the spread drawn."""
-    figure = Figure(figsize=(7.5 * len(found), 4.8), layout="constrained")
-    for place, (title, rows, batch_sizes, cells) in enumerate(found, 1):
-        axes = figure.add_subplot(1, len(found), place)
-        dashes = (0, (6, 1, 1, 1))
-        styles = {
-            "accuracy": "-",
-            "last_epochs": "-.",
-            "reestimated": "--",
-            "reestimated_small": dashes,
-            "by_batch": ":",
-        }
-        markers = {}
-        for row, measure in rows:
-            points = []
-            for size in batch_sizes:
-                runs = cells.get((row, measure, size), [])
-                values = [100 * run.accuracies[measure] for run in runs if measure in run.accuracies]
-                if values:
-                    points.append((size, min(values), statistics.median(values), max(values)))
-            if not points:
-                continue
-            marker = markers.setdefault(row[1], "osD^vPX*<>"[len(markers) % 10])
-            sizes, low, middle, high = zip(*points)
-            axes.plot(
-                sizes,
-                middle,
-                linestyle=styles[measure],
-                marker=marker,
-                markersize=5,
-                color=COLOURS[row[0]],
-                label=label(row, measure),
-            )
-            axes.fill_between(sizes, low, high, color=COLOURS[row[0]], alpha=0.18, linewidth=0)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
-        axes.set(xlabel="batch size (images that batch norm sees)", ylabel="accuracy (%)")
-        axes.set_title(title, fontsize=9, wrap=True)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(axes.lines) > 8 else {}))
-    figure.savefig(path, dpi=110)
-
-
-def draw_curves(found, path):
-    """Training (thin) and test accuracy over steps: a row of panels for each table, a panel for each batch size."""
-    width = max(len(batch_sizes) for _, _, batch_sizes, _ in found)
-    figure = Figure(figsize=(3.4 * width + 1.5, 3.4 * len(found) + 0.6), layout="constrained")
-    for place, (title, rows, batch_sizes, cells) in enumerate(found):
-        for column, size in enumerate(batch_sizes):
-            axes = figure.add_subplot(len(found), width, place * width + column + 1)
-            for row in dict.fromkeys(row for row, _ in rows):
-                words = label(row)
-                for run in cells.get((row, "accuracy", size), []):
-                    for key, style in (
-                        ("loss/accuracy", {"linewidth": 0.7, "alpha": 0.55}),
-                        ("test_loss/accuracy", {"linewidth": 1.6, "marker": ".", "label": words}),
-                    ):
-                        points = [(r["step"], 100 * r[key]) for r in run.rows if key in r]
-                        if points:
-                            axes.plot(*zip(*points), color=COLOURS[row[0]], **style)
-                    words = None
-            axes.set_title(f"batch size {size}", fontsize=9)
-            axes.set_xlabel(f"step\n{title.split(',')[0]}: test thick, training thin", fontsize=8)
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
-            if column == 0:
-                axes.set_ylabel("accuracy (%)")
-    figure.savefig(path, dpi=100)
-
-
-def report(runs, folder, called=None):
-    """Print the tables and sentences of `runs`; leave them in folder/table.md, results.csv and the two pictures."""
-    found, folder = tables(runs, called), Path(folder)
-    parts = [part for table in found for part in (markdown(table), "\n".join(sentences(table))) if part]
-    text = "\n\n".join(parts) + "\n"
-    print(text)
-    (folder / "table.md").write_text(text)
-    write_csv(runs, folder / "results.csv")
-    draw_batch_sizes(found, folder / "batch_size.png")
-    draw_curves(found, folder / "curves.png")
-    print(f"wrote table.md, results.csv, batch_size.png and curves.png to {folder}")

@@ -1,0 +1,184 @@
+"""Pictures of runs: accuracy against batch size, and curves over the steps. Drawn by compare.py from tables."""
+
+import math
+import re
+import statistics
+
+from matplotlib.figure import Figure
+
+from results import COLOURS, label
+
+STYLES = {
+    "accuracy": "-",
+    "last_epochs": "-.",
+    "reestimated": "--",
+    "reestimated_small": (0, (6, 1, 1, 1)),
+    "by_batch": ":",
+}
+MARKERS = {"accuracy": "o", "last_epochs": "s", "reestimated": "^", "reestimated_small": "v", "by_batch": "x"}
+NARROW = 10  # points: what the second panel shows, from the highest median down
+MANY_ROWS = 6  # beyond, names stand in a legend
+MANY_NORMS = 4  # beyond, batch and group norm are references, in gray
+
+
+def points_of(table, row, measure):
+    """[(batch size, smallest, median, largest accuracy in %)] of a row of a table."""
+    _, _, batch_sizes, cells = table
+    points = []
+    for size in batch_sizes:
+        runs = cells.get((row, measure, size), [])
+        values = [100 * run.accuracies[measure] for run in runs if measure in run.accuracies]
+        if values:
+            points.append((size, min(values), statistics.median(values), max(values)))
+    return points
+
+
+def plain_title(table):
+    """'CIFAR-10, resnet8, 24 epochs, median and range of 3 seeds'."""
+    name, model, *_ = table[0].split(", ")
+    epochs = re.search(r"\((\S+ epochs)\)", table[0])
+    most = max(len({run.config.seed for run in runs}) for runs in table[3].values())
+    seeds = f"median and range of {most} seeds" if most > 1 else "one seed"
+    return ", ".join([name, model, *([epochs[1]] if epochs else []), seeds])
+
+
+def finding(table):
+    """'From batch size 1 to 32: batch +52.9, group +0.4 points', the gain of each row; '' where there are many rows."""
+    _, rows, batch_sizes, _ = table
+    gains = {}
+    for row, measure in rows:
+        middle = {size: median for size, _, median, _ in points_of(table, row, measure)}
+        if measure == "accuracy" and {batch_sizes[0], batch_sizes[-1]} <= middle.keys():
+            gains[label(row)] = middle[batch_sizes[-1]] - middle[batch_sizes[0]]
+    words = [f"{name} {'−' if gain < 0 else '+'}{abs(gain):.1f}" for name, gain in gains.items()]
+    few = 0 < len(words) <= MANY_NORMS and len(batch_sizes) > 1
+    return f"From batch size {batch_sizes[0]} to {batch_sizes[-1]}: {', '.join(words)} points" if few else ""
+
+
+def draw_rows(axes, table):
+    """Accuracy against batch size, a line per row with a band from smallest to largest; dots where there are two
+    sizes. Returns [(last median, name, colour)]."""
+    _, rows, batch_sizes, _ = table
+    many = len({row[0] for row, _ in rows}) > MANY_NORMS
+    colours = COLOURS | ({"batch": "#707070", "group": "#b0b0b0"} if many else {})
+    ends = []
+    for place, (row, measure) in enumerate(rows):
+        points = points_of(table, row, measure)
+        if not points:
+            continue
+        sizes, low, middle, high = zip(*points)
+        colour, name = colours[row[0]], label(row, measure)
+        if len(batch_sizes) == 2:
+            sizes = [size * 2 ** (0.08 * (place - len(rows) / 2)) for size in sizes]  # side by side
+            axes.vlines(sizes, low, high, color=colour)
+            axes.plot(sizes, middle, linestyle="none", marker=MARKERS[measure], color=colour, label=name)
+        else:
+            axes.plot(sizes, middle, linestyle=STYLES[measure], marker="o", markersize=3, color=colour, label=name)
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
+        ends.append((middle[-1], name, colour))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
+    axes.set_xlabel("batch size (images that batch norm sees)")
+    axes.grid(alpha=0.3)
+    return ends
+
+
+def name_ends(axes, ends):
+    """Write the names of lines beside their ends, apart from each other."""
+    bottom, top = axes.get_ylim()
+    place = -math.inf
+    for value, name, colour in sorted(ends):
+        place = max((value - bottom) / (top - bottom), place + 0.05, 0)
+        axes.text(1.02, place, name, color=colour, fontsize=8, va="center", transform=axes.transAxes)
+
+
+def draw_heat_map(axes, table):
+    """The median accuracies of rows that differ in settings."""
+    _, rows, batch_sizes, _ = table
+    rows = [row for row, measure in rows if measure == "accuracy"]
+    medians = [{size: median for size, _, median, _ in points_of(table, row, "accuracy")} for row in rows]
+    image = axes.imshow(
+        [[found.get(size, math.nan) for size in batch_sizes] for found in medians], aspect="auto", cmap="Blues"
+    )
+    for y, found in enumerate(medians):
+        for size, value in found.items():
+            colour = "white" if image.norm(value) > 0.6 else "black"
+            axes.text(batch_sizes.index(size), y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(batch_sizes)), [str(size) for size in batch_sizes])
+    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
+    axes.set_xlabel("batch size (images that batch norm sees)")
+
+
+def draw_batch_sizes(found, path):
+    """Accuracy against batch size, a row of panels per table: all, and the upper points alone. Where rows differ in
+    settings it is a heat map; nothing is drawn where there is one batch size and one setting."""
+    found = [table for table in found if len(table[2]) > 1 or differ_in_settings(table)]
+    path.unlink(missing_ok=True)
+    if not found:
+        return
+    heights = [0.25 * len(table[1]) + 1.5 if differ_in_settings(table) else 4.4 for table in found]
+    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, table in zip(parts, found):
+        part.suptitle("\n".join(filter(None, (finding(table), plain_title(table)))), fontsize=10)
+        if differ_in_settings(table):
+            draw_heat_map(part.add_subplot(), table)
+            continue
+        left, right = part.subplots(1, 2)
+        draw_rows(left, table)
+        ends = draw_rows(right, table)
+        top = max(high for row, measure in table[1] for _, _, _, high in points_of(table, row, measure))
+        right.set_ylim(top - NARROW, top + 0.05 * NARROW)
+        left.set_ylabel("accuracy (%)")
+        right.set_title(f"the upper {NARROW} points", fontsize=9)
+        if len(ends) > MANY_ROWS:
+            part.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+        else:
+            name_ends(right, ends)
+    note = "lines: medians; bands: from the smallest to the largest of the seeds"
+    figure.supxlabel(note, fontsize=8) if any("range" in plain_title(table) for table in found) else None
+    figure.savefig(path, dpi=100)
+
+
+def differ_in_settings(table):
+    return any(settings for (_, settings), _ in table[1])
+
+
+def draw_curves(found, path):
+    """Training (thin) and test accuracy over steps, medians with a band: two rows of panels per table, a panel for each
+    batch size, one legend."""
+    figure = Figure(figsize=(8.4, 5.6 * len(found)), layout="constrained")
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
+    for part, table in zip(parts, found):
+        _, rows, batch_sizes, cells = table
+        across = -(-len(batch_sizes) // 2)
+        panels = part.subplots(min(2, len(batch_sizes)), across, sharex=True, sharey=True, squeeze=False).ravel()
+        for axes, size in zip(panels, batch_sizes):
+            axes.set_title(f"batch size {size}", fontsize=9)
+            axes.grid(alpha=0.3)
+            for row in dict.fromkeys(row for row, _ in rows):
+                runs = cells.get((row, "accuracy", size), [])
+                for key, width in (("loss/accuracy", 0.7), ("test_loss/accuracy", 1.6)):
+                    steps, low, middle, high = curve_of(runs, key)
+                    name = label(row) if key == "test_loss/accuracy" else None
+                    axes.plot(steps, middle, linewidth=width, color=COLOURS[row[0]], label=name)
+                    axes.fill_between(steps, low, high, color=COLOURS[row[0]], alpha=0.15, linewidth=0)
+        for axes in panels[len(batch_sizes) :]:
+            axes.axis("off")
+        handles = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels())}
+        part.suptitle(plain_title(table), fontsize=10)
+        part.supylabel("accuracy (%)", fontsize=9)
+        part.supxlabel("step; thick: test, thin: training", fontsize=9)
+        part.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=100)
+
+
+def curve_of(runs, key):
+    """(steps, smallest, median, largest accuracy in %) of alike runs, at the steps that any of them logged."""
+    values = {}
+    for run in runs:
+        for row in run.rows:
+            if key in row:
+                values.setdefault(row["step"], []).append(100 * row[key])
+    steps = sorted(values)
+    return steps, *([of(values[step]) for step in steps] for of in (min, statistics.median, max))
