@@ -7,7 +7,10 @@ chain rule of arXiv 1502.03167 (section 3), not by the closed form that ops.py u
 import numpy as np
 import tensorflow as tf
 
-# (shape, channels last; groups): every rank, odd sizes, a single group, a group for each channel, a single channel
+import ops
+
+NORMS = ["group", "layer", "instance", "batch"]
+# (shape, channels last; groups): ranks 2 to 5, odd sizes, one group, a group for each channel, one channel, no example
 GROUP_CASES = [
     ((4, 6), 1),
     ((4, 6), 2),
@@ -26,6 +29,8 @@ GROUP_CASES = [
     ((2, 3, 4, 5, 8), 2),
     ((2, 2, 3, 3, 5), 5),
     ((1, 3, 2, 5, 6), 1),
+    ((0, 12), 4),
+    ((0, 5, 3, 12), 4),
 ]
 BATCH_SHAPES = [(5, 7), (2, 3), (3, 5, 6), (2, 5, 3, 12), (1, 7, 5, 9), (9, 1, 1, 4), (2, 3, 4, 5, 3)]
 FORMATS = ["channels_last", "channels_first"]
@@ -44,6 +49,24 @@ def group_sets(shape, groups):
 def batch_sets(shape):
     """Index tuples of the values of [N, ..., C] that batch norm normalizes together: one set for each channel."""
     return [(..., slice(c, c + 1)) for c in range(shape[-1])]
+
+
+def sets_of(norm_type, shape, groups=2):
+    """Index tuples of the values of [N, ..., C] that a norm normalizes together."""
+    if norm_type == "batch":
+        return batch_sets(shape)
+    return group_sets(shape, {"group": groups, "layer": 1, "instance": shape[-1]}[norm_type])
+
+
+def norm_of(norm_type, channels, groups=2, **options):
+    """A norm as a function of x, gamma and beta: of NORMS in training, or "inference", batch norm without training."""
+    if norm_type == "group":
+        return lambda *args: ops.group_norm(*args, groups, **options)
+    if norm_type in ("batch", "inference"):
+        moving = np.linspace(-1, 1, channels), np.linspace(0.5, 3, channels)
+        return lambda *args: ops.batch_norm(*args, *moving, norm_type == "batch", **options)[0]
+    function = {"layer": ops.layer_norm, "instance": ops.instance_norm}[norm_type]
+    return lambda *args: function(*args, **options)
 
 
 def oracle(x, gamma, beta, dy, sets, epsilon=1e-5):
@@ -96,33 +119,28 @@ def from_format(array, data_format):
 
 def run_with_gradients(function, x, gamma, beta, dy, data_format="channels_last"):
     """The results of function(x, gamma, beta), with channels last again, as the oracle returns them."""
-    x, gamma, beta = tf.constant(to_format(x, data_format)), tf.constant(gamma), tf.constant(beta)
+    arguments = [tf.constant(value) for value in (to_format(x, data_format), gamma, beta)]
     with tf.GradientTape() as tape:
-        tape.watch([x, gamma, beta])
-        y = function(x, gamma, beta)
-    dx, dgamma, dbeta = tape.gradient(y, [x, gamma, beta], output_gradients=tf.constant(to_format(dy, data_format)))
-    assert y.dtype == x.dtype and y.shape == x.shape
-    return {
-        "y": from_format(y, data_format),
-        "dx": from_format(dx, data_format),
-        "dgamma": dgamma.numpy(),
-        "dbeta": dbeta.numpy(),
-    }
+        tape.watch(arguments)
+        y = function(*arguments)
+    assert y.dtype == arguments[0].dtype and y.shape == arguments[0].shape
+    dx, dgamma, dbeta = tape.gradient(y, arguments, output_gradients=tf.constant(to_format(dy, data_format)))
+    y, dx = (from_format(value, data_format) for value in (y, dx))
+    return {"y": y, "dx": dx, "dgamma": dgamma.numpy(), "dbeta": dbeta.numpy()}
 
 
 def assert_close(actual, expected, dtype):
     """Compare element by element what run_with_gradients and oracle return."""
     scale = {
-        "y": np.abs(expected["y"]).max(),
+        "y": np.abs(expected["y"]).max(initial=0),
         "dx": expected["terms"],
         "dgamma": np.abs(expected["dgamma"]).max() + 1,
         "dbeta": np.abs(expected["dbeta"]).max() + 1,
     }
     for name, size in scale.items():
         assert actual[name].dtype == dtype, name
-        error = np.abs(actual[name] - expected[name])
-        assert error.shape == expected[name].shape, name
-        assert error.max() <= ROUNDINGS * np.finfo(dtype).eps * size, f"{name} is off by {error.max():.3g}"
+        allowed = ROUNDINGS * np.finfo(dtype).eps * size
+        np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=allowed, err_msg=name)
 
 
 def gradients_of_cube(function, arguments):
@@ -131,3 +149,28 @@ def gradients_of_cube(function, arguments):
         tape.watch(arguments)
         loss = tf.reduce_sum(function(*arguments) ** 3)
     return tf.concat([tf.reshape(gradient, [-1]) for gradient in tape.gradient(loss, arguments)], 0)
+
+
+def assert_second_derivatives(function, arrays, dtype="float64", in_graph=False):
+    """The gradient of function can be derived again, by every argument, as a gradient penalty does.
+
+    The product of all second derivatives with a direction is the gradient's central difference along it, in float64.
+    """
+    rng = np.random.default_rng(1)
+    directions = [rng.normal(size=array.shape) for array in arrays]
+    above, below = (
+        gradients_of_cube(function, [tf.constant(array + step * d) for array, d in zip(arrays, directions)])
+        for step in (1e-5, -1e-5)
+    )
+    expected = (above - below) / 2e-5
+
+    def product(*arguments):
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            first = gradients_of_cube(function, list(arguments))
+            along = tf.reduce_sum(first * tf.concat([tf.constant(d.ravel(), dtype) for d in directions], 0))
+        return tf.concat([tf.reshape(gradient, [-1]) for gradient in tape.gradient(along, arguments)], 0)
+
+    actual = (tf.function(product) if in_graph else product)(*(tf.constant(array, dtype) for array in arrays))
+    roundings = 1e-8 if dtype == "float64" else ROUNDINGS * 2.0**-23  # 1e-8 is what a central difference leaves
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=roundings * np.abs(expected).max())

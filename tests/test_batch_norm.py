@@ -1,4 +1,4 @@
-"""batch_norm against float64 formulas of our own, and its moving statistics.
+"""What batch_norm does beside the formula that test_group_norm.py tests: inference, and the moving statistics.
 
 python -m pytest tests/test_batch_norm.py
 """
@@ -7,58 +7,38 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from norm_oracle import (
-    BATCH_SHAPES,
-    FORMATS,
-    ROUNDINGS,
-    assert_close,
-    batch_sets,
-    oracle,
-    random_case,
-    run_with_gradients,
-    to_format,
-)
+from norm_oracle import BATCH_SHAPES, FORMATS, ROUNDINGS, assert_close, random_case, run_with_gradients, to_format
 
 import ops
 
 
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", BATCH_SHAPES)
-def test_batch_norm_in_training_is_the_formula(shape, dtype, data_format):
-    """Output and gradients, also through the statistics, are those of the batch."""
-    case = random_case(shape, dtype)
-    mean, variance = np.full(shape[-1], 7.0, dtype), np.full(shape[-1], 3.0, dtype)
-    actual = run_with_gradients(
-        lambda *args: ops.batch_norm(*args, mean, variance, True, data_format=data_format)[0], *case, data_format
-    )
-    assert_close(actual, oracle(*case, batch_sets(shape)), dtype)
-
-
-@pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", BATCH_SHAPES + [(1, 4), (1, 1, 1, 3)])
-def test_batch_norm_in_inference_is_the_formula(shape, dtype, data_format):
-    """Inference is y = gamma * (x - moving mean) / sqrt(moving variance + epsilon) + beta, one image or many."""
-    x, gamma, beta, dy = random_case(shape, dtype)
+def random_statistics(channels, dtype):
+    """A moving mean and a moving variance."""
     rng = np.random.default_rng(1)
-    mean, variance = rng.normal(size=shape[-1]).astype(dtype), rng.uniform(0.5, 2, shape[-1]).astype(dtype)
+    return rng.normal(size=channels).astype(dtype), rng.uniform(0.5, 2, channels).astype(dtype)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "shape, epsilon", [*((shape, 1e-5) for shape in BATCH_SHAPES), ((1, 4), 0.1), ((0, 2, 3), 0.1)]
+)
+def test_batch_norm_in_inference_is_the_formula(shape, epsilon, dtype, data_format):
+    """y = gamma * (x - moving mean) / sqrt(moving variance + epsilon) + beta, for any number of images."""
+    x, gamma, beta, dy = random_case(shape, dtype)
+    mean, variance = random_statistics(shape[-1], dtype)
+    options = {"data_format": data_format} | ({} if epsilon == 1e-5 else {"epsilon": epsilon})
     actual = run_with_gradients(
-        lambda *args: ops.batch_norm(*args, mean, variance, False, data_format=data_format)[0],
-        x,
-        gamma,
-        beta,
-        dy,
-        data_format,
+        lambda *args: ops.batch_norm(*args, mean, variance, False, **options)[0], x, gamma, beta, dy, data_format
     )
-    scale = 1 / np.sqrt(variance.astype("float64") + 1e-5)
-    xhat, others = (x.astype("float64") - mean) * scale, tuple(range(len(shape) - 1))
+    scale, others = 1 / np.sqrt(np.float64(variance) + epsilon), tuple(range(len(shape) - 1))
+    xhat, dx = (x - np.float64(mean)) * scale, dy * (gamma * scale)
     expected = {
         "y": xhat * gamma + beta,
-        "dx": dy * (gamma * scale),
+        "dx": dx,
         "dgamma": (dy * xhat).sum(others),
         "dbeta": dy.sum(others, dtype="float64"),
-        "terms": np.abs(dy * (gamma * scale)).max(),
+        "terms": np.abs(dx).max(initial=0),
     }
     assert_close(actual, expected, dtype)
 
@@ -67,79 +47,24 @@ def test_batch_norm_in_inference_is_the_formula(shape, dtype, data_format):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape, in_graph", [(shape, False) for shape in BATCH_SHAPES] + [((2, 5, 3, 12), True)])
 def test_moving_statistics_learn_the_mean_and_the_unbiased_variance(shape, dtype, data_format, in_graph):
-    """new = momentum * old + (1 - momentum) * batch, with the variance of m - 1; inference returns the old ones."""
+    """new = momentum * old + (1 - momentum) * batch, with the variance of m - 1; only returned, never assigned."""
     x, gamma, beta, _ = random_case(shape, dtype)
-    rng = np.random.default_rng(1)
-    mean, variance = rng.normal(size=shape[-1]).astype(dtype), rng.uniform(0.5, 2, shape[-1]).astype(dtype)
-    x_in = to_format(x, data_format)
-    arguments = [tf.constant(array) for array in (x_in, gamma, beta, mean, variance)]
+    statistics = random_statistics(shape[-1], dtype)
+    variables = [tf.Variable(value) for value in statistics]
+    arguments = [tf.constant(to_format(x, data_format)), tf.constant(gamma), tf.constant(beta), *variables]
     batch_norm = tf.function(ops.batch_norm) if in_graph else ops.batch_norm
-    others = tuple(range(len(shape) - 1))
-    batch_mean, batch_variance = x.astype("float64").mean(others), x.astype("float64").var(others, ddof=1)
+    values = np.float64(x).reshape(-1, shape[-1])
+    batch = values.mean(0), values.var(0, ddof=1)
     for kwargs, momentum in (({}, 0.9), ({"momentum": 0.75}, 0.75), ({"momentum": 0.0}, 0.0)):
-        _, new_mean, new_variance = batch_norm(*arguments, training=True, data_format=data_format, **kwargs)
-        for actual, old, new in ((new_mean, mean, batch_mean), (new_variance, variance, batch_variance)):
+        _, *moved = batch_norm(*arguments, training=True, data_format=data_format, **kwargs)
+        for actual, old, new in zip(moved, statistics, batch):
             assert actual.dtype == dtype
-            np.testing.assert_allclose(
-                actual,
-                momentum * old + (1 - momentum) * new,
-                rtol=0,
-                atol=ROUNDINGS * np.finfo(dtype).eps * np.abs(new).max(),
-            )
-    _, same_mean, same_variance = batch_norm(*arguments, training=False, data_format=data_format)
-    np.testing.assert_array_equal(same_mean, mean)
-    np.testing.assert_array_equal(same_variance, variance)
-    for array, tensor in zip((x_in, gamma, beta, mean, variance), arguments):  # a pure function
-        np.testing.assert_array_equal(tensor, array)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_batch_norm_leaves_variables_alone(dtype):
-    """Given variables, the pure function moves none of them: the caller decides."""
-    x, gamma, beta, _ = random_case((3, 4, 4, 5), dtype)
-    mean, variance = tf.Variable(tf.zeros(5, dtype)), tf.Variable(tf.ones(5, dtype))
-    _, new_mean, new_variance = ops.batch_norm(x, gamma, beta, mean, variance, True)
-    assert (new_mean.numpy() != 0).all() and (new_variance.numpy() != 1).all()
-    np.testing.assert_array_equal(mean, np.zeros(5))
-    np.testing.assert_array_equal(variance, np.ones(5))
-
-
-def test_batch_norm_epsilon_counts():
-    """Epsilon is 1e-5 unless given (in the original repo 1e-3 for BN, 1e-5 for GN), in training and in inference."""
-    x, gamma, beta, dy = random_case((4, 3, 3, 4), np.float32)
-    x *= 1e-3  # variance 4e-6, the size of epsilon
-    mean, variance = np.zeros(4, "float32"), np.full(4, 4e-6, "float32")
-    for kwargs, epsilon in (({}, 1e-5), ({"epsilon": 1e-3}, 1e-3), ({"epsilon": 1e-4}, 1e-4)):
-        expected = oracle(x, gamma, beta, dy, batch_sets(x.shape), epsilon)["y"]
-        y, *_ = ops.batch_norm(x, gamma, beta, mean, variance, True, **kwargs)
-        np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6)
-        y, *_ = ops.batch_norm(x, gamma, beta, mean, variance, False, **kwargs)
-        np.testing.assert_allclose(y, x / np.sqrt(4e-6 + epsilon) * gamma + beta, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("axis", [-1, 1])
-def test_batch_norm_agrees_with_keras(training, axis):
-    """keras.layers.BatchNormalization with epsilon 1e-5 and the same statistics gives the same outputs."""
-    rng = np.random.default_rng(0)
-    x = rng.normal(0.5, 2.0, (4, 6, 5, 6)).astype("float32")
-    theirs = keras.layers.BatchNormalization(axis=axis, epsilon=1e-5)
-    theirs.build(x.shape)
-    gamma, beta, mean, variance = (rng.uniform(0.5, 2, 6).astype("float32") for _ in range(4))
-    theirs.set_weights([gamma, beta, mean, variance])
-    y, *_ = ops.batch_norm(
-        x, gamma, beta, mean, variance, training, data_format="channels_last" if axis == -1 else "channels_first"
-    )
-    np.testing.assert_allclose(y, theirs(x, training=training), rtol=0, atol=5e-6)  # outputs of size 10
-
-
-def test_batch_norm_in_inference_ignores_the_batch():
-    """An image's output is its own, whatever else is in the batch (the original repo tested on batch statistics)."""
-    x, gamma, beta, _ = random_case((5, 4, 4, 6), np.float32)
-    mean, variance = np.linspace(-1, 1, 6, dtype="float32"), np.linspace(0.5, 2, 6, dtype="float32")
-    whole, *_ = ops.batch_norm(x, gamma, beta, mean, variance, False)
-    alone, *_ = ops.batch_norm(x[3:4], gamma, beta, mean, variance, False)
-    np.testing.assert_allclose(alone[0], whole[3], rtol=0, atol=1e-6)
+            allowed = ROUNDINGS * np.finfo(dtype).eps * np.abs(new).max()
+            np.testing.assert_allclose(actual, momentum * old + (1 - momentum) * new, rtol=0, atol=allowed)
+    _, *kept = batch_norm(*arguments, training=False, data_format=data_format)
+    for old, variable, same in zip(statistics, variables, kept):
+        np.testing.assert_array_equal(variable, old)
+        np.testing.assert_array_equal(same, old)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
