@@ -9,15 +9,12 @@ import model as models
 from config import Config
 
 
-def settings(name="resnet8", **flags):
-    return Config(model=name, **{"batch_norm_momentum": 0.9, **flags})
-
-
 def build(name="resnet8", shape=(32, 32, 3), classes=10, **flags):
     """A new network; the policy of Keras stays what it was."""
     before = keras.config.dtype_policy()
     try:
-        return models.create_model(settings(name, **flags), shape, classes)
+        config = Config(model=name, **{"batch_norm_momentum": 0.9, **flags})
+        return models.create_model(config, shape, classes)
     finally:
         keras.config.set_dtype_policy(before)
 
