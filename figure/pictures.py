@@ -36,10 +36,10 @@ def points_of(table, row, measure):
 def plain_title(table):
     """'CIFAR-10, resnet8, 24 epochs, median and range of 3 seeds'."""
     name, model, *_ = table[0].split(", ")
-    epochs = re.search(r"\((\S+ epochs)\)", table[0])
+    epochs = re.search(r"\((\S+) epochs\)", table[0])
     most = max(len({run.config.seed for run in runs}) for runs in table[3].values())
     seeds = f"median and range of {most} seeds" if most > 1 else "one seed"
-    return ", ".join([name, model, *([epochs[1]] if epochs else []), seeds])
+    return ", ".join([name, model, *([f"{round(float(epochs[1]), 1):g} epochs"] if epochs else []), seeds])
 
 
 def finding(table):
@@ -56,7 +56,7 @@ def finding(table):
 
 
 def draw_rows(axes, table):
-    """Accuracy against batch size, a line per row with a band from smallest to largest; dots where there are two
+    """Accuracy against batch size, a line per row with a band from smallest to largest; dots where a row has two
     sizes. Returns [(last median, name, colour)]."""
     _, rows, batch_sizes, _ = table
     many = len({row[0] for row, _ in rows}) > MANY_NORMS
@@ -68,7 +68,7 @@ def draw_rows(axes, table):
             continue
         sizes, low, middle, high = zip(*points)
         colour, name = colours[row[0]], label(row, measure)
-        if len(batch_sizes) == 2:
+        if len(sizes) <= 2:
             sizes = [size * 2 ** (0.08 * (place - len(rows) / 2)) for size in sizes]  # side by side
             axes.vlines(sizes, low, high, color=colour)
             axes.plot(sizes, middle, linestyle="none", marker=MARKERS[measure], color=colour, label=name)
@@ -166,9 +166,11 @@ def draw_curves(found, path):
         for axes in panels[len(batch_sizes) :]:
             axes.axis("off")
         handles = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels())}
-        part.suptitle(plain_title(table), fontsize=10)
-        part.supylabel("accuracy (%)", fontsize=9)
-        part.supxlabel("step; thick: test, thin: training", fontsize=9)
+        part.suptitle(f"{plain_title(table)}; thick: test, thin: training", fontsize=10)
+        for axes in panels[::across]:
+            axes.set_ylabel("accuracy (%)")
+        for axes in panels[-across:]:
+            axes.set_xlabel("step")
         part.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
 
