@@ -35,6 +35,7 @@ LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per
 SCALING = {"adam": "square root", "momentum": "linear"}  # with the images per update: arXiv 2205.10287, 1706.02677
 WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
 MAX_BATCH_SIZE = 64  # images per step, where the dataset has no recipe of its own
+MEMORY_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SMALL_DATASET = 10_000  # images in a user's folders: below, the default network is a smaller one
 CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
 EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
@@ -456,14 +457,25 @@ def parse_evaluation(argv=None):
 
 
 def parse_network(argv=None):
-    """The flags of model.py: (Config, image shape, number of classes)."""
+    """The flags of model.py: (Config, image shape, number of classes, batch sizes of which to measure the memory)."""
     parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
     parser.add_flags(Network)
     size = within(int, low=1)
     shape = "height, width and channels; a single number is both height and width; by default 3 channels"
     parser.add_argument("--image_size", type=size, nargs="+", default=[32], metavar="N", help=shape)
     parser.add_argument("--classes", type=within(int, low=2), default=10, help="number of classes")
+    parser.add_argument(
+        "--memory",
+        nargs="*",
+        type=within(int, low=1),
+        metavar="BATCH_SIZE",
+        help="also measure the peak memory of a training step with batch, group and no norm; by default at batch "
+        f"sizes {' '.join(map(str, MEMORY_BATCH_SIZES))}",
+    )
     flags = vars(parser.parse_args(argv))
+    memory = flags.pop("memory")
+    if memory == []:
+        memory = MEMORY_BATCH_SIZES
     size, classes = flags.pop("image_size"), flags.pop("classes")
     if len(size) > 3:
         raise UserError(f"--image_size {' '.join(map(str, size))}: expected height, width and channels")
@@ -473,7 +485,7 @@ def parse_network(argv=None):
         raise UserError(f"--norm_type {flags['norm_type']}: +acc changes the training, not the model: leave it out")
     config = dataclasses.replace(config, model=config.model or default_model(image_shape), batch_norm_momentum=0.9)
     check_network(config, config.model)
-    return config, image_shape, classes
+    return config, image_shape, classes, memory
 
 
 # What follows from the flags and the data.

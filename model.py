@@ -2,13 +2,18 @@
 
 python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
 python model.py --model resnet20 --norm_type group --groups 4
+python model.py --model resnet50 --image_size 224 --memory      # also the memory of a training step, by batch size
 """
 
 import functools
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import config
-from command import UserError, run, start
+from command import ExternalError, UserError, one_line, run, start
 
 FLAGS = start(__name__, config.parse_network)  # flags first: TensorFlow takes seconds to import
 
@@ -193,8 +198,32 @@ def residual_block(x, conv, filters, strides, name, bottleneck=False):
     return keras.layers.ReLU(name=f"{name}_relu")(keras.layers.Add(name=f"{name}_add")([x, y]))
 
 
+def print_memory(name, image_shape, num_classes, batch_sizes):
+    """Print the peak memory of a training step, each measured in a process of its own; figure/speed.py does it."""
+    norms = ("batch", "group", "none")
+    print(f"peak memory of a training step of {name} in GB, beyond TensorFlow itself, with each norm:")
+    print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in norms))
+    case = {"model": name, "image_shape": image_shape, "num_classes": num_classes}
+    script = str(Path(__file__).parent / "figure" / "speed.py")
+    for batch_size in batch_sizes:
+        line = f"{batch_size:>10}"
+        for norm in norms:
+            flag = json.dumps(["memory", {**case, "batch_size": batch_size, "norm_type": norm}])
+            done = subprocess.run([sys.executable, script, "steps", "--case", flag], capture_output=True, text=True)
+            if done.returncode:
+                line += f"{'-':>8}"  # most likely out of memory
+            else:
+                line += f"{int(done.stdout.splitlines()[-1]) / 1e9:>8.2f}"
+        print(line, flush=True)
+        if done.returncode:
+            raise ExternalError(f"{norm} norm at batch size {batch_size}: {one_line(done.stderr[-300:]) or 'killed'}")
+
+
 def main(flags):
-    create_model(*flags).summary(line_length=110)
+    config, image_shape, num_classes, memory = flags
+    create_model(config, image_shape, num_classes).summary(line_length=110)
+    if memory:
+        print_memory(config.model, image_shape, num_classes, memory)
 
 
 if __name__ == "__main__":

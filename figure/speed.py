@@ -161,7 +161,7 @@ def print_alone(quick):
 # Training steps.
 
 
-def make_step(model, size, batch_size, variant, updates):
+def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
     """A function that does `updates` updates of trainer.py; variant: a norm, 'group XLA' or 'group bfloat16'."""
     norm_type, _, how = variant.partition(" ")
     config = Config(
@@ -175,11 +175,11 @@ def make_step(model, size, batch_size, variant, updates):
         dtype="bfloat16" if how == "bfloat16" else "float32",
     )
     keras.utils.set_random_seed(0)
-    state = trainer.State(create_model(config, (size, size, 3), 10), config)
+    state = trainer.State(create_model(config, image_shape, num_classes), config)
     state.optimizer.learning_rate.assign(1e-5)
     train_step = trainer.make_train_step(state)
-    images = tf.random.uniform([updates * batch_size, size, size, 3])
-    labels = tf.random.uniform([updates * batch_size], maxval=10, dtype=tf.int32)
+    images = tf.random.uniform([updates * batch_size, *image_shape])
+    labels = tf.random.uniform([updates * batch_size], maxval=num_classes, dtype=tf.int32)
     return lambda: train_step(images, labels)[1].numpy()
 
 
@@ -187,23 +187,27 @@ def measure_step(model, size, batch_size, variants, rounds):
     """Seconds per update of each variant: {variant: [of each round]}."""
     set_threads(batch_size, (size, size, 3))
     updates = max(1, 16 // batch_size)
-    times = take_turns({v: make_step(model, size, batch_size, v, updates) for v in variants}, rounds)
+    steps = {v: make_step(model, (size, size, 3), batch_size, v, updates) for v in variants}
+    times = take_turns(steps, rounds)
     return {name: [seconds / updates for seconds in of_rounds] for name, of_rounds in times.items()}
 
 
-def measure_memory(model, size, batch_size, norm_type):
-    """Peak bytes that three updates take beyond what the process had before."""
-    set_threads(batch_size, (size, size, 3))
+def measure_memory(model, image_shape, num_classes, batch_size, norm_type):
+    """Peak bytes that three updates take beyond what the process had before. model.py --memory calls this, too."""
+    set_threads(batch_size, image_shape)
     tf.random.uniform([1]).numpy()
     before = peak_memory()
-    step = make_step(model, size, batch_size, norm_type, updates=1)
+    step = make_step(model, image_shape, batch_size, norm_type, 1, num_classes)
     for _ in range(3):
         step()
     return peak_memory() - before
 
 
 def peak_memory():
-    """Peak bytes of this process: on Linux without those of the parent, which getrusage would count."""
+    """Peak bytes on the GPU, by TensorFlow's count, or else of this process: on Linux without those of the parent,
+    which getrusage would count."""
+    if tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_memory_info("GPU:0")["peak"]
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
@@ -224,7 +228,8 @@ def print_steps(quick):
         times = found[f"{model}\nbatch {batch_size}"] = in_own_process(
             "step", **case, variants=[*NORMS, *more], rounds=rounds
         )
-        peaks = {norm: in_own_process("memory", **case, norm_type=norm) / 1e9 for norm in NORMS}
+        network = {"model": model, "image_shape": (size, size, 3), "num_classes": 10, "batch_size": batch_size}
+        peaks = {norm: in_own_process("memory", **network, norm_type=norm) / 1e9 for norm in NORMS}
         others = [f"{name} {ratio(times, name, 'group')}" for name in more]
         others.append("GB " + " ".join(f"{norm} {peak:.2f}" for norm, peak in peaks.items()))
         print(

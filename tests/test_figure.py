@@ -48,8 +48,13 @@ def test_a_step_and_its_memory_are_measured_in_processes_of_their_own():
     times = speed.in_own_process("step", **case, rounds=2, variants=["batch", "group", "none"])
     assert set(times) == {"batch", "group", "none"}
     assert all(len(of_rounds) == 2 and 0 < min(of_rounds) for of_rounds in times.values())
-    case = {"model": "resnet8", "size": 64, "batch_size": 64}
-    assert 1e6 < speed.in_own_process("memory", **case, norm_type="group") < 1e10
+
+
+def test_model_py_prints_the_memory_of_a_step():
+    lines = run("model.py", "--model", "resnet8", "--image_size", 64, "--memory", 1, 64)
+    (few, many) = [line.split() for line in lines.splitlines()[-2:]]
+    assert few[0] == "1" and many[0] == "64"
+    assert all(0.001 < float(value) < 10 for value in many[1:]) and float(many[2]) > float(few[2])
 
 
 def test_the_input_is_measured_beside_decoding_alone(tmp_path):
