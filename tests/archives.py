@@ -31,18 +31,15 @@ def make(name, folder, per_class=2, seed=0):
 def pictures(rng, classes, per_class, shape):
     """Return random uint8 images [N, *shape], brighter the higher their class, and their shuffled labels."""
     labels = rng.permutation(np.repeat(np.arange(classes), per_class))
-    images = rng.integers(0, 120, (len(labels), *shape)) + 120 * labels.reshape(-1, *[1] * len(shape)) // max(
-        classes - 1, 1
-    )
-    return images.astype(np.uint8), labels
+    brightness = 120 * labels.reshape(-1, *[1] * len(shape)) // (classes - 1)
+    return (rng.integers(0, 120, (len(labels), *shape)) + brightness).astype(np.uint8), labels
 
 
 def idx(path, array):
     """Write an IDX file: big-endian magic 0x08 (uint8) and rank, the sizes, the bytes."""
+    header = struct.pack(f">{1 + array.ndim}i", 2048 + array.ndim, *array.shape)
     with gzip.open(path, "wb") as file:
-        file.write(
-            struct.pack(f">{1 + array.ndim}i", 2048 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-        )
+        file.write(header + array.astype(np.uint8).tobytes())
 
 
 def make_mnist(folder, per_class, rng, class_names=tuple("0123456789")):
@@ -63,11 +60,8 @@ def make_svhn(folder, per_class, rng):
     splits = {}
     for split in ("train", "test"):
         images, labels = pictures(rng, 10, per_class, (32, 32, 3))
-        savemat(
-            os.path.join(folder, f"{split}_32x32.mat"),
-            do_compression=True,
-            mdict={"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]},
-        )
+        stored = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]}
+        savemat(os.path.join(folder, f"{split}_32x32.mat"), stored, do_compression=True)
         splits[split] = images, labels
     return splits, list("0123456789")
 
@@ -126,21 +120,12 @@ def cifar10_members(per_class, rng):
         label_names=py2_list([py2_string(name.encode()) for name in CIFAR10.split()]),
     )
     members["readme.html"] = b"<meta HTTP-EQUIV='REFRESH'>"
-    order = [
-        "data_batch_4",
-        "readme.html",
-        "test_batch",
-        "data_batch_3",
-        "batches.meta",
-        "data_batch_2",
-        "data_batch_5",
-        "data_batch_1",
-    ]
-    images, labels = [np.concatenate(arrays) for arrays in zip(*batches[:5])]
-    return (
-        {"cifar-10-batches-py/" + name: members[name] for name in order},
-        {"train": (images, labels), "test": batches[5]},
+    order = (
+        "data_batch_4 readme.html test_batch data_batch_3 batches.meta data_batch_2 data_batch_5 data_batch_1".split()
     )
+    images, labels = [np.concatenate(arrays) for arrays in zip(*batches[:5])]
+    members = {"cifar-10-batches-py/" + name: members[name] for name in order}
+    return members, {"train": (images, labels), "test": batches[5]}
 
 
 def tar_gz(path, members):
@@ -160,10 +145,8 @@ def make_cifar10(folder, per_class, rng):
 
 def picture_file(image, mode="RGB", kind="JPEG"):
     """Return uint8 [h, w, 3] as an image file in `mode`; flat 8x8 blocks survive JPEG nearly unchanged."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(
-        buffer, kind, **({"quality": 95, "subsampling": 0} if mode == "RGB" and kind == "JPEG" else {})
-    )
+    buffer, quality = io.BytesIO(), {"quality": 95, "subsampling": 0} if (mode, kind) == ("RGB", "JPEG") else {}
+    Image.fromarray(image).convert(mode).save(buffer, kind, **quality)
     return buffer.getvalue()
 
 
@@ -217,15 +200,9 @@ def devkit(path, wnids, ids, truth):
     synsets = np.array(rows, [(field, "O") for field in fields]).reshape(-1, 1)
     meta = io.BytesIO()
     savemat(meta, {"synsets": synsets})
-    tar_gz(
-        path,
-        {
-            "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
-            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "".join(
-                f"{id}\n" for id in truth
-            ).encode(),
-        },
-    )
+    lines = "".join(f"{id}\n" for id in truth).encode()
+    data = "ILSVRC2012_devkit_t12/data/"
+    tar_gz(path, {data + "meta.mat": meta.getvalue(), data + "ILSVRC2012_validation_ground_truth.txt": lines})
 
 
 def make_imagenet(folder, per_class, rng):
@@ -251,10 +228,8 @@ def make_imagenet(folder, per_class, rng):
         for i in in_tar:
             add(tar, f"ILSVRC2012_val_{i + 1:08d}.JPEG", val_jpegs[i])
     devkit(os.path.join(folder, "ILSVRC2012_devkit_t12.tar.gz"), wnids, ids, ids[val_labels])
-    return (
-        {"train": (jpegs, train_labels), "test": ([val_jpegs[i] for i in in_tar], val_labels[in_tar])},
-        [f"name of {wnid}" for wnid in wnids],
-    )
+    test = [val_jpegs[i] for i in in_tar], val_labels[in_tar]
+    return {"train": (jpegs, train_labels), "test": test}, [f"name of {wnid}" for wnid in wnids]
 
 
 MAKERS = {
@@ -274,24 +249,25 @@ def png_16(values):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     (height, width), rows = values.shape[:2], b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
+    return header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):
-    """Write an own dataset in the original repo's layout into `folder`; return (ids, images, labels)."""
-    os.makedirs(folder, exist_ok=True)
+    """Write random images as an own dataset into `folder`; return (ids, images, labels)."""
     rng = np.random.default_rng(seed)
     ids, labels = [str(i) for i in rng.permutation(num)], np.arange(num) % classes
     images = rng.integers(0, 256, (num, *shape), np.uint8).astype(dtype)
+    write_own(folder, ids, images, np.eye(classes)[labels], file)
+    return ids, images, labels
+
+
+def write_own(folder, ids, images, one_hot, file="data.hy"):
+    """Write a dataset in the original repo's layout: a group per id with `image` and one-hot `label`, and id.txt."""
+    os.makedirs(folder, exist_ok=True)
     with h5py.File(os.path.join(folder, file), "w") as data:
-        for id, image, label in zip(ids, images, labels):
+        for id, image, label in zip(ids, images, one_hot):
             group = data.create_group(id)
-            group["image"], group["label"] = image, np.eye(classes)[label]
+            group["image"], group["label"] = image, label
     with open(os.path.join(folder, "id.txt"), "w") as text:
         text.writelines(id + "\n" for id in ids)
-    return ids, images, labels

@@ -4,6 +4,8 @@ python -m pytest tests/test_compare.py
 """
 
 import csv
+import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -22,80 +24,71 @@ import compare
 import results
 
 from config import Config
+import command
 import runs
 
-GRID = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 16)
+GRID = "--dataset Digits --model resnet8 --max_batch_size 16 --seeds 1".split()
 
 
-# ------------------------------------------------------------------------------------------ reading and tabulating
+# reading and tabulating
 
 
-def config_json(norm="batch", batch_size=2, seed=0, ws=False, **other):
-    """A config.json as trainer.py writes it; `other` replaces values wherever they stand."""
-    made = {
-        "flags": {
-            "dataset": "SET",
-            "norm_type": norm,
-            "weight_standardization": ws,
-            "group_size": None,
-            "max_batch_size": 64,
-            "lr_schedule": "cosine",
-            "seed": seed,
-            "prefix": "default",
-            "train_dir": "somewhere",
-            "log_step": 50,
-            "validation": None,
-        },
-        "derived": {
-            "model": "resnet8",
-            "groups": 8,
-            "batch_size": batch_size,
-            "optimizer": "momentum",
-            "base_learning_rate": 0.1,
-            "peak_learning_rate": 0.1 * batch_size / 64,
-            "augment": None,
-            "batch_norm_momentum": 0.9 ** (batch_size / 64),
-            "max_training_step": 100,
-            "updates_per_step": 64 // batch_size,
-        },
-        "data": {"train": 800, "test": 10_000, "num_classes": 10, "class_names": ["a"]},
-    }
-    for part in made.values():
-        part |= {name: value for name, value in other.items() if name in part}
-    return made
-
-
-def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None, **settings):
+def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None, images=10_000, **settings):
+    """Write the logs of a run of 100 steps that ended at `steps`, and what evaler.py wrote."""
+    usual = dict(dataset="SET", model="resnet8", groups=8, batch_size=2, max_batch_size=64, max_training_step=100)
+    usual |= dict(optimizer="momentum", base_learning_rate=0.1, log_step=50)
+    data = {"train": 800, "test": images, "num_classes": 10, "class_names": ["a"]}
     run_dir = folder / name
     run_dir.mkdir(parents=True)
-    (run_dir / "config.json").write_text(json.dumps(config_json(**settings)))
+    stored = {"flags": dataclasses.asdict(Config(**usual | settings)), "derived": {}, "data": data}
+    (run_dir / "config.json").write_text(json.dumps(stored))
     rows = [{"step": step, "loss/accuracy": 0.5, "test_loss/accuracy": accuracy} for step in range(50, steps + 1, 50)]
-    rows += [{"step": steps + 1, "diverged": True}] * diverged
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(run_dir, rows + [{"step": steps + 1, "diverged": True}] * diverged)
     if evaluation:
-        record = {"step": 100, "split": "test", "accuracy": accuracy} | {
-            measure: {"accuracy": value} for measure, value in evaluation.items()
-        }
+        record = {"step": 100, "split": "test", "accuracy": accuracy}
+        record |= {measure: {"accuracy": value} for measure, value in evaluation.items()}
         (run_dir / "evaluation.json").write_text(json.dumps(record))
     return run_dir
 
 
-def table_of(folder):
+def write_rows(run_dir, rows):
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def table(folder):
+    """The only table of the runs in a folder."""
+    (found,) = results.tables(runs.read_runs([folder]))
+    return found
+
+
+def rows_of(folder):
     """{row name: [cells]} of the only table of the runs in a folder."""
-    (table,) = results.tables(runs.read_runs([folder]))
-    lines = [line.strip("| ").split(" | ") for line in results.markdown(table).splitlines() if line.startswith("|")]
-    return {line[0]: line[1:] for line in lines}
+    markdown = results.markdown(table(folder)).splitlines()
+    return {row: cells for row, *cells in (line.strip("| ").split(" | ") for line in markdown if line.startswith("|"))}
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """compare.main() in this process; returns what it printed."""
+
+    def run_main(*flags):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, flags)])
+        capsys.readouterr()
+        compare.main()
+        return capsys.readouterr().out
+
+    return run_main
 
 
 def test_seeds_share_a_cell_and_other_settings_do_not(tmp_path):
     """The old table called --groups 4 and --groups 2 two seeds of one experiment."""
     for seed, accuracy in enumerate((0.61, 0.65, 0.60)):
-        write_run(tmp_path, f"four{seed}", accuracy, norm="group", groups=4, seed=seed)
-    write_run(tmp_path, "two", 0.553, norm="group", groups=2)
-    write_run(tmp_path, "ws", 0.7, norm="group", groups=4, ws=True)
+        write_run(tmp_path, f"four{seed}", accuracy, norm_type="group", groups=4, seed=seed)
+    write_run(tmp_path, "two", 0.553, norm_type="group", groups=2)
+    write_run(tmp_path, "ws", 0.7, norm_type="group", groups=4, weight_standardization=True)
     write_run(tmp_path, "batch", 0.5, groups=32)  # batch norm has no groups to differ in
     write_run(tmp_path, "batch_2", 0.52, groups=8, seed=1)
-    assert table_of(tmp_path) == {
+    assert rows_of(tmp_path) == {
         "norm": ["batch size 2"],
         "---": ["---"],
         "batch": ["50.0 ← 51.0 → 52.0 (2 seeds)"],
@@ -112,32 +105,26 @@ def different(value):
     return not value if isinstance(value, bool) else f"other_{value}" if isinstance(value, str) else (value or 0) + 3
 
 
-def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(main_of, data_dir, tmp_path):
+def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(compared, tmp_path):
     """Every flag, derived value and fact of the data of a run in turn; what makes another row is named in it."""
-    listed = {"prefix", "data_dir", "train_dir", "log_step", "write_summary_step", "worker_timeout", "class_names"}
-    listed |= {"seed", "replicas", "test_sample_step", "ckpt_save_step"}
-    listed |= {
-        "learning_rate",
-        "no_adjust_learning_rate",
-        "no_augment",
-        "epochs",
-    }  # derived values say what they led to
-    listed |= {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # they follow from others
-    main_of(*GRID, *"--norm_type group --max_training_step 1 --data_dir".split(), data_dir, "--train_dir", tmp_path)
-    run_dir = scripts.only_run(tmp_path)
-    stored, parts, alike = json.loads((run_dir / "config.json").read_text()), ("flags", "derived", "data"), set()
+    listed = "prefix data_dir train_dir log_step write_summary_step worker_timeout class_names seed replicas "
+    listed += "test_sample_step ckpt_save_step learning_rate no_adjust_learning_rate no_augment epochs "
+    listed += "peak_learning_rate batch_norm_momentum updates_per_step"  # these and the four before follow from others
+    run_dir, parts, alike = runs.read_runs([compared[0]])[1].path, ("flags", "derived", "data"), set()
+    shutil.copytree(run_dir, tmp_path / "run")
+    stored = json.loads((run_dir / "config.json").read_text())
+    (tmp_path / "other").mkdir()
     for name in sorted({name for part in parts for name in stored[part]}):
-        known = {"norm_type": "layer", "weight_standardization": True, "accumulate": True}
-        value = known.get(name, different(({} | stored["data"] | stored["flags"] | stored["derived"])[name]))
+        known = {"norm_type": "layer", "weight_standardization": False, "accumulate": True}
+        value = known.get(name, different((stored["data"] | stored["flags"] | stored["derived"])[name]))
         other = {part: {**stored[part], **({name: value} if name in stored[part] else {})} for part in parts}
-        (tmp_path / "other").mkdir(exist_ok=True)
         (tmp_path / "other" / "config.json").write_text(json.dumps(other))
         cells = [key for *_, cells in results.tables(runs.read_runs([tmp_path])) for key in cells]
         if len(cells) == 1:
             alike.add(name)
         elif name not in ("dataset", "model", "batch_size", *known):
             assert any(f"{value}" in words for (_, words), *_ in cells), (name, cells)
-    assert alike == listed
+    assert alike == set(listed.split())
 
 
 def test_datasets_and_models_have_tables_of_their_own(tmp_path):
@@ -149,26 +136,23 @@ def test_datasets_and_models_have_tables_of_their_own(tmp_path):
 
 
 def test_the_title_says_what_the_runs_share(tmp_path):
-    """100 steps of 64 images are 8 passes over 800."""
+    """100 steps of 64 images are 8 passes over 800. Each norm can have its own rate."""
     write_run(tmp_path, "one", 0.5)
-    write_run(tmp_path, "other", 0.6, norm="group")
-    ((title, *_),) = results.tables(runs.read_runs([tmp_path]))
+    write_run(tmp_path, "other", 0.6, norm_type="group")
+    title, *_ = table(tmp_path)
     assert title == "SET, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1, 10000 test images"
-
-
-def test_each_norm_can_have_its_own_rate(tmp_path):
-    write_run(tmp_path, "one", 0.5)
-    write_run(tmp_path, "other", 0.6, norm="group", base_learning_rate=0.4)
-    ((title, *_),) = results.tables(runs.read_runs([tmp_path]))
+    shutil.rmtree(tmp_path / "other")
+    write_run(tmp_path, "other", 0.6, norm_type="group", base_learning_rate=0.4)
+    title, *_ = table(tmp_path)
     assert "batch: momentum at 0.1, group: momentum at 0.4" in title
-    assert list(table_of(tmp_path))[2:] == ["batch", "group"]
+    assert list(rows_of(tmp_path))[2:] == ["batch", "group"]
 
 
 def test_a_copied_run_does_not_count_as_another_seed(tmp_path, capsys):
     write_run(tmp_path, "first", 0.5)
     write_run(tmp_path, "second", 0.6, seed=1)
     shutil.copytree(tmp_path / "second", tmp_path / "copies" / "second")
-    assert table_of(tmp_path)["batch"] == ["50.0 ← 55.0 → 60.0"]
+    assert rows_of(tmp_path)["batch"] == ["50.0 ← 55.0 → 60.0"]
     assert "seed 1" in capsys.readouterr().out
 
 
@@ -176,35 +160,30 @@ def test_runs_without_a_result_are_named(tmp_path):
     write_run(tmp_path, "done", 0.5)
     write_run(tmp_path, "half", 0.4, steps=50, seed=1)
     write_run(tmp_path, "lost", 0.1, steps=50, seed=2, diverged=True)
-    write_run(tmp_path, "alone", 0.1, steps=50, norm="none", diverged=True)
-    table = table_of(tmp_path)
-    assert table["batch"] == ["50.0, 1 diverged, 1 not finished"] and table["none"] == ["1 diverged"]
+    write_run(tmp_path, "alone", 0.1, steps=50, norm_type="none", diverged=True)
+    rows = rows_of(tmp_path)
+    assert rows["batch"] == ["50.0, 1 diverged, 1 not finished"] and rows["none"] == ["1 diverged"]
 
 
 def test_batch_norm_has_three_rows(tmp_path):
-    write_run(tmp_path, "batch", 0.25, evaluation={"reestimated": 0.26, "by_batch": 0.59})
-    table = table_of(tmp_path)
-    assert table["batch"] == ["25.0"] and table["batch, statistics re-estimated"] == ["26.0"]
-    assert table["batch, statistics of the test batch"] == ["59.0"]
-
-
-def test_statistics_of_plain_images_do_not_count_for_a_run_that_augmented(tmp_path):
-    """As evaler.py once re-estimated them."""
-    write_run(tmp_path, "batch", 0.25, evaluation={"reestimated": 0.26, "by_batch": 0.59}, augment="flip+crop")
-    assert list(table_of(tmp_path))[2:] == ["batch", "batch, statistics of the test batch"]
+    """evaler.py once re-estimated the statistics of plain images for a run that augmented: they do not count."""
+    evaluation = {"reestimated": 0.26, "by_batch": 0.59}
+    write_run(tmp_path / "plain", "batch", 0.25, evaluation=evaluation)
+    write_run(tmp_path / "augmented", "batch", 0.25, evaluation=evaluation, augment="flip+crop")
+    names = "batch", "batch, statistics re-estimated", "batch, statistics of the test batch"
+    assert [rows_of(tmp_path / "plain")[name] for name in names] == [["25.0"], ["26.0"], ["59.0"]]
+    assert list(rows_of(tmp_path / "augmented"))[2:] == [names[0], names[2]]
 
 
 def test_imagenet_has_the_median_of_its_last_epochs(tmp_path):
     """800 images are 13 steps of 64: of 100 steps, the last 65 are five epochs. No other dataset has that row."""
     for name in ("SET", "ImageNet"):
         run_dir = write_run(tmp_path / name, "run", 0.5, dataset=name)
-        rows = [
-            {"step": 9 + 13 * k, "test_loss/accuracy": [0.1, 0.2, 0.2, 0.3, 0.5, 0.4, 0.9, 0.6][k]} for k in range(8)
-        ]
-        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert table_of(tmp_path / "SET")["batch"] == ["60.0"] and len(table_of(tmp_path / "SET")) == 3
-    assert table_of(tmp_path / "ImageNet")["batch, median of the last epochs"] == ["50.0"]
-    assert table_of(tmp_path / "ImageNet")["batch"] == ["60.0"]
+        accuracies = (0.1, 0.2, 0.2, 0.3, 0.5, 0.4, 0.9, 0.6)
+        write_rows(run_dir, [{"step": 9 + 13 * k, "test_loss/accuracy": value} for k, value in enumerate(accuracies)])
+    assert rows_of(tmp_path / "SET")["batch"] == ["60.0"] and len(rows_of(tmp_path / "SET")) == 3
+    assert rows_of(tmp_path / "ImageNet")["batch, median of the last epochs"] == ["50.0"]
+    assert rows_of(tmp_path / "ImageNet")["batch"] == ["60.0"]
 
 
 def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
@@ -212,19 +191,13 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
     record = json.loads((run_dir / "evaluation.json").read_text())
     for change in ({"step": 50}, {"split": "train"}):
         (run_dir / "evaluation.json").write_text(json.dumps(record | change | {"accuracy": 0.99}))
-        assert table_of(tmp_path) == {"norm": ["batch size 2"], "---": ["---"], "batch": ["25.0"]}
+        assert rows_of(tmp_path) == {"norm": ["batch size 2"], "---": ["---"], "batch": ["25.0"]}
 
 
 @pytest.mark.parametrize(
     "base, other, images, said",
     [
         ([0.50, 0.52], [0.60, 0.62], 10_000, "10.0 points above batch (60.0 ← 61.0 → 62.0 and 50.0 ← 51.0 → 52.0 %, 2"),
-        (
-            [0.70] * 2,
-            [0.60] * 3,
-            10_000,
-            "10.0 points below batch (60.0 ← 60.0 → 60.0 and 70.0 ← 70.0 → 70.0 %, 2 seeds)",
-        ),
         ([0.70], [0.60], 10_000, "10.0 points below batch (60.0 and 70.0 %, 1 seed)"),
         # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) / 140) 3.6 points
         ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.6, "),
@@ -237,20 +210,25 @@ def test_sentences_say_what_the_numbers_support(base, other, images, said, tmp_p
     """The ranges are only compared from five seeds on, and small differences are called level."""
     for norm, accuracies in (("batch", base), ("group", other)):
         for seed, accuracy in enumerate(accuracies):
-            write_run(tmp_path, f"{norm}{seed}", accuracy, seed=seed, norm=norm, test=images)
-    (table,) = results.tables(runs.read_runs([tmp_path]))
-    (sentence,) = results.sentences(table)
+            write_run(tmp_path, f"{norm}{seed}", accuracy, seed=seed, norm_type=norm, images=images)
+    (sentence,) = results.sentences(table(tmp_path))
     assert sentence.startswith("At batch size 2 group is ") and said in sentence
     assert ("ranges" in sentence) == (len(base) >= 5)
 
 
-def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
+
+
+def test_the_picture_has_the_median_and_the_range(tmp_path, figures):
     for seed, accuracy in enumerate((0.5, 0.59, 0.51)):
         write_run(tmp_path, f"two{seed}", accuracy, seed=seed)
     write_run(tmp_path, "eight", 0.7, batch_size=8)
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    results.draw_batch_sizes(results.tables(runs.read_runs([tmp_path])), "unused")
+    results.draw_batch_sizes([table(tmp_path)], "unused")
     (axes,) = figures[0].axes
     (line,), (area,) = axes.lines, axes.collections
     assert [tuple(point) for point in line.get_xydata()] == [(2, pytest.approx(51)), (8, pytest.approx(70))]
@@ -258,13 +236,11 @@ def test_the_picture_has_the_median_and_the_range(tmp_path, monkeypatch):
     assert corners == {(2, 50), (2, 59), (8, 70)}
 
 
-def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, monkeypatch):
+def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, figures):
     """A panel for each batch size; write_run trains at 50 %."""
     write_run(tmp_path, "two", 0.6)
     write_run(tmp_path, "eight", 0.7, batch_size=8)
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    results.draw_curves(results.tables(runs.read_runs([tmp_path])), "unused")
+    results.draw_curves([table(tmp_path)], "unused")
     for axes, size, tested in zip(figures[0].axes, (2, 8), (60, 70), strict=True):
         thin, thick = sorted(axes.lines, key=lambda line: line.get_linewidth())
         assert axes.get_title() == f"batch size {size}" and thick.get_label() == "batch"
@@ -272,12 +248,12 @@ def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path,
             assert [tuple(point) for point in line.get_xydata()] == [(50, accuracy), (100, accuracy)]
 
 
-def test_results_and_pictures_come_from_logs_alone(tmp_path):
+def test_results_and_pictures_come_from_logs_alone(main, tmp_path):
     for size in (1, 2, 4, 8, 16):  # five batch sizes were more than the old picture had
         more = {"reestimated": 0.4, "reestimated_small": 0.4, "by_batch": 0.6}
         write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation=more)
-        write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm="group")
-    printed = scripts.run("figure/compare.py", "--from_logs", tmp_path)
+        write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm_type="group")
+    printed = main("--from_logs", tmp_path)
     assert (tmp_path / "table.md").read_text() in printed
     with open(tmp_path / "results.csv", newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -291,59 +267,58 @@ def test_results_and_pictures_come_from_logs_alone(tmp_path):
 @pytest.mark.parametrize(
     "file, text",
     [
-        ("config.json", "{}"),
         ("config.json", '{"flags": 3}'),
         ("metrics.jsonl", '{"loss": 1}\n'),
         ("metrics.jsonl", "nothing\n"),
-        ("evaluation.json", "[1]"),
         ("evaluation.json", '{"step": '),
     ],
 )
-def test_damaged_logs_are_named(file, text, tmp_path):
+def test_damaged_logs_are_named(file, text, main, tmp_path):
     run_dir = write_run(tmp_path, "run", 0.5)
     (run_dir / file).write_text(text)
-    assert f"{file} is damaged" in scripts.run("figure/compare.py", "--from_logs", tmp_path, code=2)
+    with scripts.refused(run_dir / file):
+        main("--from_logs", tmp_path)
 
 
 def test_a_last_line_cut_short_does_not_count(tmp_path):
     run_dir = write_run(tmp_path, "run", 0.5)
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 101, "los')
-    assert table_of(tmp_path)["batch"] == ["50.0"]
+    assert rows_of(tmp_path)["batch"] == ["50.0"]
 
 
-# ------------------------------------------------------------------------------------------- the grid and its time
+# the grid and its time
 
 
-def grid(monkeypatch, data_dir, *flags):
-    """The cells that compare.py makes of flags."""
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--dataset", "Digits", "--data_dir", data_dir, *map(str, flags)])
-    return compare.make_grid(*compare.parse_flags())[0]
+@pytest.fixture
+def grid(data_dir):
+    """A function from flags to the cells that compare.py makes of them."""
+
+    def make(*flags):
+        argv = ["--dataset", "Digits", "--data_dir", data_dir, *map(str, flags)]
+        return compare.make_grid(*compare.parse_flags(argv))[0]
+
+    return make
 
 
 @pytest.mark.parametrize(
     "flags, steps",
     [
-        ((), 8 * 23),
-        (("--epochs", 3), 3 * 23),
-        (("--epochs", 1, "--max_batch_size", 32), 45),  # 1437 images
-        (("--max_training_step", 7), 7),
-        (("--max_training_step=7", "--log_step=3"), 7),
+        ("", 8 * 23),
+        ("--epochs 1 --max_batch_size 32", 45),  # 1437 images
+        ("--max_training_step=7 --log_step=3", 7),
     ],
 )
-def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, data_dir, monkeypatch):
+def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, grid):
     arms = ("group+ws", "batch+acc", "group+ws+acc")
-    cells = grid(monkeypatch, data_dir, *flags, "--norm_type", *arms, "--batch_size", 4, 16, 2, "--seeds", 2)
+    cells = grid(*flags.split(), "--norm_type", *arms, "--batch_size", 4, 16, 2, "--seeds", 2)
     assert [(cell.seed, cell.batch_size, cell.arm) for cell in cells] == [
         (seed, size, arm) for seed in (0, 1) for size in (2, 4, 16) for arm in arms
     ]
     for cell in cells:
-        config = cell.config
-        assert config.norm_type + "+ws" * config.weight_standardization + "+acc" * config.accumulate == cell.arm
-        assert config.batch_size == cell.batch_size
-        assert config.max_training_step == steps and cell.images == steps * config.max_batch_size
-        assert cell.flags[cell.flags.index("--seed") + 1] == str(cell.seed)
-        assert config.log_step == (3 if "--log_step=3" in flags else 50)
+        assert (cell.config.arm, cell.config.batch_size, cell.config.seed) == (cell.arm, cell.batch_size, cell.seed)
+        assert cell.config.max_training_step == steps and cell.images == steps * cell.config.max_batch_size
+        assert cell.config.log_step == (3 if "--log_step=3" in flags else 50)
 
 
 def run_of(cell, step, speeds, state="finished"):
@@ -352,35 +327,32 @@ def run_of(cell, step, speeds, state="finished"):
     return runs.Run(None, cell.config, cell.settings, rows, {}, {}, state)
 
 
-def test_the_plan_has_the_hours_of_what_is_to_do(data_dir, monkeypatch, capsys):
+def test_the_plan_has_the_hours_of_what_is_to_do(grid, monkeypatch, capsys):
     """By the median speed of the runs that are there, of the nearest batch size: 100,000 steps of 64 images
     are to do of batch size 4 at 100 per second, and of 32 at 1000, with two processes."""
     flags = "--norm_type group --batch_size 2 32 4 --seeds 1 --max_training_step 100000 --jobs 2".split()
-    two, thirty_two, four = cells = grid(monkeypatch, data_dir, *flags)
+    two, thirty_two, four = cells = grid(*flags)
     done = run_of(two, 100_000, [100.0, 50.0, 400.0])._replace(evaluation={"accuracy": 0.5})
     found = [done, run_of(thirty_two, 40, [1000.0], "unfinished")]
     monkeypatch.setattr(compare, "read_runs", lambda folders: found)
-    compare.print_plan(cells, compare.parse_flags()[0])
+    compare.print_plan(cells, compare.parse_flags(["--dataset", "Digits", *flags])[0])
     printed = capsys.readouterr().out
     hours = (6.4e6 / 100 + 6.4e6 / 1000) / 2 / 3600
     assert f"3 runs, 2 to do; about {hours:.1f} hours" in printed and "done   group, batch size 2" in printed
 
 
-def test_a_run_is_that_of_one_cell_alone(data_dir, monkeypatch):
-    cells = grid(monkeypatch, data_dir, "--norm_type", "group", "group+ws", "--batch_size", 2, 4, "--seeds", 2)
+def test_a_run_is_that_of_one_cell_alone(grid):
+    cells = grid("--norm_type", "group", "group+ws", "--batch_size", 2, 4, "--seeds", 2)
     for cell in cells:
         assert [other.find([run_of(cell, 1, [])]) is not None for other in cells] == [other is cell for other in cells]
 
 
-def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatch):
+def test_runs_of_other_settings_do_not_belong_beside_a_grid(grid):
     """Other norms, groups and batch sizes do, whatever follows from them; what else differs is named."""
     flags = ("--norm_type", "batch", "group", "--seeds", 1, "--epochs", 1)
-    cells = grid(monkeypatch, data_dir, *flags, "--batch_size", 2)
-    beside = [
-        cell
-        for change in (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
-        for cell in grid(monkeypatch, data_dir, *flags, *change)
-    ]
+    cells = grid(*flags, "--batch_size", 2)
+    changes = (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
+    beside = [cell for change in changes for cell in grid(*flags, *change)]
     compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
     for change, said in (
         (("--groups", 4), "groups 4, where this grid has 16"),
@@ -388,8 +360,8 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir, monkeypatc
         (("--augment", "crop"), "augment crop, where this grid has None"),
         (("--epochs", 2), "max_training_step 46, where this grid has 23"),
     ):
-        other = run_of(grid(monkeypatch, data_dir, *flags, *change)[-1], 1, [])._replace(path=Path("it"))
-        with pytest.raises(runs.UserError, match=f"runs holds a run with {said} .*it"):
+        other = run_of(grid(*flags, *change)[-1], 1, [])._replace(path=Path("it"))
+        with scripts.refused(said, "--train_dir"):
             compare.check_train_dir("runs", cells, [other])
 
 
@@ -414,7 +386,7 @@ def test_batch_norm_is_evaluated_until_it_has_its_rows(norm, evaluation, needed,
     assert [compare.needs_evaluation(found) for found in of_state] == [needed, False, False]
 
 
-# ----------------------------------------------------------------------------------------- through the real scripts
+# through the real scripts
 
 
 def is_locked(run_dir):
@@ -428,133 +400,110 @@ def is_locked(run_dir):
 
 @pytest.fixture(scope="module")
 def compared(data_dir, tmp_path_factory):
-    """A small grid, what it printed, and the flags that made it."""
+    """The folder of a small grid, what it printed, and the flags that made it."""
     train_dir = tmp_path_factory.mktemp("compared")
-    flags = (
-        *GRID,
-        *"--norm_type batch group+ws --batch_size 8 --seeds 1 --max_training_step 6 --data_dir".split(),
-        data_dir,
-        "--train_dir",
-        train_dir,
-    )
+    flags = "--norm_type batch group+ws --batch_size 8 --max_training_step 6".split()
+    flags = [*GRID, *flags, "--data_dir", data_dir, "--train_dir", train_dir]
     return train_dir, scripts.run("figure/compare.py", *flags), flags
 
 
 def test_every_cell_is_trained_and_evaluated(compared):
     train_dir, printed, _ = compared
-    found = runs.read_runs([train_dir])
-    assert [(run.arm, run.config.batch_size, run.state) for run in found] == [
-        ("batch", 8, "finished"),
-        ("group+ws", 8, "finished"),
-    ]
-    assert set(found[0].evaluation) == {"accuracy", "reestimated", "by_batch"} and set(found[1].evaluation) == {
-        "accuracy"
-    }
+    batch, group = found = runs.read_runs([train_dir])
+    assert [(run.arm, run.config.batch_size) for run in found] == [("batch", 8), ("group+ws", 8)]
+    assert set(batch.evaluation) == {"accuracy", "reestimated", "by_batch"} and set(group.evaluation) == {"accuracy"}
     for run in found:
-        assert run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
+        assert run.state == "finished" and run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]
         assert f"{100 * run.evaluation['accuracy']:.1f}" in printed
     assert "At batch size 8 group+ws is" in printed and "1 seed)" in printed
 
 
-def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared):
+def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared, main):
     """A lost evaluation is made again, nothing is trained again; --dry_run says so before and changes nothing."""
     train_dir, _, flags = compared
     group = runs.read_runs([train_dir])[1].path
     (group / "evaluation.json").unlink()
-    before = {
-        path: path.stat().st_mtime_ns
-        for name in ("config.json", "metrics.jsonl", "model-*", "events*v2")
-        for path in train_dir.glob(f"*/{name}")
-    }
+    names = ("config.json", "metrics.jsonl", "model-*", "events*v2")
+    before = {path: path.stat().st_mtime_ns for name in names for path in train_dir.glob(f"*/{name}")}
     assert len(before) == 10
-    plan = scripts.run("figure/compare.py", *flags, "--dry_run")
+    plan = main(*flags, "--dry_run")
     assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
-    assert "2 runs, 1 to do" in plan
-    scripts.run("figure/compare.py", *flags)
+    main(*flags)
     assert (group / "evaluation.json").exists()
-    for path, time_of in before.items():
-        assert path.stat().st_mtime_ns == time_of, path
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_grid_goes_on(stop, data_dir, tmp_path):
+def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     """Ctrl-C, or the death of compare.py, stops every run after saving it; the same command goes on with them, to one
     run per cell, which is evaluated on the images held out."""
-    flags = (
-        *GRID,
-        *"--norm_type group --batch_size 1 2 --seeds 1".split(),
-        *"--max_training_step 200 --log_step 5 --validation 200 --jobs 2 --data_dir".split(),
-        data_dir,
-        "--train_dir",
-        tmp_path,
-    )
-    process = subprocess.Popen(
-        scripts.command("figure/compare.py", *flags), stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 120
-    while sum(bool(run.rows) for run in runs.read_runs([tmp_path])) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(stop)
-    _, error = process.communicate(timeout=120)
-    if stop == signal.SIGINT:
-        assert process.returncode == 130 and error.splitlines()[-1].endswith("interrupted"), error
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and any(is_locked(run.path) for run in runs.read_runs([tmp_path])):
-        time.sleep(0.1)
-    stopped = {run.path: run.rows[-1]["step"] for run in runs.read_runs([tmp_path])}
-    assert len(stopped) == 2 and max(stopped.values()) < 200
-    assert all(list(path.glob("model-*.index")) for path in stopped)
+    flags = "--norm_type group --batch_size 2 4 --max_training_step 400 --log_step 5 --validation 200 --jobs 2".split()
+    flags = [*GRID, *flags, "--data_dir", data_dir, "--train_dir", tmp_path]
+    start = scripts.command("figure/compare.py", *flags)
+
+    def steps():
+        return {run.path: run.rows[-1]["step"] for run in runs.read_runs([tmp_path]) if run.rows}
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def all_go_on(stopped):
+        return len(steps()) == 2 and all(step > stopped.get(path, 0) for path, step in steps().items())
+
+    stopped = {}
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(start, stdout=subprocess.PIPE, text=True, stderr=subprocess.PIPE)
+        wait_for(functools.partial(all_go_on, stopped))
+        process.send_signal(stop)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == (130 if stop == signal.SIGINT else -9), error
+        wait_for(lambda: not any(is_locked(path) for path in steps()))
+        stopped = steps()
+        assert len(stopped) == 2 and max(stopped.values()) < 400
+        assert all(list(path.glob("model-*.index")) for path in stopped)
     scripts.run("figure/compare.py", *flags)
     assert {run.path: run.state for run in runs.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")
     for path in stopped:
         evaluation = json.loads((path / "evaluation.json").read_text())
         assert evaluation["splits"]["validation"]["accuracy"]["images"] == 200
-    for log in (tmp_path / "logs").iterdir():
-        assert "going on at step" in log.read_text()
 
 
 def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path):
-    flags = (
-        *GRID,
-        *"--norm_type none group --batch_size 16 --seeds 1 --max_training_step 3 --data_dir".split(),
-        data_dir,
-        "--train_dir",
-        tmp_path,
-    )
-    printed = scripts.run("figure/compare.py", *flags, "--learning_rate", "1e30")
-    assert "1 diverged" in printed
-    error = scripts.run(
-        "figure/compare.py", *flags, "--checkpoint", tmp_path / "nothing", "--train_dir", tmp_path / "other", code=1
-    )
-    assert "2 of 2 runs failed" in error and "lies in no run folder" in error
+    flags = [*GRID, *"--norm_type none --batch_size 16 --max_training_step 3 --data_dir".split(), data_dir]
+    flags = [*flags, "--learning_rate", "1e30", "--train_dir"]
+    assert "1 diverged" in scripts.run("figure/compare.py", *flags, tmp_path / "runs")
+    missing = tmp_path / "nothing"
+    error = scripts.run("figure/compare.py", *flags, tmp_path / "other", "--checkpoint", missing, code=1)
+    assert "1 of 1 runs failed" in error and str(missing) in error
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--norm_type", "grupo"), "grupo"),
-        (("--dataset", "NO_SUCH"), "NO_SUCH"),
-        (("--batch_size", "3"), "3"),
-        (("--seeds", "0"), "--seeds: must be at least 1, not 0"),
-        (("--jobs", "1000000"), "--jobs 1000000 needs"),
-        (("--batch_sise", "4"), "--batch_sise"),
-        (("--seed", "1"), "--seeds"),
-        (("--seed=7",), "--seeds"),
-        (("--accumulate",), "+acc"),
-        (("--weight_standardization",), "+ws"),
-        (("--groups", "7"), "7 groups"),
-        (("--epochs", "2", "--max_training_step", "5"), "--epochs"),
-        (("--max_training_step", "7"), "6"),
-        (("--learning_rate", "0.5"), "base_learning_rate 0.2"),
-        (("--from_logs", "/nowhere"), "has no effect"),
+        ("--norm_type grupo", "grupo"),
+        ("--dataset NO_SUCH", "NO_SUCH"),
+        ("--batch_size 3", "3"),
+        ("--seeds 0", "must be at least 1, not 0"),
+        ("--jobs 1000000", "--jobs 1000000"),
+        ("--batch_sise 4", "--batch_sise"),
+        ("--seed=7", "--seeds"),
+        ("--accumulate", "+acc"),
+        ("--weight_standardization", "+ws"),
+        ("--groups 7", "7 groups"),
+        ("--epochs 2", "--epochs"),
+        ("--max_training_step 7", "6"),
+        ("--learning_rate 0.5", "base_learning_rate 0.2"),
+        ("--from_logs /nowhere", "--from_logs"),
     ],
 )
-def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared):
-    train_dir, _, made_with = compared
+def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared, monkeypatch, capsys):
+    train_dir, _, known = compared
     before = sorted(train_dir.glob("*/*"))
-    known = [flag for flag in map(str, made_with)]
-    if "--epochs" in flags:
-        known = known[: known.index("--max_training_step")] + known[known.index("--max_training_step") + 2 :]
-    assert said in scripts.run("figure/compare.py", *known, *flags, code=2)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, known), *flags.split()])
+    with pytest.raises(SystemExit) as end:
+        command.run(compare.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and len(error.splitlines()) == 1 and said in error
     assert sorted(train_dir.glob("*/*")) == before

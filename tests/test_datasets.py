@@ -16,13 +16,13 @@ import archives
 import h5py
 import numpy as np
 import pytest
-import scripts
 from PIL import Image
 from scipy.io import savemat
+from scripts import REPO, refused
 
 import datasets
 import download
-from command import UserError, one_line
+from command import UserError
 from datasets import cifar10, digits, hdf5
 
 CIFAR, ZIP = "cifar-10-python.tar.gz", "tiny-imagenet-200.zip"
@@ -39,14 +39,6 @@ def packed(name, tmp_path, **kwargs):
 def read(name, folder):
     """Read the archives of a dataset to their end."""
     list(datasets.module_of(name).read(folder).parts)
-
-
-def check_refused(call, *words):
-    """Check that a call raises a UserError in one line with all of `words`."""
-    with pytest.raises(UserError) as error:
-        call()
-    assert all(word in str(error.value) for word in words), error.value
-    assert str(error.value) == one_line(error.value)
 
 
 # what the readers find
@@ -206,7 +198,7 @@ def test_max_examples_are_spread_over_the_split(tmp_path):
 def python(code, *args):
     """Run code in a process of its own; returns the last line that it prints."""
     command = [sys.executable, "-c", code, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scripts.REPO)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPO)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
 
@@ -269,7 +261,8 @@ def test_a_packed_file_that_was_changed(tmp_path, name, change, said):
     with h5py.File(path, "r+") as file:
         change(file, name)
     assert datasets.is_prepared("Digits", tmp_path)
-    check_refused(lambda: datasets.create_default_splits("Digits", tmp_path), said, str(path))
+    with refused(said, path):
+        datasets.create_default_splits("Digits", tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["no mark", "another mark", "cut short", "no HDF5"])
@@ -285,7 +278,8 @@ def test_a_packed_file_that_is_not_complete_is_packed_anew(tmp_path, damage):
             del file.attrs["packed"]
             file.attrs.update({"packed": 2} if damage == "another mark" else {})
     assert not datasets.is_prepared("Digits", tmp_path)
-    check_refused(lambda: datasets.create_default_splits("Digits", tmp_path), "download.py --dataset Digits")
+    with refused("download.py --dataset Digits"):
+        datasets.create_default_splits("Digits", tmp_path)
     download.prepare("Digits", tmp_path)
     assert len(datasets.create_default_splits("Digits", tmp_path)[0]) == 1437
 
@@ -314,7 +308,8 @@ def test_damaged_archives(tmp_path, name, file, damage):
     archives.make(name, tmp_path)
     data = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(data[: len(data) // 2] if damage == "first half" else b"<html>" + b" " * 2000)
-    check_refused(lambda: read(name, tmp_path), file, "replace")
+    with refused(file, "replace"):
+        read(name, tmp_path)
 
 
 class Touch:
@@ -346,7 +341,8 @@ def test_batches_of_cifar_that_are_none(tmp_path, monkeypatch, data, said):
     members, _ = archives.cifar10_members(1, np.random.default_rng(0))
     members["cifar-10-batches-py/data_batch_3"] = data
     archives.tar_gz(tmp_path / CIFAR, {name: member for name, member in members.items() if member is not None})
-    check_refused(lambda: download.prepare("CIFAR10", tmp_path, tmp_path, checksum=False), said, "CIFAR10")
+    with refused(said, "CIFAR10"):
+        download.prepare("CIFAR10", tmp_path, tmp_path, checksum=False)
     assert sorted(os.listdir(tmp_path)) == [CIFAR, "cifar10"] and os.listdir("cifar10") == [".lock"]
 
 
@@ -399,7 +395,8 @@ MISFITS = [  # (dataset, change, its arguments, words of the error)
 def test_archives_whose_parts_do_not_fit(tmp_path, name, change, arguments, said):
     archives.make(name, tmp_path)
     change(tmp_path, *arguments)
-    check_refused(lambda: read(name, tmp_path), *said)
+    with refused(*said):
+        read(name, tmp_path)
 
 
 # own datasets in the original repo's layout
@@ -540,7 +537,8 @@ def test_mistakes_in_own_data(tmp_path, mistake):
     ids, _, _ = archives.make_own(tmp_path / "Mine")
     change, said = MISTAKES[mistake]
     change(tmp_path / "Mine", ids)
-    check_refused(lambda: datasets.create_default_splits("Mine", tmp_path), said, str(tmp_path / "Mine"))
+    with refused(said, tmp_path / "Mine"):
+        datasets.create_default_splits("Mine", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -556,4 +554,5 @@ def test_mistakes_in_own_data(tmp_path, mistake):
     ],
 )
 def test_names(tmp_path, name, said):
-    check_refused(lambda: datasets.create_default_splits(name, tmp_path), said)
+    with refused(said):
+        datasets.create_default_splits(name, tmp_path)
