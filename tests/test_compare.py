@@ -436,7 +436,7 @@ def test_what_is_finished_is_kept_and_what_is_missing_is_made(compared, main):
 def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
     """Ctrl-C, or the death of compare.py, stops every run after saving it; the same command goes on with them, to one
     run per cell, which is evaluated on the images held out."""
-    flags = "--norm_type group --batch_size 2 4 --max_training_step 400 --log_step 5 --validation 200 --jobs 2".split()
+    flags = "--norm_type group --batch_size 2 4 --max_training_step 200 --log_step 5 --validation 200 --jobs 2".split()
     flags = [*GRID, *flags, "--data_dir", data_dir, "--train_dir", tmp_path]
     start = scripts.command("figure/compare.py", *flags)
 
@@ -461,7 +461,7 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path):
         assert process.returncode == (130 if stop == signal.SIGINT else -9), error
         wait_for(lambda: not any(is_locked(path) for path in steps()))
         stopped = steps()
-        assert len(stopped) == 2 and max(stopped.values()) < 400
+        assert len(stopped) == 2 and max(stopped.values()) < 200
         assert all(list(path.glob("model-*.index")) for path in stopped)
     scripts.run("figure/compare.py", *flags)
     assert {run.path: run.state for run in runs.read_runs([tmp_path])} == dict.fromkeys(stopped, "finished")

@@ -23,36 +23,37 @@ import runs
 STUDY = scripts.REPO / "figure" / "studies" / "finetune"
 
 
-def test_the_tasks_are_the_two_halves_of_cifar10(tmp_path, monkeypatch):
-    """Every test image of its classes, and the first training images of each class as far as they count."""
+@pytest.fixture
+def cifar10(tmp_path):
+    """A data folder with a small CIFAR10 in it."""
     archives.make("CIFAR10", tmp_path / "archives", per_class=7)
     download.prepare("CIFAR10", tmp_path, tmp_path / "archives", checksum=False)
+    return tmp_path
+
+
+def test_the_tasks_are_the_two_halves_of_cifar10(cifar10, monkeypatch):
+    """Every test image of its classes, and the first training images of each class as far as they count."""
     monkeypatch.setattr(finetune, "IMAGES_PER_CLASS", {finetune.BEFORE: None, finetune.AFTER: 5})
-    whole = datasets.create_default_splits("CIFAR10", tmp_path)
+    whole = datasets.create_default_splits("CIFAR10", cifar10)
     for name, first, most in ((finetune.BEFORE, 0, 1000), (finetune.AFTER, 5, 5)):
-        finetune.make_task(name, tmp_path)
-        made = datasets.create_default_splits(name, tmp_path)
+        finetune.make_task(name, cifar10)
+        made = datasets.create_default_splits(name, cifar10)
         assert made[0].class_names == whole[0].class_names[first : first + 5]
         assert "other archives than the original" in made[0].made_from
         for of_all, found, kept in zip(whole, made, (most, 1000)):
-            positions, seen = [], dict.fromkeys(range(10), 0)
-            for i, label in enumerate(of_all.labels):
-                seen[label] += 1
-                if first <= label < first + 5 and seen[label] <= kept:
-                    positions.append(i)
+            classes = [np.flatnonzero(of_all.labels == label)[:kept] for label in range(first, first + 5)]
+            positions = np.sort(np.concatenate(classes))
             assert found.ids == [of_all.ids[i] for i in positions]
             np.testing.assert_array_equal(found.images(), of_all.images()[positions])
             np.testing.assert_array_equal(found.labels, of_all.labels[positions] - first)
 
 
 @pytest.mark.parametrize("task", [finetune.BEFORE, finetune.AFTER])
-def test_a_run_of_today_is_that_of_the_logs(task, tmp_path):
+def test_a_run_of_today_is_that_of_the_logs(task, cifar10):
     """What --train_dir and the data give is another here; all else is the recipe of the committed runs."""
-    archives.make("CIFAR10", tmp_path / "archives", per_class=7)
-    download.prepare("CIFAR10", tmp_path, tmp_path / "archives", checksum=False)
-    finetune.make_task(task, tmp_path)
+    finetune.make_task(task, cifar10)
     logged = next(run for run in runs.read_runs([STUDY / task]) if run.arm == "group" and not run.config.validation)
-    flags = SimpleNamespace(train_dir=tmp_path, data_dir=str(tmp_path), jobs=1)
+    flags = SimpleNamespace(train_dir=cifar10, data_dir=str(cifar10), jobs=1)
     rate = ("--learning_rate", str(logged.config.base_learning_rate))
     made = finetune.Task(task, flags, 1).cell("group", 0, *rate).settings
     assert made.keys() == logged.settings.keys()
@@ -71,13 +72,8 @@ def run_of(way, rate, accuracy, validation=None):
 
 def test_a_rate_is_chosen_on_images_held_out(monkeypatch):
     monkeypatch.setattr(finetune, "way_of", lambda found: found.way)
-    found = [
-        run_of("group", 0.02, 0.5, 500),
-        run_of("group", 0.2, 0.7, 500),
-        run_of("batch", 0.02, 0.6, 500),
-        run_of("batch", 0.2, None, 500),  # diverged
-        run_of("group", 0.06, 0.9),  # on the test split
-    ]
+    held_out = [("group", 0.02, 0.5), ("group", 0.2, 0.7), ("batch", 0.02, 0.6), ("batch", 0.2, None)]  # it diverged
+    found = [*(run_of(*run, validation=500) for run in held_out), run_of("group", 0.06, 0.9)]  # on the test split
     assert finetune.best_rates(found) == {"group": 0.2, "batch": 0.02}
 
 
