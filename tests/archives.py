@@ -10,7 +10,6 @@ import os
 import struct
 import tarfile
 import zipfile
-import zlib
 
 import h5py
 import numpy as np
@@ -240,17 +239,6 @@ MAKERS = {
     "TinyImageNet": make_tinyimagenet,
     "ImageNet": make_imagenet,
 }
-
-
-def png_16(values):
-    """Return integers [h, w, 3] as a PNG file of 16 bits a channel, which Pillow does not write."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    (height, width), rows = values.shape[:2], b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 16, 2, 0, 0, 0))
-    return header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):

@@ -7,6 +7,7 @@ import archives
 import h5py
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 import datasets
@@ -35,7 +36,7 @@ DEEP = {
     "tif": Image.fromarray(np.full((3, 4), 300, np.int32)),
     "tiff": Image.fromarray(np.full((3, 4), 0.5, np.float32)),
     "pgm": b"P5 1 1 4095\n\1\1",
-    "PNG": archives.png_16(np.full((3, 4, 3), 300)),
+    "PNG": tf.io.encode_png(np.full((3, 4, 3), 300, np.uint16)).numpy(),
 }
 
 
