@@ -1,14 +1,11 @@
 """The readers against tiny archives in the official formats, element by element; damaged archives; own datasets."""
 
-import gzip
 import io
 import os
 import pickle
 import shutil
-import struct
 import subprocess
 import sys
-import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,11 +31,6 @@ def packed(name, tmp_path, **kwargs):
     splits, class_names = archives.make(name, tmp_path / "archives", **kwargs)
     download.prepare(name, tmp_path / "data", tmp_path / "archives", checksum=False)
     return splits, class_names, datasets.create_default_splits(name, tmp_path / "data")
-
-
-def read(name, folder):
-    """Read the archives of a dataset to their end."""
-    list(datasets.module_of(name).read(folder).parts)
 
 
 # what the readers find
@@ -287,7 +279,7 @@ def test_damaged_archives(tmp_path, name, file, damage):
     data = (tmp_path / file).read_bytes()
     (tmp_path / file).write_bytes(data[: len(data) // 2] if damage == "first half" else b"<html>" + b" " * 2000)
     with refused(file, "replace"):
-        read(name, tmp_path)
+        download.prepare(name, tmp_path, tmp_path, checksum=False)
 
 
 class Touch:
@@ -297,19 +289,15 @@ class Touch:
         return os.mkdir, ("made by a pickle",)
 
 
-def cifar_batch(label=1, pixels=3072):
-    """A pickled batch of CIFAR-10 with one black image."""
-    array = archives.py2_array(np.zeros((1, pixels), np.uint8))
-    return archives.py2_dict(data=array, labels=archives.py2_list([b"K" + bytes([label])]))
+BLACK = archives.py2_array(np.zeros((1, 3072), np.uint8))
 
 
 @pytest.mark.parametrize(
     "data, said",
     [
         (pickle.dumps(Touch(), 2), "mkdir"),
-        (b"", "EOFError"),
-        (cifar_batch(pixels=3071), "3071"),
-        (cifar_batch(label=10), "0 to 10: expected 0 to 9"),
+        (archives.py2_dict(data=BLACK, labels=archives.py2_list([b"K\x0a"])), "0 to 10: expected 0 to 9"),
+        (archives.py2_dict(data=BLACK, labels=archives.py2_list([])), "50 images, 50 labels, 51 splits"),
         (None, "data_batch_3"),
     ],
 )
@@ -324,57 +312,36 @@ def test_batches_of_cifar_that_are_none(tmp_path, monkeypatch, data, said):
     assert sorted(os.listdir(tmp_path)) == [CIFAR, "cifar10"] and os.listdir("cifar10") == [".lock"]
 
 
-def write_idx(folder, file, *shape):
-    with gzip.open(folder / file, "wb") as gz:
-        gz.write(struct.pack(f">{1 + len(shape)}i", 2048 + len(shape), *shape) + bytes(2 * 28 * 28))
-
-
-def add_to_zip(folder, name, data):
+def add_image(folder):
     with zipfile.ZipFile(folder / ZIP, "a") as archive:
-        archive.writestr("tiny-imagenet-200/" + name, data)
-
-
-def add_to_val(folder, name=None, data=b""):
-    """Add an image to those of ImageNet's val, of which the devkit has nine labels now."""
-    archives.devkit(folder / DEVKIT, sorted(archives.WNIDS), [1, 2, 3, 4], [1] * 9)
-    with tarfile.open(folder / VAL, "a") as tar:
-        if name is not None:
-            archives.add(tar, name, data)
+        archive.writestr("tiny-imagenet-200/train/n00500004/images/x.JPEG", b"no image")
 
 
 def change_devkit(folder, ids, truth):
     archives.devkit(folder / DEVKIT, sorted(archives.WNIDS)[: len(ids)], ids, truth)
 
 
-JPEG = archives.picture_file(np.zeros((64, 63, 3), np.uint8))
-MISFITS = [  # (dataset, change, its arguments, words of the error)
-    ("MNIST", write_idx, ("t10k-images-idx3-ubyte.gz", 2, 28, 29), ["t10k-images"]),
-    ("MNIST", write_idx, ("t10k-images-idx3-ubyte.gz", 2), ["t10k-images"]),
-    ("MNIST", write_idx, ("t10k-labels-idx1-ubyte.gz", 9), ["t10k-labels"]),
+MISFITS = [  # (dataset, change, words of the error)
     (
-        "SVHN",
-        lambda folder: savemat(folder / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 4))}),
-        (),
-        ["test_32", "'y'"],
+        "MNIST",
+        lambda folder: archives.idx(folder / "t10k-labels-idx1-ubyte.gz", np.zeros(19)),
+        ["40 images, 39 labels"],
     ),
-    ("TinyImageNet", add_to_zip, ("train/n00500004/images/x.JPEG", b"\xff\xd8 no image"), [ZIP, "x.JPEG"]),
-    ("TinyImageNet", add_to_zip, ("train/n99999999/images/y.JPEG", JPEG), [ZIP, "n99999999"]),
-    ("TinyImageNet", add_to_zip, ("val/images/val_99.JPEG", JPEG), [ZIP, "val_99.JPEG"]),
-    ("TinyImageNet", add_to_zip, ("train/n00500004/images/x.JPEG", JPEG), [ZIP, "shape"]),
-    ("ImageNet", add_to_val, ("val_00000009.JPEG", b"no image"), [VAL, "val_00000009"]),
-    ("ImageNet", add_to_val, ("val_00000010.JPEG", JPEG), [VAL, "IndexError"]),
-    ("ImageNet", add_to_val, (), [VAL, "8 images", "9 labels"]),
-    ("ImageNet", change_devkit, ([1, 2, 3, 4], [1, 2, 5] + [1] * 5), [DEVKIT, "5"]),  # the inner node
-    ("ImageNet", change_devkit, ([1, 2, 3], [1] * 8), ["ILSVRC2012_img_train.tar", "n03000001"]),
+    ("SVHN", lambda folder: savemat(folder / "test_32x32.mat", {"X": np.zeros((32, 32, 3, 4))}), ["test_32x32", "'y'"]),
+    ("TinyImageNet", add_image, [ZIP, "x.JPEG"]),
+    ("ImageNet", lambda folder: change_devkit(folder, [1, 2, 3, 4], [1] * 9), [VAL, "8 images", "9 labels"]),
+    ("ImageNet", lambda folder: change_devkit(folder, [1, 2, 3, 4], [1] * 7), [VAL, "IndexError"]),
+    ("ImageNet", lambda folder: change_devkit(folder, [1, 2, 3, 4], [1, 2, 5] + [1] * 5), [DEVKIT, "5"]),  # inner node
+    ("ImageNet", lambda folder: change_devkit(folder, [1, 2, 3], [1] * 8), ["ILSVRC2012_img_train.tar", "n03000001"]),
 ]
 
 
-@pytest.mark.parametrize("name, change, arguments, said", MISFITS)
-def test_archives_whose_parts_do_not_fit(tmp_path, name, change, arguments, said):
+@pytest.mark.parametrize("name, change, said", MISFITS)
+def test_archives_whose_parts_do_not_fit(tmp_path, name, change, said):
     archives.make(name, tmp_path)
-    change(tmp_path, *arguments)
-    with refused(*said):
-        read(name, tmp_path)
+    change(tmp_path)
+    with refused(name, *said):
+        download.prepare(name, tmp_path, tmp_path, checksum=False)
 
 
 # own datasets in the original repo's layout

@@ -1,7 +1,4 @@
-"""figure/: the benchmarks compare what they say, and run as users run them.
-
-python -m pytest tests/test_figure.py
-"""
+"""figure/: the benchmarks compare what they say, and run as users run them."""
 
 import json
 import os

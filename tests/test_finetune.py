@@ -1,7 +1,4 @@
-"""figure/finetune.py: its two tasks are what it says, its rates are the best ones, and its table is that of the logs.
-
-python -m pytest tests/test_finetune.py
-"""
+"""figure/finetune.py: its two tasks, its rates, which are the best ones, and its table, which is that of the logs."""
 
 import dataclasses
 import sys

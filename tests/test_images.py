@@ -127,23 +127,6 @@ def many_images(folder, numbers):
             Image.new("L", (5, 4), label).save(folder / f"class{label}" / f"{i:03d}.png")
 
 
-def test_images_of_many_kinds_are_packed_and_other_files_are_skipped(tmp_path, capsys):
-    kinds = [("png", "RGB"), ("png", "L"), ("png", "RGBA"), ("png", "P"), ("bmp", "RGB"), ("jpg", "CMYK")]
-    for label, name in enumerate(("cat", "dog")):
-        os.makedirs(tmp_path / "images" / name)
-        for i, (suffix, mode) in enumerate(kinds):
-            image = Image.new("RGB", (12, 10), (40 + 80 * label,) * 3)
-            image = image.quantize() if mode == "P" else image.convert(mode)
-            image.save(tmp_path / "images" / name / f"{i}.{suffix}")
-    (tmp_path / "images" / "cat" / "notes.txt").write_text("no image")
-    download.prepare_folder("Pets", tmp_path / "images", data_dir=tmp_path)
-    assert "notes.txt" in capsys.readouterr().out
-    train, test = datasets.create_default_splits("Pets", tmp_path)
-    assert (len(train), len(test)) == (10, 2) and train.class_names == ["cat", "dog"]
-    for split in (train, test):
-        assert np.abs(split.images().astype(int) - (40 + 80 * split.labels[:, None, None, None])).max() <= 3
-
-
 def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
     numbers = (50, 2, 3, 10, 1, 7, 8)
     many_images(tmp_path / "images", numbers)

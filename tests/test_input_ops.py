@@ -221,18 +221,6 @@ def test_a_training_crop_is_its_window_interpolated(height, width, ratios):
     assert found == ratios
 
 
-@pytest.mark.parametrize("shorter, ratio", [(100, 1), (447, 1), (448, 2), (895, 2), (896, 4), (1791, 4), (1792, 8)])
-def test_large_windows_are_decoded_at_a_fraction_of_the_size(shorter, ratio):
-    """A grid of flat 16×16 blocks: at every ratio the window holds the blocks that lie in it."""
-    blocks = np.random.default_rng(0).integers(0, 256, (120, 125, 3), dtype=np.uint8)
-    jpeg = archives.picture_file(blocks.repeat(16, axis=0).repeat(16, axis=1))
-    image = input_ops.decode_window(jpeg, tf.constant([32, 64, shorter, 1800])).numpy()
-    assert image.shape == (shorter // ratio, 1800 // ratio, 3)
-    size = 16 // ratio
-    middles = image[size // 2 :: size, size // 2 :: size].astype(int)
-    assert np.abs(middles - blocks[2 : 2 + len(middles), 4 : 4 + middles.shape[1]]).max() <= 8
-
-
 def test_the_rows_of_a_worker_are_those_of_the_batch_when_encoded(imagenet):
     rows = np.array([1, 2, 5])
     steps = {"seed": 1, "first_step": 1, "last_step": 3}

@@ -1,7 +1,4 @@
-"""README.md's numbers are those of the committed logs, its commands are known, and it names files that are there.
-
-python -m pytest tests/test_readme.py
-"""
+"""README.md's numbers are those of the committed logs, its commands are known, and it names files that are there."""
 
 import csv
 import math
