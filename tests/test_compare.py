@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(scripts.REPO / "figure"))
 
 import compare
+import pictures
 import results
 
 from config import Config
@@ -227,21 +228,48 @@ def figures(monkeypatch):
 def test_the_picture_has_the_median_and_the_range(tmp_path, figures):
     for seed, accuracy in enumerate((0.5, 0.59, 0.51)):
         write_run(tmp_path, f"two{seed}", accuracy, seed=seed)
+    for size, accuracy in ((4, 0.65), (8, 0.7)):
+        write_run(tmp_path, str(size), accuracy, batch_size=size)
+    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
+    everything, upper = figures[0].subfigs[0].axes
+    assert figures[0].subfigs[0].get_suptitle().startswith("From batch size 2 to 8: batch +19.0 points")
+    assert upper.get_ylim()[0] == pytest.approx(60)
+    for axes in (everything, upper):
+        (line,), (area,) = axes.lines, axes.collections
+        assert [tuple(point) for point in line.get_xydata()] == [
+            (2, pytest.approx(51)),
+            (4, pytest.approx(65)),
+            (8, pytest.approx(70)),
+        ]
+        corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
+        assert corners == {(2, 50), (2, 59), (4, 65), (8, 70)}
+
+
+def test_two_batch_sizes_are_dots_and_one_is_no_picture(tmp_path, figures):
+    write_run(tmp_path, "two", 0.6)
+    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
+    assert not figures
     write_run(tmp_path, "eight", 0.7, batch_size=8)
-    results.draw_batch_sizes([table(tmp_path)], "unused")
-    (axes,) = figures[0].axes
-    (line,), (area,) = axes.lines, axes.collections
-    assert [tuple(point) for point in line.get_xydata()] == [(2, pytest.approx(51)), (8, pytest.approx(70))]
-    corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
-    assert corners == {(2, 50), (2, 59), (8, 70)}
+    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
+    (line,) = figures[0].subfigs[0].axes[0].lines
+    assert line.get_linestyle() == "None" and [round(y) for y in line.get_ydata()] == [60, 70]
+
+
+def test_rows_that_differ_in_settings_are_a_heat_map(tmp_path, figures):
+    for rate, accuracy in ((0.1, 0.61), (0.2, 0.72)):
+        write_run(tmp_path, str(rate), accuracy, base_learning_rate=rate)
+    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
+    (axes,) = figures[0].subfigs[0].axes
+    assert [text.get_text() for text in axes.texts] == ["61.0", "72.0"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["batch (rate 0.1)", "batch (rate 0.2)"]
 
 
 def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, figures):
     """A panel for each batch size; write_run trains at 50 %."""
     write_run(tmp_path, "two", 0.6)
     write_run(tmp_path, "eight", 0.7, batch_size=8)
-    results.draw_curves([table(tmp_path)], "unused")
-    for axes, size, tested in zip(figures[0].axes, (2, 8), (60, 70), strict=True):
+    pictures.draw_curves([table(tmp_path)], "unused")
+    for axes, size, tested in zip(figures[0].subfigs[0].axes, (2, 8), (60, 70), strict=True):
         thin, thick = sorted(axes.lines, key=lambda line: line.get_linewidth())
         assert axes.get_title() == f"batch size {size}" and thick.get_label() == "batch"
         for line, accuracy in ((thin, 50), (thick, tested)):
@@ -318,6 +346,19 @@ def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, steps, gri
         assert (cell.config.arm, cell.config.batch_size, cell.config.seed) == (cell.arm, cell.batch_size, cell.seed)
         assert cell.config.max_training_step == steps and cell.images == steps * cell.config.max_batch_size
         assert cell.config.log_step == (3 if "--log_step=3" in flags else 50)
+
+
+@pytest.mark.parametrize(
+    "flags, arms",
+    [
+        ("--norm_type batch group --weight_standardization", ["batch+ws", "group+ws"]),
+        ("--norm_type group+acc group+ws --weight_standardization", ["group+ws+acc", "group+ws"]),
+        ("--norm_type batch --accumulate", ["batch+acc"]),
+    ],
+)
+def test_the_flags_of_trainer_py_are_short_for_the_names_of_norms(flags, arms, grid):
+    cells = grid(*flags.split(), "--batch_size", 2, "--seeds", 1)
+    assert [(cell.arm, cell.config.arm) for cell in cells] == [(arm, arm) for arm in arms]
 
 
 def run_of(cell, step, speeds, state="finished"):
@@ -488,8 +529,6 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         ("--jobs 1000000", "--jobs 1000000"),
         ("--batch_sise 4", "--batch_sise"),
         ("--seed=7", "--seeds"),
-        ("--accumulate", "+acc"),
-        ("--weight_standardization", "+ws"),
         ("--groups 7", "7 groups"),
         ("--epochs 2", "--epochs"),
         ("--max_training_step 7", "6"),
