@@ -1,5 +1,6 @@
 """The weights of a network in the checkpoints of runs, and a network that starts from those of another run."""
 
+import itertools
 import os
 
 import tensorflow as tf
@@ -15,8 +16,18 @@ CONVERSION_IMAGES = 256  # training images over which the norms of --checkpoint 
 
 
 def weights_of(model) -> dict:
-    """The variables that a checkpoint holds of a model, by name: weights, moving statistics, state of dropout."""
-    return {variable.path: variable.value for variable in model.variables}
+    """The variables that a checkpoint holds of a model, by name: weights, moving statistics, states of dropout.
+
+    Keras numbers the states of dropout through all models of a process: here they are counted from 0 in each.
+    """
+    numbers, found = itertools.count(), {}
+    for variable in model.variables:
+        name = variable.path
+        if name.endswith("/seed_generator_state"):
+            number = next(numbers)
+            name = f"seed_generator{f'_{number}' if number else ''}/seed_generator_state"
+        found[name] = variable.value
+    return found
 
 
 def load_weights(model, checkpoint) -> tuple[str, int]:

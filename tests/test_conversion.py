@@ -221,3 +221,13 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest(batch_run, m
 def test_freezing_needs_batch_norm_and_its_weights(flags):
     with scripts.refused("--freeze_batch_norm", "--norm_type batch", "--checkpoint"):
         parse_training(["--dataset", "Digits", "--freeze_batch_norm", *flags])
+
+
+def test_a_second_network_with_dropout_in_a_process_has_the_names_of_the_first(tmp_path):
+    """Keras numbers the states of dropout through a process, and --checkpoint builds two networks."""
+    configuration = Config(model="convnet", norm_type="group", groups=4, batch_norm_momentum=0.9)
+    first, second = (create_model(configuration, (32, 32, 3), 10) for _ in range(2))
+    tf.train.Checkpoint(model=checkpoints.weights_of(first), step=tf.Variable(3)).write(str(tmp_path / "model-3"))
+    checkpoints.load_weights(second, tmp_path / "model-3")
+    for ours, theirs in zip(second.get_weights(), first.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
