@@ -17,7 +17,7 @@ import tensorflow as tf
 import checkpoints
 import convert
 import ops
-from config import parse_training
+from config import Config, parse_training
 from model import create_model
 
 FLAGS = "--dataset Digits --model resnet8 --max_batch_size 32 --max_training_step 60 --log_step 20".split()
