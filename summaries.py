@@ -259,7 +259,7 @@ def draw_confusion(confusion, class_names):
     axes.set(xlabel="prediction", ylabel="label")
     axes.set_title(f"{confusion.sum()} images; colour: share of the label's images", fontsize=8)
     if len(class_names) <= 20:
-        ticks, names = range(len(class_names)), [f"{name:.12}" for name in class_names]
+        ticks, names = range(len(class_names)), [f"{name:.16}" for name in class_names]
         axes.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7)
         axes.set_yticks(ticks, names, fontsize=7)
     for label, prediction in np.argwhere(confusion) if len(class_names) <= 10 else ():
