@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from command import UserError
 from model import create_model
 
 TIMINGS = ("images_per_second",)
+SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 32)
+STEP = "step/.ATTRIBUTES/VARIABLE_VALUE"  # of a checkpoint
 
 
 def command(script, *flags):
@@ -60,16 +63,45 @@ def run_here(monkeypatch, *flags):
             signal.signal(number, handler)
 
 
+def train(data_dir, train_dir, *flags):
+    """The folder of a run of SMALL that is trained in this process."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_here(monkeypatch, *SMALL, *flags, "--data_dir", data_dir, "--train_dir", train_dir)
+    return only_run(train_dir)
+
+
 def evaluate(flags):
     """evaler.main() in this process."""
     evaler.main(config.parse_evaluation([*map(str, flags)]))
+
+
+def evaluate_digits(data_dir, run_dir, *flags):
+    """{measure: result} that evaluation.json has of the test split after evaler.py was run with the flags."""
+    evaluate(["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", run_dir, *flags])
+    return results_of(run_dir)
+
+
+def results_of(run_dir, split="test"):
+    """{measure: result} that evaluation.json has of a split."""
+    return json.loads((run_dir / "evaluation.json").read_text())["splits"][split]
+
+
+@contextlib.contextmanager
+def full_disk(limit):
+    """No file can grow beyond `limit` bytes, which stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager
 def refused(*words, kind=UserError):
     """The block raises an error of one line that has these words in it: the wrong value, and what would be right."""
     with pytest.raises(kind) as caught:
-        yield
+        yield caught
     message = str(caught.value)
     assert len(message.splitlines()) == 1 and all(str(word) in message for word in words), message
 
@@ -125,12 +157,17 @@ def checkpoint(run_dir):
     }
 
 
+def shown(run_dir, plugin):
+    """[(tag, step, value)] of everything of a kind, such as scalars, that TensorBoard shows of a run."""
+    found = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
+    found.Reload()
+    tags = [tag for tag in found.Tags()["tensors"] if found.SummaryMetadata(tag).plugin_data.plugin_name == plugin]
+    return [(tag, event.step, tf.make_ndarray(event.tensor_proto)) for tag in tags for event in found.Tensors(tag)]
+
+
 def scalars(run_dir):
     """[(tag, step)] of every scalar of a run that TensorBoard shows."""
-    shown = EventAccumulator(str(run_dir), size_guidance={"tensors": 0})
-    shown.Reload()
-    tags = [tag for tag in shown.Tags()["tensors"] if shown.SummaryMetadata(tag).plugin_data.plugin_name == "scalars"]
-    return [(tag, event.step) for tag in tags for event in shown.Tensors(tag)]
+    return [(tag, step) for tag, step, _ in shown(run_dir, "scalars")]
 
 
 def events(path):

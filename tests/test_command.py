@@ -1,26 +1,50 @@
-"""What command.py does for every script: how it ends.
+"""What command.py does for every script: how it starts, and how it ends.
 
 python -m pytest tests/test_command.py
 """
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 
 import pytest
-from scripts import REPO
+from scripts import REPO, SMALL
+
+import command
 
 WAITS = """
 import command, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
 command.run(lambda: (print("ready", flush=True), signal.pause()))
 """
+STARTS = """
+import runpy, sys
+sys.path.insert(0, "figure")
+for script in ("trainer", "evaler", "model", "download", "figure/compare", "figure/speed"):
+    for flag in ("--help", "--no_such_flag"):
+        sys.argv = [script, flag]
+        try:
+            runpy.run_path(f"{script}.py", run_name="__main__")
+        except SystemExit as end:
+            print("ended", script, flag, end.code, "tensorflow" in sys.modules, "keras" in sys.modules)
+"""
+TRAINS = """
+import sys
+import trainer, command, config, tensorflow as tf
+for images, shape in ((17, (32, 32, 3)), (64, (None, None, 3))):
+    command.set_threads(images, shape)
+    print("threads", tf.config.threading.get_intra_op_parallelism_threads())
+trainer.main(*config.parse_training())
+print("threads", tf.config.threading.get_intra_op_parallelism_threads())
+"""
 
 
-def python(code, **environment):
+def python(code, *flags, **environment):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=REPO, env=os.environ | environment, **pipes)
+    arguments = [sys.executable, "-c", code, *map(str, flags)]
+    return subprocess.Popen(arguments, cwd=REPO, env=os.environ | environment, **pipes)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
@@ -35,3 +59,49 @@ def test_a_signal_ends_a_script_in_one_line(number, code):
 def test_a_terminal_without_the_letters_gets_their_numbers():
     out, error = python("import command; command.run(lambda: print('grün'))", PYTHONIOENCODING="ascii").communicate()
     assert (out, error) == ("gr\\xfcn\n", "")
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [
+        (command.UserError("wrong\nvalue"), 2),
+        (FileNotFoundError(2, "No such file", "wrong value"), 2),
+        (command.ExternalError("wrong value"), 1),
+        (OSError(28, "No space left on device", "wrong value"), 1),
+    ],
+)
+def test_an_error_that_is_no_bug_ends_a_script_in_one_line(error, code, capfd, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert end.value.code == code and "wrong value" in line
+
+
+def test_flags_are_parsed_before_tensorflow_loads():
+    """--help and wrong flags take a fraction of a second; TensorFlow takes five."""
+    lines = [line.split() for line in python(STARTS).communicate()[0].splitlines() if line.startswith("ended")]
+    assert len(lines) == 12
+    for _, script, flag, code, *loaded in lines:
+        assert code == ("0" if flag == "--help" else "2") and loaded == ["False", "False"], script
+
+
+def test_small_updates_take_one_thread_an_operation(data_dir, tmp_path):
+    """TensorFlow's choice (0) above 16 images of 32 by 32, and where the size is not known. It refuses the setting once
+    it has begun to compute: the run shows that it comes before."""
+    flags = (*SMALL, "--batch_size", 16, "--max_training_step", 1, "--data_dir", data_dir, "--train_dir", tmp_path)
+    out, error = python(TRAINS, *flags).communicate()
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("threads")] == ["0", "0", "1"], error
+
+
+def test_onednn_is_on_unless_the_user_says_no(monkeypatch):
+    """On x86; other processors keep TensorFlow's own default."""
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    command.import_tensorflow()
+    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "0"
+    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS")
+    command.import_tensorflow()
+    assert os.environ.get("TF_ENABLE_ONEDNN_OPTS") == ("1" if platform.machine() in ("x86_64", "AMD64") else None)
