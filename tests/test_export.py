@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import keras
@@ -17,26 +16,19 @@ import pytest
 import scripts
 import tensorflow as tf
 
-import checkpoints
-import command
 import export
 import layers
 import ops
-from command import UserError
-from config import NORM_TYPES, Config, read_config
+from command import ExternalError
+from config import NORM_TYPES
 from input_ops import to_float
-from model import create_model
+from networks import build, randomize
 
 
 @pytest.fixture(scope="module")
-def run_dir(data_dir, tmp_path_factory):
+def run_dir(group_run):
     """A short run with group norm and weight standardization."""
-    train_dir = tmp_path_factory.mktemp("run")
-    flags = "--dataset Digits --model resnet8 --norm_type group --weight_standardization --batch_size 4".split()
-    flags += "--max_batch_size 32 --max_training_step 12 --learning_rate 0.01".split()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        scripts.run_here(monkeypatch, *flags, "--data_dir", data_dir, "--train_dir", train_dir)
-    return scripts.only_run(train_dir)
+    return group_run[0]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +40,6 @@ def exported(run_dir, data_dir, tmp_path_factory):
 
 def flags_of(run_dir, data_dir, place):
     return ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", str(run_dir), "--export", str(place)]
-
-
-@pytest.fixture(scope="module")
-def network(run_dir):
-    """The run's network, with its weights."""
-    model = create_model(read_config(run_dir)[0], (8, 8, 1), 10)
-    checkpoints.load_weights(model, run_dir)
-    return model
 
 
 def test_the_folder_holds_the_files_and_the_card_says_what_they_are(exported, run_dir):
@@ -73,7 +57,7 @@ def test_the_folder_holds_the_files_and_the_card_says_what_they_are(exported, ru
         f"| accuracy | {100 * result['accuracy']:.2f} % of the test images |",
         "| norm | group, 16 groups, weight standardization |",
         "| images | 1437 to train, 360 to test |",
-        "| batch size | 4 images per update |",
+        "| batch size | 8 images per update |",
         f"| versions, training | python {config['versions']['python']}, tensorflow {tf.__version__}",
         f"| commit | {(config['source'] or {'commit': 'unknown'})['commit']}",
         "| classes, in the order of the logits | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
@@ -106,9 +90,9 @@ print(class_names)
 """
 
 
-def test_the_lines_of_the_readme_run_elsewhere(exported, network, digits, tmp_path):
+def test_the_lines_of_the_readme_run_elsewhere(exported, run_dir, digits, tmp_path):
     """In a process without this repo: logits, class names, gradients through the custom ones, and training on."""
-    place = tmp_path / "moved"
+    place, network = tmp_path / "moved", scripts.network_of(run_dir)
     shutil.copytree(exported[0], place)
     images, labels = digits[1].images()[:8], digits[1].labels[:8]
     np.save(place / "images.npy", images)
@@ -143,35 +127,19 @@ def test_a_serving_signature_takes_any_number_of_images(exported):
     assert {name: value.shape.as_list() for name, value in out.items()} == {"logits": [3, 10], "probabilities": [3, 10]}
 
 
-NETWORKS = [("resnet8", norm, False) for norm in NORM_TYPES] + [
-    ("resnet8", "group", True),
-    ("resnet8", "none", True),
-    ("convnet", "batch", False),
-    ("convnet", "group", True),
-]
-
-
-def random_network(name, norm_type, weight_standardization):
-    """A network whose every weight is drawn, so that no gamma or scalar is 0 and no statistic that of the start."""
-    config = Config(model=name, norm_type=norm_type, weight_standardization=weight_standardization)
-    model = create_model(replace(config, batch_norm_momentum=0.9), (32, 32, 3), 10)
-    rng = np.random.default_rng(0)
-    for variable in model.weights:
-        size = variable.shape
-        if variable.name == "kernel":
-            variable.assign(rng.normal(0, np.sqrt(2 / np.prod(size[:-1])), size))
-        else:
-            variable.assign(rng.uniform(0.5, 1.5, size))
-    return model
+NETWORKS = [("resnet8", norm, False) for norm in NORM_TYPES] + [("resnet8", "none", True), ("convnet", "group", True)]
 
 
 @pytest.mark.parametrize("name, norm_type, weight_standardization", NETWORKS)
 def test_a_network_of_keras_layers_computes_the_same(name, norm_type, weight_standardization):
     """The same logits, of Keras' classes alone, and one step of fit changes it."""
-    model = random_network(name, norm_type, weight_standardization)
+    model = randomize(build(name, norm_type=norm_type, weight_standardization=weight_standardization))
     twin = export.to_keras_layers(model)
     assert all(type(layer).__module__.startswith("keras.") for layer in twin.layers)
     assert [layer.name for layer in twin.layers] == [layer.name for layer in model.layers]
+    assert [layer.rate for layer in twin.layers if type(layer) is keras.layers.Dropout] == [0.5] * 4 * (
+        name == "convnet"
+    )
     x = np.random.default_rng(1).uniform(size=(4, 32, 32, 3)).astype("float32")
     expected = model(x).numpy()
     assert np.ptp(expected, axis=0).min() > 1e-3  # logits differ between images: the comparison says something
@@ -190,11 +158,6 @@ def test_an_input_needs_no_name():
     np.testing.assert_array_equal(export.to_keras_layers(model)(x), model(x))  # a scalar of 0: beta
 
 
-def test_dropout_stays():
-    twin = export.to_keras_layers(random_network("convnet", "group", False))
-    assert [layer.rate for layer in twin.layers if type(layer) is keras.layers.Dropout] == [0.5] * 4
-
-
 @pytest.mark.parametrize("case", ["activation", "another use", "no convolution"])
 def test_a_scalar_that_no_convolution_can_take_is_refused(case):
     inputs = keras.Input([8, 8, 3])
@@ -206,63 +169,36 @@ def test_a_scalar_that_no_convolution_can_take_is_refused(case):
         export.to_keras_layers(keras.Model(inputs, keras.layers.Add()([x, y]) if case == "another use" else y))
 
 
-@pytest.mark.parametrize("change, refused", [(1e-3, True), (1e-7, False), (np.nan, True)])
-def test_nothing_stays_of_an_export_that_differs(change, refused, run_dir, data_dir, tmp_path, monkeypatch, capsys):
-    """Exit code 1, one line, and neither the folder nor a part of it."""
-
-    def other_weights(model):
-        twin = keras_layers(model)
-        twin.get_layer("logits").bias.assign_add(np.eye(10, dtype="float32")[3] * change)
-        return twin
-
-    keras_layers = export.to_keras_layers
-    monkeypatch.setattr(export, "to_keras_layers", other_weights)
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["evaler.py"])
-    flags = flags_of(run_dir, data_dir, tmp_path / "taken")
-    if not refused:
-        return scripts.evaluate(flags)
-    with pytest.raises(SystemExit) as ended:
-        command.run(lambda: scripts.evaluate(flags))
-    lines = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 1 and len(lines) == 1 and "model.keras" in lines[0], lines
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("change", [1e-3, np.nan])
+def test_an_export_that_differs_is_refused(change, exported, run_dir, digits, tmp_path):
+    place = shutil.copytree(exported[0], tmp_path / "changed")
+    twin = keras.models.load_model(place / "model.keras")
+    twin.get_layer("logits").bias.assign_add(np.eye(10, dtype="float32")[3] * change)
+    twin.save(place / "model.keras")
+    with scripts.refused("model.keras", "nan" if np.isnan(change) else "1.0e-03", kind=ExternalError):
+        export.check(scripts.network_of(run_dir), digits[1], place)
 
 
-def test_bad_requests_are_named_before_any_work(run_dir, data_dir, tmp_path, monkeypatch):
-    for name in ("full", "unfinished", "empty"):
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run_dir, data_dir, tmp_path, monkeypatch):
+    for name in ("full", "empty", "unfinished"):
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    shutil.copy(run_dir / "config.json", tmp_path / "unfinished")
     (tmp_path / "link").symlink_to(tmp_path / "empty")
+    shutil.copy(run_dir / "config.json", tmp_path / "unfinished")
     monkeypatch.setattr(export, "write", None)
     monkeypatch.chdir(tmp_path / "empty")
-    new = tmp_path / "new"
-    for train_dir, place, more, said in (
-        (run_dir, tmp_path / "full", (), "full' is there"),
-        (run_dir, tmp_path / "full" / "file", (), "file' is there"),
-        (run_dir, tmp_path / "link", (), "link' is there"),
-        (run_dir, ".", (), "'.' is there"),
-        (run_dir, "", (), "'' is there"),
-        (run_dir, tmp_path / "full" / "file" / "new", (), "file is no folder to write in"),
-        (run_dir, tmp_path / "none" / "new", (), "none is no folder to write in"),
-        (run_dir, new, ("--split", "test"), "--split has no effect with --export"),
-        (run_dir, new, ("--validation", "9"), "--validation has no effect with --export"),
-        (run_dir, new, ("--batch_statistics", "moving", "batch"), "--batch_statistics has no effect with --export"),
-        (tmp_path / "unfinished", new, (), "have no checkpoint yet"),
-    ):
-        with pytest.raises(UserError, match=said):
-            scripts.evaluate(flags_of(train_dir, data_dir, place) + list(more))
-    assert not new.exists() and (tmp_path / "full" / "file").read_text() == "mine"
+    for place in (tmp_path / "full", tmp_path / "full" / "file", tmp_path / "link", ".", tmp_path / "none" / "new"):
+        with scripts.refused("--export", place):
+            scripts.evaluate(flags_of(run_dir, data_dir, place))
+    with scripts.refused(tmp_path / "unfinished", "checkpoint"):
+        scripts.evaluate(flags_of(tmp_path / "unfinished", data_dir, tmp_path / "new"))
+    assert not (tmp_path / "new").exists() and (tmp_path / "full" / "file").read_text() == "mine"
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(run_dir, data_dir, tmp_path):
-    """A limit on the size of files stands for the full disk: the SavedModel does not fit."""
-    flags = flags_of(run_dir, data_dir, tmp_path / "taken")
-    limited = ["prlimit", "--fsize=200000", *scripts.command("evaler.py", *flags)]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "taken could not be written" in done.stderr and "nothing was exported" in done.stderr
+    """The SavedModel does not fit."""
+    with scripts.full_disk(200_000), scripts.refused(tmp_path / "taken", "too large", kind=ExternalError):
+        scripts.evaluate(flags_of(run_dir, data_dir, tmp_path / "taken"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,7 +216,7 @@ def test_a_bfloat16_run_is_exported_in_float32(run_dir, data_dir, tmp_path):
 
 def test_a_saved_model_trains_as_the_network_does(tmp_path):
     """serve(images, training=True) normalizes by the batch and moves the statistics, as the network does."""
-    model = create_model(Config(model="resnet8", batch_norm_momentum=0.5), (8, 8, 1), 10)
+    model = build(shape=(8, 8, 1), batch_norm_momentum=0.5)
     data = SimpleNamespace(network_shape=(8, 8, 1), dtype=np.uint8, class_names=list("abcdefghij"))
     export.write_saved_model(model, data, tmp_path / "saved_model")
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
@@ -296,7 +232,7 @@ def test_a_saved_model_trains_as_the_network_does(tmp_path):
 
 def test_float_images_are_taken_as_they_are(tmp_path):
     """A dataset of float images: the SavedModel takes float32, and nothing is divided by 255."""
-    model = create_model(Config(model="resnet8", norm_type="group"), (8, 8, 1), 3)
+    model = build(shape=(8, 8, 1), classes=3, norm_type="group")
     data = SimpleNamespace(network_shape=(8, 8, 1), dtype=np.float32, name="MINE", class_names=["a", "b|c", "ü"])
     export.write_saved_model(model, data, tmp_path / "saved_model")
     x = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype("float32")

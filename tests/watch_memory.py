@@ -32,29 +32,11 @@ def main():
     steps = -(-arguments.updates // UPDATES_A_STEP)
     with tempfile.TemporaryDirectory() as folder:
         scripts.run("download.py", "--dataset", "Digits", "--data_dir", folder)
-        process = subprocess.Popen(
-            scripts.command(
-                "trainer.py",
-                "--dataset",
-                "Digits",
-                "--model",
-                "resnet8",
-                "--batch_size",
-                1,
-                "--norm_type",
-                arguments.norm_type,
-                "--max_batch_size",
-                UPDATES_A_STEP,
-                "--max_training_step",
-                steps,
-                *"--log_step 4 --write_summary_step 4 --test_sample_step 20 --ckpt_save_step 20 --data_dir".split(),
-                folder,
-                "--train_dir",
-                folder + "/runs",
-            ),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        flags = "--dataset Digits --model resnet8 --batch_size 1 --log_step 4 --write_summary_step 4 "
+        flags += "--test_sample_step 20 --ckpt_save_step 20 --max_batch_size"
+        flags = [*flags.split(), UPDATES_A_STEP, "--max_training_step", steps, "--norm_type", arguments.norm_type]
+        command = scripts.command("trainer.py", *flags, "--data_dir", folder, "--train_dir", folder + "/runs")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         samples = []
         for line in process.stdout:
             step = re.match(r"step +(\d+)/", line)
