@@ -89,24 +89,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         download.prepare("Digits", str(folder / "data"))
-        for norm_type, model in (("batch", "convnet"), ("group", "resnet8")):
-            flags = ("--norm_type", norm_type, "--model", model)
-            if norm_type == "group":
-                flags += ("--weight_standardization",)
-            data_dir, alone = folder / "data", folder / f"{norm_type}0"
-            scripts.run("trainer.py", *FLAGS, *flags, "--data_dir", data_dir, "--train_dir", alone)
-            left, part = arguments.kills // 2, 0
+        for flags in ("--norm_type batch --model convnet", "--norm_type group --model resnet8"):
+            data_dir, name = folder / "data", flags.split()[1]
+            alone, left, part = folder / f"{name}0", arguments.kills // 2, 0
+            scripts.run("trainer.py", *FLAGS, *flags.split(), "--data_dir", data_dir, "--train_dir", alone)
             while left:  # a run is over after some kills: then another one is killed
                 part += 1
-                place = folder / f"{norm_type}{part}"
-                run_dir, killed_at = kill_and_continue(data_dir, place, flags, min(left, 5), rng)
+                place = folder / f"{name}{part}"
+                run_dir, killed_at = kill_and_continue(data_dir, place, flags.split(), min(left, 5), rng)
                 assert_same_runs(run_dir, scripts.only_run(alone))
                 left -= len(killed_at)
-                print(
-                    f"{norm_type} norm, {model}: killed {len(killed_at)} times, after logging step "
-                    f"{', '.join(killed_at)}; ended bitwise like the run left alone",
-                    flush=True,
-                )
+                print(f"{flags}: killed {len(killed_at)} times, after logging step {', '.join(killed_at)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def group(x, groups=4, gamma=None, beta=None, **kwargs):
 @pytest.mark.parametrize(
     "call, words",
     [
-        # groups that do not divide: not clamped, not an error of a reshape, but channels, groups and what would be right
+        # groups that do not divide: neither clamped nor an error of a reshape
         (lambda: group(image(), 5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
         (lambda: group(image(), 24), ["12", "24", "1, 2, 3, 4, 6, 12"]),
         (lambda: group(image(), -1), ["12", "-1", "1, 2, 3, 4, 6, 12"]),

@@ -131,12 +131,6 @@ def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flag):
         parse_training(["--resume", "RUN", *flag.split()])
 
 
-@pytest.mark.parametrize("name, word", [("digits", "Digits"), ("../Digits", "slashes")])
-def test_names_that_name_no_dataset(name, word):
-    with scripts.refused(name, word):
-        parse_evaluation(["--dataset", name])
-
-
 @pytest.mark.parametrize("mode", ["--predict a.png", "--export new"])
 def test_flags_without_effect_on_a_prediction_or_an_export_are_refused(mode):
     for flag in ("--split test", "--batch_statistics moving", "--validation 5"):

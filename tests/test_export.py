@@ -3,6 +3,8 @@
 python -m pytest tests/test_export.py
 """
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -27,7 +29,6 @@ from networks import build, randomize
 
 @pytest.fixture(scope="module")
 def run_dir(group_run):
-    """A short run with group norm and weight standardization."""
     return group_run[0]
 
 
@@ -35,7 +36,9 @@ def run_dir(group_run):
 def exported(run_dir, data_dir, tmp_path_factory):
     """The run's export, and what evaler.py printed."""
     place = tmp_path_factory.mktemp("export") / "taken"
-    return place, scripts.run("evaler.py", *flags_of(run_dir, data_dir, place))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        scripts.evaluate(flags_of(run_dir, data_dir, place))
+    return place, printed.getvalue()
 
 
 def flags_of(run_dir, data_dir, place):
@@ -52,7 +55,7 @@ def test_the_folder_holds_the_files_and_the_card_says_what_they_are(exported, ru
     for name, difference in found:
         assert float(difference) <= 1e-5 and f"## {name}\n\nLargest difference of a logit: {difference}." in text
     config = json.loads((run_dir / "config.json").read_text())
-    result = json.loads((run_dir / "evaluation.json").read_text())["splits"]["test"]["accuracy"]
+    result = scripts.results_of(run_dir)["accuracy"]
     for row in (
         f"| accuracy | {100 * result['accuracy']:.2f} % of the test images |",
         "| norm | group, 16 groups, weight standardization |",
