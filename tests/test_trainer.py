@@ -43,7 +43,7 @@ def test_config_json_has_the_flags_what_follows_and_what_made_the_run(group_run)
     assert config["machine"]["processors"] == os.cpu_count() and config["machine"]["processor"]
 
 
-def test_it_prints_what_it_will_do_before_tensorflow_starts_and_how_long_that_takes(group_run):
+def test_it_prints_what_it_will_do_and_how_long_that_takes(group_run):
     lines = group_run[1].splitlines()
     assert all(word in lines[0] for word in ("Digits", "1437", "360", "8x8x1", "10 classes"))
     assert all(word in lines[1] for word in ("resnet8", "group norm", "9 steps", "32 images", "4 updates", "2 tests"))
