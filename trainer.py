@@ -506,7 +506,7 @@ def finish(run_dir, state, train, test, interruption):
     else:
         accuracy = runs.read_run(run_dir).accuracies["accuracy"]
         print(
-            f"done: test accuracy {100 * accuracy:.2f} % after {config.max_training_step} steps; next, its classes and "
+            f"done: {config.max_training_step} steps, test accuracy {100 * accuracy:.2f} %; next, its classes and "
             f"mistakes, and its curves:\n  python evaler.py {run_dir}\n  tensorboard --logdir {run_dir.parent}"
         )
 

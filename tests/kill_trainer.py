@@ -60,8 +60,8 @@ def kill_and_continue(data_dir, folder, flags, kills, rng, longest=1.0):
             lines = rng.randint(0, 5)  # 0: while it starts; else somewhere after so many lines of log
             for line in process.stdout:
                 printed += line
-                lines -= line.startswith("step")
-                if lines <= 0 and line.startswith(("run folder", "step")):
+                lines -= line.startswith(("step", "epoch"))
+                if lines <= 0 and line.startswith(("run folder", "step", "epoch")):
                     break
             if rng.random() < 0.5:
                 time.sleep(rng.uniform(0, longest))

@@ -212,9 +212,11 @@ def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
     monkeypatch.setattr(
         Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(axes, values, **options)
     )
-    picture = summaries.confusion_image(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
+    figure = summaries.draw_confusion(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
     np.testing.assert_allclose(shown, [[[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]]], rtol=1e-12)
-    assert picture.shape == (1, 650, 700, 3) and picture.dtype == np.uint8
+    assert [text.get_text() for text in figure.axes[0].texts] == ["8", "2", "1", "3"]
+    picture = summaries.as_pixels(figure)
+    assert picture.shape == (1, 360, 400, 3) and picture.dtype == np.uint8
 
 
 def test_the_worst_mistakes_come_first(digits, monkeypatch):
@@ -226,13 +228,15 @@ def test_the_worst_mistakes_come_first(digits, monkeypatch):
     for position, loss in ((4, 2.5), (11, 0.7), (17, 9.25), (26, 4.0)):
         predictions[position], losses[position] = (split.labels[position] + 1) % 10, loss
     losses[8] = 50.0
-    summaries.draw_mistakes("unused", split, {"predictions": predictions, "losses": losses}, most=3)
+    result = {"predictions": predictions, "losses": losses, "probabilities": np.linspace(0.3, 0.59, 30)}
+    summaries.draw_mistakes("unused", split, result, most=3)
     (figure,) = figures
     assert figure.get_suptitle() == "Digits: the 3 worst of 4 mistakes in 30 images"
-    for axes, position, loss in zip(figure.axes, (17, 26, 4), ("9.2", "4.0", "2.5"), strict=True):
+    for axes, position, percent in zip(figure.axes, (17, 26, 4), (47, 56, 34), strict=True):
         np.testing.assert_array_equal(axes.images[0].get_array(), split.images()[position, ..., 0])
         label = split.labels[position]
-        assert axes.get_title() == f"{label}, not\n{(label + 1) % 10} ({loss})"
+        name = split.ids[position].split("/")[-1]
+        assert axes.get_title() == f"{name}\ntrue {label}\npredicted {(label + 1) % 10} {percent} %"
 
 
 def test_requests_that_do_not_suit_the_runs_are_refused(batch_run, data_dir, tmp_path):

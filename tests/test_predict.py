@@ -65,15 +65,12 @@ def predicted(run_dir, data_dir, *flags):
 
 
 def table(path):
-    """{file: [(class, probability)]} of the CSV file, whose ranks are checked."""
-    found = {}
+    """{file: [(class, probability)]} of the CSV file, a row for each."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["file", "rank", "class", "probability"]
-    for name, rank, class_name, probability in rows[1:]:
-        found.setdefault(name, []).append((class_name, float(probability)))
-        assert int(rank) == len(found[name])
-    return found
+    assert rows[0][:5] == ["file", "class", "probability", "class_2", "probability_2"]
+    assert len({row[0] for row in rows}) == len(rows) and {len(row) for row in rows} == {len(rows[0])}
+    return {name: list(zip(best[::2], map(float, best[1::2]))) for name, *best in rows[1:]}
 
 
 def check(found, class_names, expected):
@@ -119,7 +116,7 @@ def test_files_that_a_folder_was_packed_of_are_predicted_as_evaluated(pets, caps
     expected, classes = {}, {}
     for split in datasets.create_default_splits("Pets", data_dir):
         pictures, predict_batch = evaluated(split), evaler.make_predictor(scripts.network_of(run_dir))
-        _, predictions, _ = evaler.predict_all(predict_batch, create_input_ops(split, 250, False))
+        _, predictions, *_ = evaler.predict_all(predict_batch, create_input_ops(split, 250, False))
         rows = zip(split.ids, pictures, probabilities(run_dir, pictures), predictions, strict=True)
         for id, picture, chances, best in rows:
             file = os.path.join(images, *id.split("/")[1:])
@@ -146,10 +143,12 @@ def test_of_classes_that_are_as_likely_the_lower_comes_first():
     logits[:120], labels = 0, np.arange(480, dtype=np.int32) % 120
     model = keras.Sequential([keras.Input((120,)), keras.layers.Activation("linear")])
     ranking = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    _, predictions, in_top5 = evaler.predict_all(evaler.make_predictor(model), [(logits, labels)])
+    losses, predictions, in_top5, probabilities = evaler.predict_all(evaler.make_predictor(model), [(logits, labels)])
     np.testing.assert_array_equal(predictions, ranking[:, 0])
     np.testing.assert_array_equal(in_top5, (ranking == labels[:, None]).any(axis=1))
     assert in_top5[:120].sum() == 5
+    hits = predictions == labels
+    np.testing.assert_allclose(probabilities[hits], np.exp(-losses[hits]), rtol=1e-5)
 
 
 def test_of_classes_that_are_as_likely_the_lower_is_named_first(data_dir, tmp_path):

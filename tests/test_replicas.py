@@ -236,7 +236,7 @@ def test_two_workers_are_two_devices_also_when_they_are_stopped_killed_and_resum
     flags = [*FLAGS, "--data_dir", data_dir]
     scripts.run("trainer.py", *flags, "--replicas", 2, "--train_dir", tmp_path / "devices")
     workers = start_workers([*flags, "--train_dir", tmp_path / "workers"])
-    wait_for_step(workers[0], 5)
+    wait_for_step(workers[0], 10)
     run_dir = scripts.only_run(tmp_path / "workers")  # the chief alone makes one
     workers[1].send_signal(signal.SIGTERM)
     (code0, line0), (code1, line1) = end(workers)

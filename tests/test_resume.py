@@ -25,7 +25,7 @@ def test_rows_and_events_after_the_checkpoint_are_dropped(digits, tmp_path):
     (tmp_path / "config.json").write_text('{"flags": {}}')
 
     def write(first_step, last_step):
-        log = summaries.Log(tmp_path, config, digits[1], first_step)
+        log = summaries.Log(tmp_path, config, *digits, first_step)
         for step in range(first_step + 1, last_step + 1):
             row = {"step": step, "loss/loss": 1.0 / step, "loss/accuracy": 0.5, "learning_rate": 0.1}
             log.add(row)

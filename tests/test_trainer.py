@@ -6,6 +6,7 @@ python -m pytest tests/test_trainer.py
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 
@@ -30,7 +31,7 @@ import trainer
 
 def test_config_json_has_the_flags_what_follows_and_what_made_the_run(group_run):
     run_dir, printed = group_run
-    assert run_dir.name.startswith("mine-Digits_lr_0.01_bs_8_norm_type_group-20") and str(run_dir) in printed
+    assert run_dir.name.startswith("mine-Digits_group+ws_bs_8_resnet8_s0-20") and str(run_dir) in printed
     config = json.loads((run_dir / "config.json").read_text())
     assert config["flags"]["seed"] == 0 and config["flags"]["batch_size"] == 8
     assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 16
@@ -46,8 +47,12 @@ def test_config_json_has_the_flags_what_follows_and_what_made_the_run(group_run)
 def test_it_prints_what_it_will_do_and_how_long_that_takes(group_run):
     lines = group_run[1].splitlines()
     assert all(word in lines[0] for word in ("Digits", "1437", "360", "8x8x1", "10 classes"))
-    assert all(word in lines[1] for word in ("resnet8", "group norm", "9 steps", "32 images", "4 updates", "2 tests"))
-    assert any(line.startswith("about 0:00:0") for line in lines)
+    assert all(word in lines[2] for word in ("resnet8", "group+ws", "9 steps", "32 images", "4 updates", "2 tests"))
+    assert any(line.startswith("an epoch takes about 0:00:0") for line in lines)
+    tests = [line for line in lines if re.match("step [59]/9 ", line)]
+    assert len(tests) == 2 and all("test" in line and len(line) <= 100 for line in tests)
+    accuracy = scripts.metrics(group_run[0])[-1]["test_loss/accuracy"]
+    assert f"{100 * accuracy:.2f} %" in lines[-3] and lines[-2].endswith(f"evaler.py {group_run[0]}")
 
 
 def test_metrics_have_a_row_each_interval_and_the_end(group_run):
@@ -82,17 +87,21 @@ def test_tensorboard_shows_the_tags_of_the_original_repo(group_run):
     assert {(tag, step) for tag in ("img/image", "test_img/image") for step in (5, 9)} <= set(pictures)
 
 
-def test_hparams_has_every_setting_that_is_not_its_default(group_run):
-    shown = {}
+def test_hparams_has_one_schema_which_begins_with_the_norm(group_run):
+    shown, columns = {}, []
     for path in group_run[0].glob("events.out.tfevents.*"):
         for value in (value for event in scripts.events(path) for value in event.summary.value):
             if value.tag == "_hparams_/session_start_info":
                 content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
                 held = content.session_start_info.hparams
                 shown = {name: getattr(held[name], held[name].WhichOneof("kind")) for name in held}
-    main = {"dataset": "Digits", "model": "resnet8", "optimizer": "momentum", "seed": 0, "learning_rate": 0.01}
-    norm = {"norm_type": "group", "weight_standardization": True, "batch_size": 8, "max_batch_size": 32}
-    assert shown == main | norm | {"max_training_step": 9, "test_sample_step": 5, "ckpt_save_step": 4}
+                assert content.session_start_info.group_name == group_run[0].name
+            if value.tag == "_hparams_/experiment":
+                content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+                columns = [info.name for info in content.experiment.hparam_infos]
+    main = {"1 norm": "group+ws", "2 batch size": 8, "3 model": "resnet8", "4 rate": 0.01, "5 seed": 0}
+    assert sorted(shown)[:5] == list(main) and shown | main | {"dataset": "Digits", "steps": 9, "groups": 16} == shown
+    assert sorted(columns) == sorted(shown)
 
 
 # A run from inside
@@ -127,7 +136,7 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(digits, tm
     now = [1000.0]
     monkeypatch.setattr(summaries.time, "perf_counter", lambda: now[0])
     write_config(tmp_path, config, config, {})
-    log = summaries.Log(tmp_path, config, digits[1], first_step=0)
+    log = summaries.Log(tmp_path, config, *digits, first_step=0)
     for step, seconds in enumerate((70, 2, 2, 2, 2, 4), 1):
         now[0] += seconds
         log.stepped(step)
@@ -232,7 +241,7 @@ def read_until(process, start_of_line):
 
 
 def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, tmp_path):
-    flags = "--max_training_step 100000 --ckpt_save_step 100 --test_sample_step 100000".split()
+    flags = "--max_training_step 100000 --ckpt_save_step 100 --test_sample_step 101".split()
     process = start(data_dir, tmp_path, *flags)
     read_until(process, "step    101/")
     run_dir = scripts.only_run(tmp_path)
@@ -250,7 +259,7 @@ def test_a_signal_before_the_first_step_and_a_second_one_end_the_process_at_once
     """In steps that take seconds: nothing is waited for where there is nothing to save, or the user insists."""
     flags = "--batch_size 1 --max_batch_size 1024 --max_training_step 1000 --test_sample_step 1000".split()
     process = start(data_dir, tmp_path, *flags)
-    read_until(process, "step    1/" if insists else "run folder")
+    read_until(process, "an epoch takes" if insists else "run folder")
     process.send_signal(signal.SIGINT)
     if insists:
         read_until(process, "SIGINT")

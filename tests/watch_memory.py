@@ -33,7 +33,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         scripts.run("download.py", "--dataset", "Digits", "--data_dir", folder)
         flags = "--dataset Digits --model resnet8 --batch_size 1 --log_step 4 --write_summary_step 4 "
-        flags += "--test_sample_step 20 --ckpt_save_step 20 --max_batch_size"
+        flags += "--test_sample_step 15 --ckpt_save_step 20 --max_batch_size"
         flags = [*flags.split(), UPDATES_A_STEP, "--max_training_step", steps, "--norm_type", arguments.norm_type]
         command = scripts.command("trainer.py", *flags, "--data_dir", folder, "--train_dir", folder + "/runs")
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
