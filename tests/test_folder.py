@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import archives
 import datasets
 from config import derive, parse_training
 from datasets import folder, hdf5
@@ -109,3 +110,15 @@ def test_photographs_are_mirrored_unless_flags_say_no(photos):
 def test_the_default_network_of_few_large_photographs_is_small(photos):
     train, _ = pack(photos, image_size=(70, 70))
     assert derive(parse_training(["--dataset", "Pets"])[0], train).model == "resnet18"
+
+
+@pytest.mark.parametrize("scale, warned", [(255, True), (1, False)])
+def test_own_floats_of_a_range_that_networks_learn_badly_from_are_named(scale, warned, tmp_path, capsys):
+    """And the mark that some editors write before the first id is none of its letters."""
+    images = np.linspace(0, scale, 10 * 12, dtype=np.float32).reshape(10, 4, 3, 1)
+    ids = [str(i) for i in range(10)]
+    archives.write_own(tmp_path / "Mine", ids, images, np.eye(2)[np.arange(10) % 2])
+    (tmp_path / "Mine" / "id.txt").write_text("\n".join(ids), encoding="utf-8-sig")
+    train, test = datasets.create_default_splits("Mine", str(tmp_path))
+    assert sorted(train.ids + test.ids) == ids
+    assert ("warning" in capsys.readouterr().out) == warned
