@@ -1,4 +1,4 @@
-"""Layers that are not norms: convolutions, with standardized weights or not, dropout, and what replaces a norm.
+"""Layers other than norms: convolutions, with and without standardized weights, dropout, and SkipInit.
 
 Weight Standardization: Qiao et al., arXiv 1903.10520. SkipInit: De & Smith, arXiv 2002.10444.
 """
@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from ops import EPSILON, moments, number_of_replicas
 
-FEW_OUTPUTS = 32  # up to there a convolution by a matrix product was measured to be faster
+FEW_OUTPUTS = 32  # up to so many outputs a matrix product was measured to be faster than a convolution
 
 
 def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:
@@ -22,7 +22,7 @@ def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tenso
 
     Returns:
         Weights of the same shape and type, each filter with mean 0 and variance 1 / fan_in: the scale of LeCun's
-        initialisation, so that the outputs keep the variance of the inputs whether a norm follows or not.
+        initialization, so that the outputs keep the variance of the inputs whether or not a norm follows.
     """
     kernel = tf.convert_to_tensor(kernel)
     weights = tf.cast(kernel, tf.float64 if kernel.dtype == tf.float64 else tf.float32)
@@ -33,7 +33,7 @@ def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tenso
 
 
 def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Tensor:
-    """tf.nn.conv2d with 'SAME' padding, as a matrix product where a small batch makes fewer outputs than filters.
+    """tf.nn.conv2d with 'SAME' padding, computed as a matrix product if there are fewer outputs than filters.
 
     Args:
         x: [N, H, W, C], any float type.
@@ -46,8 +46,8 @@ def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Te
     height, width, channels, filters = kernel.shape
     sizes = [x.shape[0]] + [size and -(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
     outputs = None if None in sizes else math.prod(sizes)
-    by_product = products_that_pay(outputs, filters)
-    if not by_product or tf.config.list_physical_devices("GPU"):  # measured on CPUs
+    by_product = faster_as_product(outputs, filters)
+    if not by_product or tf.config.list_physical_devices("GPU"):  # only measured on CPUs
         return tf.nn.conv2d(x, kernel, strides, "SAME")
 
     def patches(x):  # [N, H, W, C] → [outputs, inputs of a filter]
@@ -69,13 +69,13 @@ def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Te
     return convolution(x, kernel)
 
 
-def products_that_pay(outputs: int | None, filters: int) -> tuple[str, ...]:
-    """What of a convolution with `outputs` = N * H' * W' a matrix product of its patches is faster at: "dkernel", "y".
+def faster_as_product(outputs: int | None, filters: int) -> tuple[str, ...]:
+    """Return which parts of a convolution, "dkernel" and "y", are faster as a matrix product of its patches.
 
-    The patches that the kernel sees, [outputs, inputs], take less memory than the kernel where there are fewer outputs
-    than filters, and oneDNN takes up to three times as long for the filters' gradient as cutting them out and
-    multiplying: the last layer of convnet 10.9 ms against 3.9 at batch size 8, 40.8 against 17.2 at 64 (one thread, an
-    AMD EPYC with AVX2). y gains up to FEW_OUTPUTS; the gradient of x never did.
+    outputs: N * H' * W', None if unknown. If it is smaller than filters, the patches [outputs, inputs] take less memory
+    than the kernel, and oneDNN takes up to three times as long for the kernel's gradient as extracting the patches and
+    multiplying: for the last layer of convnet 10.9 ms against 3.9 at batch size 8, and 40.8 ms against 17.2 at 64 (one
+    thread of an AMD EPYC with AVX2). y is faster up to FEW_OUTPUTS, the gradient of x never.
     """
     if outputs is None or outputs >= filters:
         return ()
@@ -84,7 +84,7 @@ def products_that_pay(outputs: int | None, filters: int) -> tuple[str, ...]:
 
 @keras.saving.register_keras_serializable("group_norm")
 class Dropout(keras.layers.Dropout):
-    """keras.layers.Dropout, with another mask in each replica: Keras' own draws the same one in all."""
+    """keras.layers.Dropout with a different mask in each replica: Keras draws the same mask in all replicas."""
 
     def call(self, inputs, training=False):
         if not training or self.rate == 0 or number_of_replicas() == 1:
@@ -96,7 +96,7 @@ class Dropout(keras.layers.Dropout):
 
 @keras.saving.register_keras_serializable("group_norm")
 class Conv2D(keras.layers.Conv2D):
-    """keras.layers.Conv2D, by convolve where that does what the layer's arguments ask for."""
+    """keras.layers.Conv2D, computed by convolve() if that supports the layer's arguments."""
 
     def convolution_op(self, inputs, kernel):
         arguments = self.padding, self.dilation_rate, self.groups, self.data_format
@@ -107,7 +107,7 @@ class Conv2D(keras.layers.Conv2D):
 
 @keras.saving.register_keras_serializable("group_norm")
 class StandardizedConv2D(Conv2D):
-    """Conv2D whose kernel passes through standardize_weights before each use."""
+    """Conv2D that applies standardize_weights to its kernel before each use."""
 
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, standardize_weights(tf.convert_to_tensor(kernel)))
@@ -115,10 +115,9 @@ class StandardizedConv2D(Conv2D):
 
 @keras.saving.register_keras_serializable("group_norm")
 class SkipInit(keras.layers.Layer):
-    """x times a learned scalar that starts at 0 (De & Smith, arXiv 2002.10444): what lets a ResNet train without norms.
+    """x times a learned scalar that starts at 0: lets a ResNet train without norms (De & Smith, arXiv 2002.10444).
 
-    At the end of each residual branch it does what a last gamma of 0 does for a norm: the network starts as its
-    shortcuts, however deep it is.
+    At the end of a residual branch it acts like a norm whose gamma starts at 0: each block starts as its shortcut.
     """
 
     def build(self, input_shape):

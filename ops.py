@@ -1,4 +1,4 @@
-"""Normalization as pure functions, and the Keras layers on them.
+"""Normalization as pure functions, and Keras layers that call them.
 
     y = ops.group_norm(x, gamma, beta, groups=32)                        # a function of tensors
     x = ops.GroupNorm(groups=8)(x)                                       # a layer for any Keras model
@@ -14,8 +14,8 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-EPSILON = 1e-5  # for every norm alike, as in the code of the GN paper's authors
-LANES = 8  # the float32 values that one instruction adds in TensorFlow's packages for CPUs
+EPSILON = 1e-5  # of every norm, as in the code of the GN paper's authors
+LANES = 8  # float32 values that one CPU instruction adds in TensorFlow's packages
 
 
 def group_norm(
@@ -35,7 +35,7 @@ def group_norm(
         scale           = gamma * inverse_std
         y               = centred * scale + beta
 
-    The gradient is in closed form. With dy the gradient that arrives, and the means over the same m values,
+    The gradient is in closed form. With dy the gradient of y, and the means over the same m values,
 
         offset          = mean of scale * dy
         slope           = mean of scale * dy * centred, times inverse_std^2
@@ -43,14 +43,14 @@ def group_norm(
         dgamma[c]       = sum of dy * centred * inverse_std
         dbeta[c]        = sum of dy
 
-    so that centred is the only large tensor kept for it. Every sum runs over the positions first, to [N, C], and
-    over the few channels of a group after that: the large tensor is never transposed, nor split into groups. Where
-    it pays, some positions lie side by side in a row, and the sums over them run last (see _fold).
+    so that centred is the only large tensor kept for it. Every sum runs over the positions first, to [N, C], and then
+    over the few channels of a group: the large tensor is never transposed or split into groups. Where it is faster,
+    several positions share a row, and the sums over them run last (see _fold).
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
-        gamma, beta: [C] scale and offset, or None to leave either out.
-        groups: G, a divisor of C; the channels g * C / G to (g + 1) * C / G - 1 are group g.
+        gamma, beta: [C] scale and offset; None is 1 and 0.
+        groups: G, a divisor of C; channels g * C / G to (g + 1) * C / G - 1 are group g.
         epsilon: added to the variance.
         data_format: 'channels_last' or 'channels_first'.
 
@@ -58,7 +58,7 @@ def group_norm(
         y, with the shape and type of x. Statistics, gamma and beta are float32 (float64 if x is).
 
     Raises:
-        ValueError: if C is unknown, G does not divide C, or a group holds a single value (it would become 0).
+        ValueError: if C is unknown, G does not divide C, or a group holds a single value (which would become 0).
     """
     x = tf.convert_to_tensor(x)
     axis = _channel_axis(x, data_format)
@@ -82,7 +82,7 @@ def layer_norm(
     epsilon: float = EPSILON,
     data_format: str = "channels_last",
 ) -> tf.Tensor:
-    """group_norm with a single group: the Layer Normalization that arXiv 1803.08494 (equation 4) compares with."""
+    """group_norm with a single group: Layer Normalization as in arXiv 1803.08494, equation 4."""
     return group_norm(x, gamma, beta, 1, epsilon, data_format)
 
 
@@ -93,7 +93,7 @@ def instance_norm(
     epsilon: float = EPSILON,
     data_format: str = "channels_last",
 ) -> tf.Tensor:
-    """group_norm with a group for each channel (arXiv 1803.08494, equation 5)."""
+    """group_norm with one channel per group: Instance Normalization (arXiv 1803.08494, equation 5)."""
     x = tf.convert_to_tensor(x)
     return group_norm(x, gamma, beta, x.shape[_channel_axis(x, data_format)], epsilon, data_format)
 
@@ -105,15 +105,15 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
     size = channels // groups  # channels per group
     rows = tf.cast(tf.shape(x)[position_axis], x.dtype)
 
-    def over_positions(reduce, values):  # the large tensor → [N, fold, G, C / G]
+    def over_positions(reduce, values):  # a tensor of the shape of x → [N, fold, G, C / G]
         values = _over_rows(reduce, values, x.shape[2] or channels) if position_axis == 1 else reduce(values, axis=2)
         return tf.reshape(values, [examples, fold, groups, size])
 
     def group_mean(values):  # [N, fold, G, C / G] → [N, 1, G, 1]
-        mean = tf.reduce_mean(values, axis=3)  # both at once: the order would depend on N
+        mean = tf.reduce_mean(values, axis=3)  # reducing both axes at once would add in an order that depends on N
         return tf.reshape(_over_rows(tf.reduce_mean, mean, groups), [examples, 1, groups, 1])
 
-    def wide(values, examples=examples):  # whatever broadcasts to [N, fold, G, C / G] → over x
+    def wide(values, examples=examples):  # broadcasts to [N, fold, G, C / G] → broadcasts to x
         values = tf.broadcast_to(values, [examples, fold, groups, size])
         return tf.reshape(values, [examples, 1, columns] if position_axis == 1 else [examples, columns, 1])
 
@@ -123,7 +123,7 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
         centred = x - wide(mean)  # E[x^2] - E[x]^2 would lose all digits at mean >> std
         variance = group_mean(over_positions(tf.reduce_mean, tf.square(centred)))
         variance += epsilon
-        inverse_std = tf.sqrt(variance) / variance  # [N, 1, G, 1]; rsqrt rounds by position in the tensor
+        inverse_std = tf.sqrt(variance) / variance  # [N, 1, G, 1]; rsqrt's rounding depends on the position in memory
         scale = gamma * inverse_std  # [N, 1, G, C / G]
         wide_scale = wide(scale)
         y = centred * wide_scale + wide(beta, examples=1)
@@ -133,7 +133,7 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
             sum_dy_centred = over_positions(tf.reduce_sum, dy * centred)
             offset = group_mean(scale * sum_dy) / rows  # [N, 1, G, 1]
             slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows  # [N, 1, G, 1]
-            with tf.control_dependencies([slope, offset]):  # dy is needed no more: the product takes its memory
+            with tf.control_dependencies([slope, offset]):  # dy is last used here, so the product can take its memory
                 dx = dy * wide_scale - wide(offset)
             dx -= centred * wide(slope)
             dgamma = tf.reduce_sum(sum_dy_centred * inverse_std, axis=[0, 1])
@@ -148,8 +148,8 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
 def _over_rows(reduce, values, divisor):
     """Reduce the rows of [N, rows, columns], in an order that does not depend on N; `divisor` divides columns.
 
-    TensorFlow adds up to LANES neighbouring columns at once. Where these belong to two examples, it adds 16 rows or
-    more in another order: zeros after the columns, up to a multiple of LANES, prevent that.
+    TensorFlow adds up to LANES neighbouring columns at once. If these belong to two examples, it adds 16 or more rows
+    in another order. Padding the columns with zeros to a multiple of LANES prevents this.
     """
     if values.shape[1] in range(16) or divisor % LANES == 0:
         return reduce(values, axis=1)
@@ -158,14 +158,14 @@ def _over_rows(reduce, values, divisor):
 
 
 def _fold(positions, channels):
-    """How many positions to put side by side, so that [N, P, C] becomes [N, P / fold, fold * C].
+    """Return how many positions share a row, so that [N, P, C] becomes [N, P / fold, fold * C].
 
-    Rows of at least 128 values, as broadcasting over shorter ones is slow, and columns of no more than about 1024,
-    as float32 loses digits in longer sums; as far as P, which may be a tensor, has factors of 2.
+    fold is a power of 2 that divides P. It makes rows of at least 128 values, because broadcasting over shorter rows
+    is slow, and columns of at most about 1024, because longer sums lose digits in float32, as far as P allows.
     """
     if isinstance(positions, int):
         return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
-    powers = tf.constant([1 << i for i in range(31)])  # the same: the largest power of 2 that divides P, below
+    powers = tf.constant([1 << i for i in range(31)])  # the same where P is a tensor
     fits = (powers < 2 * tf.maximum(positions // 1024, max(128 // channels, 1))) & (positions % powers == 0)
     return tf.reduce_max(tf.where(fits, powers, 1))
 
@@ -184,25 +184,25 @@ def batch_norm(
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Normalize each channel over the batch (arXiv 1502.03167, algorithms 1 and 2).
 
-    In training, by the mean and variance of the batch; else by moving_mean and moving_variance. The pure
-    function changes nothing: it returns the moving statistics that the caller should keep.
+    Training uses the mean and variance of the batch, inference moving_mean and moving_variance. The function is pure:
+    it returns the new moving statistics for the caller to store.
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
-        gamma, beta: [C] scale and offset, or None to leave either out.
+        gamma, beta: [C] scale and offset; None is 1 and 0.
         moving_mean, moving_variance: [C], float32 (float64 if x is).
         training: Python bool: normalize by the batch, or by the moving statistics.
-        momentum: share of the old moving statistics in the new: new = momentum * old + (1 - momentum) * batch.
+        momentum: new statistics = momentum * old + (1 - momentum) * batch.
         epsilon: added to the variance.
         data_format: 'channels_last' or 'channels_first'.
-        synchronized: in training within tf.distribute.Strategy.run, the batch is that of all replicas, of equally many
-            values each.
+        synchronized: in training inside tf.distribute.Strategy.run, take the statistics over the batches of all
+            replicas, which must be equally large.
 
     Returns:
-        (y, new_moving_mean, new_moving_variance); the latter two unchanged without training. x is normalized by
-        the batch's own variance (divided by the m values per channel), the moving variance learns the unbiased
-        one (m - 1): at small batches only that is the right size for unseen images. A batch without values
-        leaves the moving statistics as they are.
+        (y, new_moving_mean, new_moving_variance); without training the statistics are unchanged. x is normalized by
+        the biased variance of the batch (over the m values per channel); the moving variance follows the unbiased
+        one (over m - 1), which at small batches is the right size for unseen images. An empty batch leaves the moving
+        statistics unchanged.
 
     Raises:
         ValueError: if C is unknown, or in training a channel statically holds a single value.
@@ -238,15 +238,15 @@ def batch_norm(
 
 
 def _compiled_by_xla():
-    """Whether XLA compiles the graph that is being built: its version of the kernel computes E[x^2] - E[x]^2.
+    """Return whether XLA will compile the current graph: XLA's fused kernel computes E[x^2] - E[x]^2.
 
-    The public API does not tell; TensorFlow's own operations ask the same.
+    The public API cannot tell; TensorFlow's own operations call this function.
     """
     return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon):
-    """batch_norm of x [N, positions, 1, C] by TensorFlow's own kernel, which also moves the statistics."""
+    """batch_norm of x [N, positions, 1, C] by TensorFlow's fused kernel, which also updates the statistics."""
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=x,
         scale=gamma,
@@ -263,7 +263,7 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
 def _batch_norm_by_moments(
     x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, synchronized=False
 ):
-    """The same by the definition: for float64, for XLA, and for the batch of all replicas."""
+    """The same by definition: for float64, for XLA, and over the batches of all replicas."""
     mean, variance = moving_mean, moving_variance
     if training:
         count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
@@ -278,21 +278,21 @@ def _batch_norm_by_moments(
 
 
 def moments(x, axes):
-    """Mean and variance over axes; tf.nn.moments has the same, but wrong second derivatives."""
+    """Return mean and variance over `axes`, as tf.nn.moments does, but with correct second derivatives."""
     mean = tf.reduce_mean(x, axes)
     return mean, tf.reduce_mean(tf.square(x - mean), axes)
 
 
 def _moments_of_replicas(mean, variance):
-    """Mean and variance [C] over the values of all replicas, of those [C] of each, and the number of replicas.
+    """Return mean and variance [C] over all replicas, given those of this replica, and the number of replicas.
 
-    By the law of total variance: the mean of the variances plus the variance of the means, where E[x^2] - E[x]^2 would
-    lose all digits at mean >> std. One all-reduce, which has a gradient, brings everybody's [mean, variance] to all.
+    By the law of total variance, the variance is the mean of the variances plus the variance of the means;
+    E[x^2] - E[x]^2 would lose all digits at mean >> std. One all-reduce, which has a gradient, shares all moments.
     """
     replica = tf.distribute.get_replica_context()
     number = replica.num_replicas_in_sync
-    place = tf.one_hot(replica.replica_id_in_sync_group, number, dtype=mean.dtype)  # all_gather would lose the shape
-    mine = place[:, tf.newaxis, tf.newaxis] * tf.stack([mean, variance])
+    row = tf.one_hot(replica.replica_id_in_sync_group, number, dtype=mean.dtype)  # all_gather would lose the shape
+    mine = row[:, tf.newaxis, tf.newaxis] * tf.stack([mean, variance])
     means, variances = tf.unstack(replica.all_reduce(tf.distribute.ReduceOp.SUM, mine), axis=1)
     mean, between = moments(means, [0])
     return mean, tf.reduce_mean(variances, 0) + between, number
@@ -306,12 +306,12 @@ def check_groups(shape: tuple, axis: int, groups: int) -> None:
     if not isinstance(groups, numbers.Integral) or groups < 1 or channels % groups:
         raise ValueError(
             f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
-            f"valid numbers of groups are {divisors(channels)}"
+            f"use one of {divisors(channels)}"
         )
     sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
     if None not in sizes and math.prod(sizes) * channels == groups:
         raise ValueError(
-            f"{groups} groups on {channels} channels of one position leave a single value per group, "
+            f"{groups} groups of {channels} channels at one position hold a single value each, "
             f"which normalization turns into 0: use fewer than {channels} groups"
         )
 
@@ -331,7 +331,7 @@ def _channel_axis(x, data_format):
 
 
 def _affine(x, axis, gamma, beta):
-    """gamma and beta as [C] tensors of the type that statistics have, and this type."""
+    """Return gamma and beta as [C] tensors of the statistics' dtype, and this dtype."""
     dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
     channels = x.shape[axis]
     if channels is None:
@@ -340,19 +340,19 @@ def _affine(x, axis, gamma, beta):
     beta = tf.zeros([channels], dtype) if beta is None else tf.cast(beta, dtype)
     for name, value in (("gamma", gamma), ("beta", beta)):
         if not value.shape.is_compatible_with([channels]):
-            raise ValueError(f"{name} must have the shape ({channels},) of the channels, not {value.shape}")
+            raise ValueError(f"{name} must have the shape ({channels},), one value per channel, not {value.shape}")
     return gamma, beta, dtype
 
 
 def _dynamic_shape(x):
-    """The shape as a list, of Python numbers where they are known and tensors where they are not."""
+    """Return the shape as a list of Python numbers, with tensors for unknown sizes."""
     sizes = tf.shape(x) if None in x.shape else None
     return [sizes[i] if size is None else size for i, size in enumerate(x.shape)]
 
 
 class _Float32Norm:
-    """What the layers below change in Keras': axes are checked, and weights and statistics are float32 (float64 under
-    that policy) whatever the layer computes in, from inputs that were not rounded to it before."""
+    """Checks the axis, and keeps weights and statistics in float32 (float64 under that policy) whatever the layer's
+    compute dtype; inputs are not rounded to the compute dtype first."""
 
     def build(self, input_shape):
         rank = len(input_shape)
@@ -371,7 +371,7 @@ class _Float32Norm:
         return super().add_weight(**arguments, dtype="float64" if self.compute_dtype == "float64" else "float32")
 
     def cast_inputs(self, inputs):
-        """float32 (float64 under that policy), but float16 and bfloat16 as they are: the norms take these."""
+        """Cast to float32 (float64 under that policy), but keep float16 and bfloat16: the norms accept these."""
         inputs = tf.convert_to_tensor(inputs)
         half = inputs.dtype in (tf.float16, tf.bfloat16) and self.compute_dtype != "float64"
         return tf.cast(inputs, self.variable_dtype) if inputs.dtype.is_floating and not half else inputs
@@ -379,9 +379,9 @@ class _Float32Norm:
 
 @keras.saving.register_keras_serializable("group_norm")
 class GroupNorm(_Float32Norm, keras.layers.GroupNormalization):
-    """group_norm as a layer, with the arguments of keras.layers.GroupNormalization (epsilon is 1e-5 here).
+    """group_norm as a layer, with the arguments of keras.layers.GroupNormalization (but epsilon defaults to 1e-5).
 
-    Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. groups=-1 is a group for each channel.
+    Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. groups=-1 makes each channel a group.
     """
 
     def __init__(self, groups=32, axis=-1, epsilon=EPSILON, **arguments):
@@ -402,10 +402,10 @@ class GroupNorm(_Float32Norm, keras.layers.GroupNormalization):
 
 @keras.saving.register_keras_serializable("group_norm")
 class BatchNorm(_Float32Norm, keras.layers.BatchNormalization):
-    """batch_norm as a layer, with the arguments of keras.layers.BatchNormalization (epsilon is 1e-5 here).
+    """batch_norm as a layer, with the arguments of keras.layers.BatchNormalization (but epsilon defaults to 1e-5).
 
-    Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. The statistics are those of the batch
-    that this replica sees, as in arXiv 1803.08494, or, synchronized, those of the batch of all replicas.
+    Input and output: [N, ..., C], rank 2 to 5, or [N, C, ...] with axis=1. The statistics are taken over the batch of
+    this replica, as in arXiv 1803.08494, or with synchronized=True over the batches of all replicas.
     """
 
     def __init__(self, axis=-1, momentum=0.99, epsilon=EPSILON, **arguments):
@@ -413,8 +413,8 @@ class BatchNorm(_Float32Norm, keras.layers.BatchNormalization):
         if self.renorm:
             raise ValueError("renorm=True is not supported: use keras.layers.BatchNormalization")
         self.autocast, self.supports_masking = False, False
-        self.freeze_statistics = False  # True: normalize by the moving statistics in training, too
-        self.use_batch_statistics = False  # True: normalize by the batch, and move, without training too
+        self.freeze_statistics = False  # True: use the moving statistics in training too
+        self.use_batch_statistics = False  # True: use the batch, and update the moving statistics, in inference too
 
     def call(self, inputs, training=False):
         training = bool(training) and self.trainable and not self.freeze_statistics
@@ -438,6 +438,6 @@ class BatchNorm(_Float32Norm, keras.layers.BatchNormalization):
 
 
 def number_of_replicas():
-    """How many replicas compute this together; 1 outside tf.distribute.Strategy.run."""
+    """Return the number of replicas; 1 outside tf.distribute.Strategy.run."""
     replica = tf.distribute.get_replica_context()
     return 1 if replica is None else replica.num_replicas_in_sync
