@@ -2,9 +2,9 @@
 
     for images, labels in create_input_ops(train, 64, is_training=True, seed=0, first_step=0, last_step=100): ...
 
-Batch number s of a training run is a function of the seed and s alone: the order of the examples, the flips and the
-crops are drawn by counter-based generators from keys that are hashed from both, so that a run can be continued from any
-step, exactly. TensorFlow's threads make a batch at a time; there is no Python call for each example.
+The batch of step s depends on the seed and s alone: order, flips and crops come from counter-based generators whose
+keys are hashed from both, so a run can be continued exactly from any step. TensorFlow's threads make complete batches,
+without a Python call per example.
 """
 
 import numpy as np
@@ -15,12 +15,12 @@ from datasets import hdf5
 from datasets.hdf5 import IMAGENET_SIZE
 from datasets.images import as_jpeg, load_image
 
-ORDER, AUGMENTATION = 0, 1  # what random draws are for: each has keys of its own
-IN_MEMORY = 6 << 30  # bytes of images up to which a split is held in memory, as uint8
+ORDER, AUGMENTATION = 0, 1  # purposes of random draws, each with its own keys
+IN_MEMORY = 6 << 30  # bytes; splits with larger images are read from the file
 CROP_PADDING = 1 / 8  # of the side: 4 pixels around a 32-pixel image, as in arXiv 1512.03385, section 4.2
-IMAGENET_RESIZE = 256  # pixels, the shorter side before the centre crop at test time
-RATIOS = (1, 2, 4, 8)  # at which a JPEG file can be decoded directly
-DECODER_MARGIN = 2  # pixels at the edge of a decoded window in which the decoder lacks the colours of its neighbours
+IMAGENET_RESIZE = 256  # pixels of the shorter side before the centre crop at test time
+RATIOS = (1, 2, 4, 8)  # by which the JPEG decoder can shrink an image
+DECODER_MARGIN = 2  # pixels at the edge of a decoded window whose colours lack the neighbours outside
 
 
 def create_input_ops(
@@ -38,15 +38,18 @@ def create_input_ops(
     Args:
         dataset: a datasets.hdf5.Dataset.
         batch_size: B.
-        is_training: True: batches first_step ... last_step - 1 of an endless sequence in which each epoch is
-            shuffled anew, and all have B images. False: each example once, in order; the last batch may be smaller.
-        augment: None, or one of AUGMENTATIONS: cut images at random, or mirror them at random too (in training only).
+        is_training: True: batches first_step ... last_step - 1 of an endless sequence of shuffled epochs, all of B
+            images. False: each example once, in order; the last batch may be smaller.
+        augment: None or one of AUGMENTATIONS: crop images at random, or also mirror them at random. Training only.
         seed: of shuffling and augmentation.
-        first_step, last_step: the batches of a training run to make; last_step None is endless.
-        rows: which images of each training batch to make, int [rows]; None: all B.
+        first_step, last_step: the training batches to make; last_step None is endless.
+        rows: positions of the images of each training batch to make, int [rows]; None: all B.
 
     Returns:
-        tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are left as they are.
+        tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are unchanged.
+
+    Raises:
+        ValueError: if augment is unknown.
     """
     if augment not in (None, *AUGMENTATIONS):
         raise ValueError(f"augment must be None or one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
@@ -57,9 +60,9 @@ def create_input_ops(
     else:
         steps = tf.data.Dataset.range(-(-len(dataset) // batch_size))
         positions = tf.data.Dataset.range(len(dataset)).batch(batch_size)
-    places = tf.data.Dataset.zip(steps, positions)
+    steps = tf.data.Dataset.zip(steps, positions)
     if dataset.encoded:
-        batches = decoded_batches(places, dataset, batch_size, augment, is_training, seed, rows)
+        batches = decoded_batches(steps, dataset, batch_size, augment, is_training, seed, rows)
     else:
         read = reader(dataset)
 
@@ -71,37 +74,37 @@ def create_input_ops(
                 images = flip_and_crop(images, chosen, flip=augment == "flip+crop")
             return to_float(images), labels
 
-        batches = places.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        batches = steps.map(make_batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     options = tf.data.Options()
-    options.experimental_optimization.apply_default_optimizations = False  # they copy all images to rewrite the graph
-    options.experimental_optimization.map_and_batch_fusion = dataset.encoded  # where no images are in the graph
+    options.experimental_optimization.apply_default_optimizations = False  # these copy the images in the graph
+    options.experimental_optimization.map_and_batch_fusion = dataset.encoded  # JPEG files are not in the graph
     return batches.prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
 def key(purpose, seed, number):
-    """The key [2] of the random draws for one purpose and number (a step, an epoch), under one seed: hashed, so that
-    near numbers are far apart."""
+    """Return the random key [2] for a purpose and a number (a step or an epoch), hashed from both and the seed."""
     return tf.random.fold_in(tf.cast(tf.stack([seed, purpose]), tf.int64), number)
 
 
 def shuffled(examples: int, batch_size: int, seed: int, first_step: int):
-    """A tf.data.Dataset of the positions [batch_size] of the examples of step first_step, first_step + 1, ...
+    """Return a tf.data.Dataset of the example positions [batch_size] of steps first_step, first_step + 1, ...
 
-    Each epoch is a permutation of its own, all equally likely; a batch may begin in one and end in the next."""
+    Each epoch is a new permutation, all equally likely; a batch may begin in one epoch and end in the next.
+    """
     start = first_step * batch_size  # in the endless sequence of epochs
 
-    def of_epoch(epoch):
+    def epoch_order(epoch):
         order = tf.random.experimental.stateless_shuffle(
             tf.range(examples, dtype=tf.int64), key(ORDER, seed, epoch), alg="philox"
         )
         return tf.data.Dataset.from_tensor_slices(order[tf.maximum(start - epoch * examples, 0) :])
 
     epochs = tf.data.Dataset.range(start // examples, np.iinfo(np.int64).max)
-    return epochs.flat_map(of_epoch).batch(batch_size, drop_remainder=True)
+    return epochs.flat_map(epoch_order).batch(batch_size, drop_remainder=True)
 
 
 def reader(dataset):
-    """A function from positions [B] to (images, labels) in TensorFlow: from memory, or from the file if too large."""
+    """Return a TensorFlow function from positions [B] to (images, labels), which reads from memory or from the file."""
     labels = tf.constant(dataset.labels)
     if dataset.nbytes <= IN_MEMORY:
         array = shared(dataset.images())
@@ -115,7 +118,7 @@ def reader(dataset):
 
 
 def shared(array: np.ndarray):
-    """A NumPy array as a tensor in the same memory: tf.constant copies it, and a graph that captures it once more."""
+    """Return a NumPy array as a tensor that shares its memory: tf.constant copies it, and once more in a graph."""
     if array.ctypes.data % 64 or not (array.flags.c_contiguous and array.flags.writeable):  # see datasets.hdf5.empty
         return tf.constant(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -126,19 +129,19 @@ def to_float(images):
 
 
 def flip_and_crop(images, draws, flip=True):
-    """Mirror each image with probability 1/2 and cut it at random out of its own frame padded with zeros.
+    """Mirror each image with probability 1/2, pad it with zeros, and crop it at random to its original size.
 
     Args:
         images: [B, h, w, c], any type.
-        draws: [3, B, 1] random numbers, uniform in 0 ... 1: what rows, what columns, and whether to mirror.
-        flip: False: cut only.
+        draws: [3, B, 1] random numbers, uniform in 0 ... 1, which choose the rows, the columns and the mirroring.
+        flip: False: crop only.
 
     Returns:
-        [B, h, w, c]: two gathers, one of rows and one of columns, do the padding, the crop and the mirror at once.
+        [B, h, w, c]. One gather of rows and one of columns crop and mirror at once.
     """
     height, width = images.shape[1], images.shape[2]
 
-    def indices(size, draw):  # [B, size], in the padded frame
+    def indices(size, draw):  # [B, size], in the padded image
         padding = max(1, round(size * CROP_PADDING))
         return tf.range(size) + tf.cast(draw * (2 * padding + 1), tf.int32), padding
 
@@ -150,45 +153,45 @@ def flip_and_crop(images, draws, flip=True):
     return tf.gather(tf.gather(padded, rows, batch_dims=1), columns, axis=2, batch_dims=1)
 
 
-def decoded_batches(places, dataset, batch_size, augment, is_training, seed, rows):
-    """The batches of a dataset of JPEG files."""
+def decoded_batches(steps, dataset, batch_size, augment, is_training, seed, rows):
+    """create_input_ops for a dataset of JPEG files."""
 
-    def decode(jpeg, label, place):
+    def decode(jpeg, label, number):
         if augment:
-            image = random_resized_crop(jpeg, key(AUGMENTATION, seed, place), flip=augment == "flip+crop")
+            image = random_resized_crop(jpeg, key(AUGMENTATION, seed, number), flip=augment == "flip+crop")
         else:
             image = centre_crop(jpeg)
         return image / 255, label
 
-    examples = jpeg_files(places, dataset, batch_size, rows).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+    examples = jpeg_files(steps, dataset, batch_size, rows).map(decode, num_parallel_calls=tf.data.AUTOTUNE)
     return examples.batch(batch_size if rows is None else len(rows), drop_remainder=is_training)
 
 
-def jpeg_files(places, dataset, batch_size, rows=None):
-    """A tf.data.Dataset of (JPEG file, label, place in the endless sequence), read a batch in one call."""
+def jpeg_files(steps, dataset, batch_size, rows=None):
+    """Return a tf.data.Dataset of (JPEG file, label, running number), from one of (step, positions [batch_size])."""
     labels = tf.constant(dataset.labels)
 
     def read(step, positions):
-        place = step * batch_size + tf.range(tf.size(positions), dtype=tf.int64)
+        number = step * batch_size + tf.range(tf.size(positions), dtype=tf.int64)
         if rows is not None:
-            positions, place = tf.gather(positions, rows), tf.gather(place, rows)
+            positions, number = tf.gather(positions, rows), tf.gather(number, rows)
         jpeg = tf.numpy_function(lambda p: np.array(dataset.read(p), dtype=object), [positions], tf.string)
         jpeg = tf.ensure_shape(jpeg, [None])
-        return jpeg, tf.gather(labels, positions), place
+        return jpeg, tf.gather(labels, positions), number
 
-    return places.map(read, num_parallel_calls=1).prefetch(2).unbatch()
+    return steps.map(read, num_parallel_calls=1).prefetch(2).unbatch()
 
 
 def random_resized_crop(jpeg, seed, flip=True):
-    """A crop of 8 to 100 % of the area and an aspect of 3/4 to 4/3, resized and mirrored (arXiv 1409.4842).
+    """Crop 8 to 100 % of the area at an aspect of 3/4 to 4/3, resize it, and mirror it at random (arXiv 1409.4842).
 
-    Resized by bilinear interpolation without antialiasing, as in TensorFlow's model garden: where pixels are skipped,
-    fine detail is a little sharper than at test time.
+    Bilinear interpolation without antialiasing, as in TensorFlow's model garden: a crop that is shrunk is a little
+    sharper than at test time.
 
     Args:
         jpeg: the file, a string.
-        seed: [2] integers; the same seed draws the same.
-        flip: False: never mirrored.
+        seed: [2] integers.
+        flip: False: never mirror.
 
     Returns:
         [224, 224, 3] float32, 0 ... 255.
@@ -200,7 +203,7 @@ def random_resized_crop(jpeg, seed, flip=True):
 
 
 def random_window(shape, seed):
-    """The window [4] (row, column, height, width) of a random crop of an image of `shape` [3]."""
+    """Draw the window [4] (row, column, height, width) of a random crop of an image of `shape` [3]."""
     begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
         shape,
         tf.zeros([1, 0, 4]),
@@ -217,8 +220,8 @@ def random_window(shape, seed):
 def decode_window(jpeg, window):
     """Decode a window [4] of a JPEG file: uint8 [height / ratio, width / ratio, 3].
 
-    ratio is 1, or 2, 4 or 8 where the shorter side still has 224 pixels then. The decoder's cosine transform is that
-    much smaller: a pixel is about the mean of ratio × ratio pixels, and the edges move by less than `ratio` pixels.
+    ratio is the largest of RATIOS that leaves at least 224 pixels on the shorter side, or 1. The decoder shrinks its
+    cosine transform: a pixel is about the mean of ratio × ratio pixels, and edges move by less than `ratio` pixels.
     """
 
     def decode(ratio):
@@ -231,10 +234,10 @@ def decode_window(jpeg, window):
 
 
 def centre_crop(jpeg):
-    """The shorter side to 256 pixels, the centre of 224 × 224 (arXiv 1803.08494, section 4.1).
+    """Resize the shorter side to 256 pixels and crop the central 224 × 224 (arXiv 1803.08494, section 4.1).
 
-    Only the window that the crop needs is decoded and resized: the same as resizing the complete picture and cutting
-    then, up to rounding (0.01 of 255).
+    Decodes and resizes only the part of the picture in the crop; the result differs from resizing the complete
+    picture by rounding alone (0.01 of 255).
 
     Returns:
         [224, 224, 3] float32, 0 ... 255.
@@ -249,7 +252,7 @@ def centre_crop(jpeg):
 
 
 def centre(size):
-    """Return the centre crop of a picture of size [2] as arguments of resample: begin [2] and scale [2]."""
+    """Return begin [2] and scale [2], arguments of resample, of the centre crop of a picture of size [2]."""
     resized = tf.round(tf.cast(size, tf.float32) * IMAGENET_RESIZE / tf.cast(tf.reduce_min(size), tf.float32))
     scale = resized / tf.cast(size, tf.float32)
     return tf.floor((resized - IMAGENET_SIZE) / 2) / scale, scale
@@ -258,13 +261,13 @@ def centre(size):
 def resample(image, begin, scale):
     """Resize a window of an image to 224 × 224 by the triangle kernel, as tf.image.resize does with antialias=True.
 
-    Resize rows, transpose, resize columns. TensorFlow's kernel sees an image of one column, whose channels are a
-    complete row: it reads memory in order, in one thread, and takes a quarter of the time of tf.image.resize.
+    Resize rows, transpose, resize columns. TensorFlow's kernel gets an image of one column whose channels are a
+    complete row, so it reads memory in order, in one thread, and takes a quarter of the time of tf.image.resize.
 
     Args:
         image: [h, w, 3], uint8 or float32.
-        begin: [2] float32, the row and the column where the window begins, in pixels of the image.
-        scale: [2] float32, pixels of the result for a pixel of the image.
+        begin: [2] float32, the first row and column of the window, in pixels of the image.
+        scale: [2] float32, pixels of the result per pixel of the image.
 
     Returns:
         [224, 224, 3] float32, in the image's units.
@@ -289,13 +292,16 @@ def resample(image, begin, scale):
 
 
 def image_of_file(path, dataset: hdf5.Dataset):
-    """Return an image file of any size and mode as the network sees it, treated as the dataset's images were.
+    """Read an image file of any size and mode as a network trained on `dataset` (of 1 or 3 channels) expects it.
 
-    For JPEG files the centre crop of the JPEG file that would be packed; else RGB, or its luminance where the dataset's
-    images (of 1 or 3 channels) have one, resized to their height and width.
+    If the dataset stores JPEG files, the file is converted as for packing and cropped by centre_crop. Otherwise it is
+    converted to RGB or gray, like the dataset's images, and resized to their height and width.
 
     Returns:
-        [h, w, c] float32, 0 ... 1. Raises UserError, OSError for a file that cannot be read.
+        [h, w, c] float32, 0 ... 1.
+
+    Raises:
+        UserError, OSError: if the file cannot be read.
     """
     if not dataset.encoded:
         height, width, channels = dataset.image_shape

@@ -2,7 +2,7 @@
 
 python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
 python model.py --model resnet20 --norm_type group --groups 4
-python model.py --model resnet50 --image_size 224 --memory      # also the memory of a training step, by batch size
+python model.py --model resnet50 --image_size 224 --memory      # also the memory of a training step by batch size
 """
 
 import functools
@@ -23,16 +23,16 @@ import layers
 import ops
 from config import LARGE_RESNETS, default_groups
 
-LOGITS_STDDEV = 0.01  # every network starts near the loss log(classes): section 5.1 of arXiv 1706.02677
-RENORM_CLIPPING = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}  # where the schedule of section 4 of arXiv 1702.03275 ends
+LOGITS_STDDEV = 0.01  # so that the first loss is near log(classes): section 5.1 of arXiv 1706.02677
+RENORM_CLIPPING = {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}  # the final values of section 4 of arXiv 1702.03275
 
 
 def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
     """Build a classifier as a Keras model from images to logits.
 
     Args:
-        config: a config.Config, of which model, norm_type, groups, group_size, weight_standardization,
-            batch_norm_momentum, sync_batch_norm, freeze_batch_norm and dtype count.
+        config: a config.Config; model, norm_type, groups, group_size, weight_standardization, batch_norm_momentum,
+            sync_batch_norm, freeze_batch_norm and dtype choose the network.
         image_shape: (height, width, channels); height and width may be None for the ResNets.
         num_classes: number of logits.
 
@@ -40,7 +40,7 @@ def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
         keras.Model from [N, height, width, channels] float32 to [N, num_classes] float32.
 
     Raises:
-        UserError: if the images are too small for the network, or for its groups.
+        UserError: if the images are too small for the network or its groups.
     """
     policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[config.dtype]
     keras.config.set_dtype_policy(policy)
@@ -61,7 +61,7 @@ def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
 
 
 def convnet(x, conv):
-    """The original repo's classifier of small images: four 4×4 convolutions of stride 2, then three dense layers."""
+    """The original repo's network for small images: four 4×4 convolutions of stride 2, then three dense layers."""
     for i, filters in enumerate((64, 128, 256, 512), 1):
         x = conv(x, filters, 4, 2, f"layer{i}", "leaky_relu")
         x = layers.Dropout(0.5, name=f"layer{i}_dropout")(x)
@@ -72,7 +72,7 @@ def convnet(x, conv):
 
 
 def small_resnet(x, conv, blocks):
-    """Section 4.2 of He et al.: stages of 16, 32 and 64 channels; shortcuts are projections where sizes change."""
+    """Section 4.2 of He et al., with stages of 16, 32 and 64 channels and projection shortcuts where sizes change."""
     x = conv(x, 16, 3, 1, "stem", "relu")
     for stage, filters in enumerate((16, 32, 64), 1):
         for block in range(1, blocks + 1):
@@ -82,7 +82,7 @@ def small_resnet(x, conv, blocks):
 
 
 def large_resnet(x, conv, bottleneck, blocks):
-    """Table 1 of He et al.; the stride of a bottleneck is on its 3×3 convolution, as has become the custom."""
+    """Table 1 of He et al., with the stride of a bottleneck on its 3×3 convolution, as is now usual."""
     x = conv(x, 64, 7, 2, "stem", "relu")
     x = keras.layers.MaxPooling2D(3, 2, padding="same", name="stem_pool")(x)
     for stage, count in enumerate(blocks, 1):
@@ -97,12 +97,12 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
 
     Args:
         x: [N, H, W, C] Keras tensor.
-        filters, kernel_size, strides: of the convolution, which pads to H / strides, W / strides and has a bias only
-            where no norm with its beta follows. He initialisation (arXiv 1502.01852).
+        filters, kernel_size, strides: of the convolution, which has 'same' padding, He initialization (arXiv
+            1502.01852), and a bias only if no norm follows.
         name: the layers are called name_conv, name_norm and name_relu.
         activation: None, 'relu' or 'leaky_relu' (slope 0.2).
-        gamma: 'ones' or 'zeros', what the norm's gamma starts at. Without a norm, 'zeros' is a learned scalar at 0.
-        config: the configuration of the network.
+        gamma: 'ones' or 'zeros', the initial gamma of the norm. Without a norm, 'zeros' adds a SkipInit layer.
+        config: a config.Config.
 
     Returns:
         [N, ceil(H / strides), ceil(W / strides), filters].
@@ -128,7 +128,7 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
 
 
 def norm(x, config, name=None, gamma="ones"):
-    """The norm of a network on x [N, ..., C]; gamma: 'ones' or 'zeros', what gamma starts at."""
+    """Apply the norm of a configuration to x [N, ..., C]; gamma: 'ones' or 'zeros', its initial value."""
     arguments = {"gamma_initializer": gamma, "name": name}
     if config.norm_type.startswith("batch"):
         check_batch(x, config, name)
@@ -155,32 +155,32 @@ def norm(x, config, name=None, gamma="ones"):
 
 
 def check_batch(x, config, name):
-    """Raise UserError where batch norm would see a single value per channel of x [N, ..., C] in training."""
+    """Raise UserError if batch norm would see a single value per channel of x [N, ..., C] in training."""
     positions, images = x.shape[1:-1], config.batch_size
     if images and None not in positions:
         images *= config.num_replicas if config.sync_batch_norm else 1
         if images * math.prod(positions) < 2:
             raise UserError(
-                f"--batch_size {config.batch_size} is too small for batch norm in {config.model}: {name} sees "
-                f"one position of each image, a single value per channel; use a larger batch or another --norm_type"
+                f"--batch_size {config.batch_size} is too small for batch norm in {config.model}: {name} sees one "
+                "position of one image, a single value per channel; use a larger batch size or another --norm_type"
             )
 
 
 def fc(x, units, name, activation=None, initializer="he_normal", dtype=None):
-    """A dense layer with bias on x [N, inputs], then None or 'leaky_relu' (slope 0.2); dtype: None is Keras' policy."""
+    """A dense layer on x [N, inputs], then no activation or 'leaky_relu' (slope 0.2); dtype None is Keras' policy."""
     x = keras.layers.Dense(units, kernel_initializer=initializer, dtype=dtype, name=name)(x)
     return x if activation is None else keras.layers.LeakyReLU(0.2, name=f"{name}_relu")(x)
 
 
 def residual_block(x, conv, filters, strides, name, bottleneck=False):
-    """A residual block (arXiv 1512.03385, figure 5): conv → norm → relu, ..., conv → norm, plus x, relu.
+    """A residual block (arXiv 1512.03385, figure 5): conv → norm → relu, ..., conv → norm, add x, relu.
 
     Args:
         x: [N, H, W, C] Keras tensor.
-        conv: conv2d with a norm.
+        conv: conv2d with its config.
         filters: channels of the 3×3 convolutions.
-        strides: of the first 3×3 convolution; H and W shrink by it.
-        bottleneck: False: 3×3, 3×3. True: 1×1, 3×3, 1×1 with 4 * filters channels out.
+        strides: of the first 3×3 convolution.
+        bottleneck: False: 3×3, 3×3. True: 1×1, 3×3, 1×1, the last with 4 * filters channels.
 
     Returns:
         [N, ceil(H / strides), ceil(W / strides), filters or 4 * filters]. The last gamma of a block starts at 0, so
@@ -199,9 +199,9 @@ def residual_block(x, conv, filters, strides, name, bottleneck=False):
 
 
 def print_memory(name, image_shape, num_classes, batch_sizes):
-    """Print the peak memory of a training step, each measured in a process of its own; figure/speed.py does it."""
+    """Print the peak memory of a training step; figure/speed.py measures each in its own process."""
     norms = ("batch", "group", "none")
-    print(f"peak memory of a training step of {name} in GB, beyond TensorFlow itself, with each norm:")
+    print(f"peak memory of a training step of {name} in GB, without TensorFlow itself, by norm:")
     print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in norms))
     case = {"model": name, "image_shape": image_shape, "num_classes": num_classes}
     script = str(Path(__file__).parent / "figure" / "speed.py")
