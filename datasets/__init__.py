@@ -1,9 +1,9 @@
-"""The datasets: their names, where they are kept, and a user's own.
+"""The datasets: their names, their folders, and a user's own datasets.
 
     train, test = datasets.create_default_splits("CIFAR10")
 
-A known dataset NAME is kept in <data_dir>/<name in lower case>/ (download.py puts it there), a user's own in
-<data_dir>/NAME/; both come back as datasets.hdf5.Dataset.
+download.py packs a known dataset into <data_dir>/<name in lower case>/; a user's own dataset is in <data_dir>/<name>/.
+Both are returned as datasets.hdf5.Dataset.
 """
 
 import importlib
@@ -22,7 +22,7 @@ DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
 
 def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
-    """Return the folder of dataset `name`. Raises UserError for a name that can name no dataset."""
+    """Return the folder of dataset `name`. Raises UserError if the name is misspelled or not allowed."""
     if name in NAMES:
         return os.path.join(os.path.abspath(data_dir), name.lower())
     is_free = not os.path.isdir(os.path.join(data_dir, str(name)))
@@ -33,28 +33,28 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
             raise UserError(f"dataset {name!r}: did you mean {known}?")
     if os.sep in str(name) and os.path.isdir(str(name)):
         raise UserError(
-            f"dataset {name!r} is a folder: pack its images first, by `python download.py --dataset MY_DATA "
+            f"dataset {name!r} is a folder: pack its images first with `python download.py --dataset MY_DATA "
             f"--image_dir {name}`, then use --dataset MY_DATA"
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
         raise UserError(
-            f"dataset name {name!r}: use one of {' '.join(NAMES)}, or letters, digits, '_' and '-' for a "
-            "folder of your own in the data folder (no slashes, no dots)"
+            f"dataset name {name!r}: use one of {' '.join(NAMES)}, or the name of your own folder in the data folder, "
+            "of letters, digits, '_' and '-' (no slashes, no dots)"
         )
     return os.path.join(os.path.abspath(data_dir), name)
 
 
 def module_of(name: str):
-    """Return the module of dataset `name`, of a user's own datasets.own.
+    """Return the module of dataset `name`; for a user's own dataset it is datasets.own.
 
-    It has EPOCHS to train by default, whether images may be MIRRORED, whether it is FETCHED_ON_FIRST_USE, and that of a
-    known dataset FILES, MIRRORS and read().
+    Its constants: EPOCHS to train by default, whether images may be MIRRORED, and whether trainer.py downloads the
+    dataset if it is missing (FETCHED_ON_FIRST_USE). Modules of known datasets also have FILES, MIRRORS and read().
     """
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
 def recipe_of(name: str) -> dict:
-    """Return the RECIPE of the module of dataset `name`, which replaces defaults of trainer.py; {} without one.
+    """Return the RECIPE of dataset `name`, which overrides defaults of trainer.py; {} if it has none.
 
     Keys: batch_size, max_batch_size, momentum_rate (at max_batch_size images per update), lr_schedule,
     reported_epochs.
@@ -63,9 +63,9 @@ def recipe_of(name: str) -> dict:
 
 
 def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
-    """Return whether `name` can be read: packed to the end, or a user's own data with its id.txt."""
+    """Return whether `name` can be read: it is completely packed, or a user's own data with its id.txt."""
     folder = folder_of(name, data_dir)
-    return hdf5.is_packed(folder) or (name not in NAMES and own.is_there(folder))
+    return hdf5.is_packed(folder) or (name not in NAMES and own.has_files(folder))
 
 
 def create_default_splits(
@@ -73,9 +73,13 @@ def create_default_splits(
 ) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train, test), two datasets.hdf5.Dataset.
 
-    max_examples: of each split at most so many, evenly spaced: archives sorted by class keep all their classes.
-    validation: that many training images are held out (see hold_out), and returned in place of the test split.
-    Raises UserError if the data is missing, broken or not in the layout.
+    Args:
+        name, data_dir: of the dataset.
+        max_examples: limit of each split. The examples are evenly spaced, so data sorted by class keep all classes.
+        validation: number of training images to hold out (see hold_out) and return instead of the test split.
+
+    Raises:
+        UserError: if the data is missing, broken or in another layout.
     """
     folder = folder_of(name, data_dir)
     if name in NAMES and not hdf5.is_packed(folder):
@@ -98,26 +102,26 @@ def create_default_splits(
 
 
 def warn_of_unseen_classes(train: hdf5.Dataset, test: hdf5.Dataset):
-    """Print a line that names the classes of the test split that have no training image."""
+    """Print the classes of the test split that have no training image."""
     unseen = np.setdiff1d(test.labels, train.labels)
     if len(unseen):
         names = " ".join(train.class_names[label] for label in unseen[:10]) + " ..." * (len(unseen) > 10)
         print(
-            f"warning: {train.name} tests {len(unseen)} of {train.num_classes} classes but has no training image of "
-            f"them, so that no network can learn them: {names}; add training images of them",
+            f"warning: {len(unseen)} of {train.num_classes} classes of {train.name} have test images but no training "
+            f"images, so no network can learn them: {names}; add training images",
             flush=True,
         )
 
 
 def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Dataset]:
-    """Return (train without `count` images, those images): the same in every run, and every class in proportion."""
+    """Return (train without `count` images, these images): the same in every run, with every class in proportion."""
     if not 0 < count < len(train):
         raise UserError(
-            f"--validation {count}: {train.name} has {len(train)} training images, and both what is held "
-            f"out and what is left must have some: give 1 to {len(train) - 1}"
+            f"--validation {count}: {train.name} has {len(train)} training images, some to hold out and some to train "
+            f"on: give 1 to {len(train) - 1}"
         )
     order = np.random.RandomState(VALIDATION_SEED).permutation(len(train))
-    order = order[np.argsort(train.labels[order], kind="stable")]  # class after class, shuffled in each
+    order = order[np.argsort(train.labels[order], kind="stable")]  # by class, shuffled within each class
     held = np.zeros(len(train), bool)
     held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True
     return train.subset(np.flatnonzero(~held), True), train.subset(np.flatnonzero(held), False)

@@ -21,7 +21,7 @@ def read(archive_dir):
     path = os.path.join(archive_dir, "cifar-10-python.tar.gz")
     with reading(path), tarfile.open(path) as tar:
         files = {}
-        for member in tar:  # in the order of the archive: a gzip file cannot go back
+        for member in tar:  # in the order of the archive: seeking back in a gzip file is slow
             name = os.path.basename(member.name)
             if name in (*BATCHES, "batches.meta"):
                 files[name] = BatchUnpickler(tar.extractfile(member), encoding="bytes").load()
@@ -36,11 +36,11 @@ def read(archive_dir):
 
 
 class BatchUnpickler(pickle.Unpickler):
-    """Knows the three names in the pickles of CIFAR-10, which run no code, and refuses every other."""
+    """Loads only the three names in CIFAR-10's pickles, which run no code."""
 
     def find_class(self, module, name):
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
             return super().find_class("numpy._core.multiarray", name)
-        raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}; refused")
+        raise pickle.UnpicklingError(f"the pickle refers to {module}.{name}, which is not allowed")

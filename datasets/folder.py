@@ -1,4 +1,4 @@
-"""A folder of class folders of images, DIR/<class>/<image>, as a user's own dataset; image files to predict."""
+"""Read DIR/<class>/<image> as a user's own dataset, and find image files to predict."""
 
 import collections
 import hashlib
@@ -14,23 +14,23 @@ from datasets.images import load_image
 from datasets.own import SPLIT_SEED
 
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .pjpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .tga .avif".split())
-PHOTO_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # images, read here or not
+PHOTO_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # also those that cannot be read
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-PART = 1 << 24  # bytes of images that are in memory at once
+PART = 1 << 24  # bytes of images in memory at once
 
 
 def list_splits(image_dir, test_image_dir=None):
     """Return (class names, train, test); train and test are lists of (path, label), sorted by class and path.
 
-    The test split is test_image_dir, with the same classes, or a fifth of each class of image_dir: see split_classes.
-    Raises UserError.
+    The test split is test_image_dir, with the same classes, or by default a fifth of each class (see split_classes).
+    Raises UserError if the folders make no dataset.
     """
     class_names = class_folders(image_dir)
     if {"train", "training"} & set(class_names) and set(class_names) <= SPLIT_NAMES:
         train, *others = sorted(class_names, key=lambda name: not name.startswith("train"))
         test = f" --test_image_dir {os.path.join(image_dir, others[-1])}" if others else ""
         raise UserError(
-            f"--image_dir {image_dir} holds {' '.join(class_names)}, which are splits and no classes: "
+            f"--image_dir {image_dir} holds {' '.join(class_names)}, which are splits, not classes: "
             f"give --image_dir {os.path.join(image_dir, train)}{test}"
         )
     if len(class_names) < 2:
@@ -40,26 +40,29 @@ def list_splits(image_dir, test_image_dir=None):
         )
     if test_image_dir is not None and os.path.realpath(test_image_dir) == os.path.realpath(image_dir):
         raise UserError(
-            f"--test_image_dir {test_image_dir} is --image_dir too, so that the test would be on the training images: "
-            "leave it out to test on a fifth of each class"
+            f"--test_image_dir {test_image_dir} is also --image_dir, so the training images would be tested: "
+            "omit --test_image_dir to test on a fifth of each class"
         )
     files = list_images(image_dir, class_names)
     empty = sorted(set(range(len(class_names))) - {label for _, label in files})
-    if empty:  # without it the labels of the classes behind it would change; with it nothing could learn it
+    if empty:  # neither skipped, which would change later labels, nor kept, as no network can learn it
         raise UserError(
-            f"the class folder {os.path.join(image_dir, class_names[empty[0]])} has no image: add some "
-            f"({' '.join(SUFFIXES)}), or remove it"
+            f"the class folder {os.path.join(image_dir, class_names[empty[0]])} has no images: add some "
+            f"({' '.join(SUFFIXES)}), or remove the folder"
         )
     if test_image_dir is None:
         train, test = split_classes(files, class_names)
     else:
         unknown = sorted(set(class_folders(test_image_dir)) - set(class_names))
         if unknown:
-            raise UserError(f"--test_image_dir {test_image_dir} has the class {unknown[0]}, but {image_dir} has not")
+            raise UserError(
+                f"--test_image_dir {test_image_dir} has the class {unknown[0]}, which {image_dir} does not have"
+            )
         train, test = files, list_images(test_image_dir, class_names)
     if not test:
         raise UserError(
-            f"no test images: no class of {image_dir} has 2 images, one of which could be in the test split"
+            f"no test images: no class of {image_dir} has 2 images, so none is left to test: add some, or give "
+            "--test_image_dir DIR"
             if test_image_dir is None
             else f"--test_image_dir {test_image_dir} has no images"
         )
@@ -69,8 +72,8 @@ def list_splits(image_dir, test_image_dir=None):
 def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     """Return the Source of image_dir/<class>/*: images uint8 [N, h, w, 3], resized to image_size (h, w) if given.
 
-    skip_broken: leave out files that cannot be read, each named in a line; else they end the packing, after all of
-    them were named. Raises UserError.
+    Files that cannot be read are printed. They are skipped with skip_broken; otherwise packing fails at the end.
+    Raises UserError.
     """
     class_names, train, test = list_splits(image_dir, test_image_dir)
     skipped = []
@@ -79,7 +82,9 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
         skipped = sorted({path for path, _ in train + test} - {path for path, _ in splits[0] + splits[1]})
         train, test = splits
     if not train or not test:
-        raise UserError(f"no readable image is left for {'training' if not train else 'testing'} in {image_dir}")
+        raise UserError(
+            f"no {'test' if train else 'training'} image of {image_dir} can be read: repair the files above"
+        )
     warn_of_copies(train, test)
     shape = (*image_size, 3) if image_size else first_shape(train)
     return Source(
@@ -92,12 +97,12 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
 
 
 def id_of(path, folder):
-    """Return class/image of the path of an image."""
+    """Return <class>/<image>, the path of an image relative to `folder`."""
     return os.path.relpath(path, folder).replace(os.sep, "/")
 
 
 def try_load(path, image_size=None):
-    """Return an image file as load_image does; None, with a line that says why, if it cannot be read."""
+    """Return an image file as load_image does; if it cannot be read, print the reason and return None."""
     try:
         return load_image(path, path, image_size)
     except (UserError, OSError) as error:
@@ -110,13 +115,13 @@ def first_shape(files):
     for path, _ in files:
         try:
             return load_image(path, path).shape
-        except (UserError, OSError):  # named when all are read
+        except (UserError, OSError):  # printed later, when all are read
             pass
-    raise UserError(f"none of {len(files)} training images can be read, such as {files[0][0]}")
+    raise UserError(f"none of {len(files)} training images can be read, for example {files[0][0]}")
 
 
 def warn_of_copies(train, test):
-    """Print how many test images have the contents of a training image, and one of them."""
+    """Print how many test images are copies of training images, with an example."""
     sizes = collections.defaultdict(set)
     for split, files in enumerate((train, test)):
         for path, _ in files:
@@ -128,7 +133,7 @@ def warn_of_copies(train, test):
     copies = [(path, originals[value]) for path, value in digests[1].items() if value in originals]
     if copies:
         print(
-            f"warning: {len(copies)} of {len(test)} test images are training images, too, which makes the test "
+            f"warning: {len(copies)} of {len(test)} test images are copies of training images, which makes the test "
             f"accuracy too high: {copies[0][0]} is a copy of {copies[0][1]}",
             flush=True,
         )
@@ -141,17 +146,15 @@ def digest(path):
 
 
 def check_name(name, folder):
-    """Raise UserError for a name that cannot stand in a line of text."""
+    """Raise UserError for a name that is not a line of text."""
     if "\n" in name or "\r" in name or name != name.encode(errors="replace").decode():
-        raise UserError(
-            f"the name {os.fsencode(name)!r} in {folder} is not UTF-8, or has a line break in it: rename it"
-        )
+        raise UserError(f"the name {os.fsencode(name)!r} in {folder} is not UTF-8 or has a line break: rename it")
 
 
 def class_folders(folder):
     """Return the sorted names of the folders in `folder`."""
     if not os.path.isdir(folder):
-        raise UserError(f"{folder} is not a folder: name one that holds DIR/<class>/<image>")
+        raise UserError(f"{folder} is not a folder: give a folder DIR that holds DIR/<class>/<image>")
     check_name(str(folder), os.curdir)
     names = [name for name in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, name))]
     for name in names:
@@ -160,10 +163,10 @@ def class_folders(folder):
 
 
 def list_images(folder, class_names):
-    """Return [(path, label)] of the images in and below the class folders, and print what is skipped."""
+    """Return [(path, label)] of the images in and below the class folders, and print the files skipped."""
     files, skipped = [], []
     for label, name in enumerate(class_names):
-        found, others = walk(os.path.join(folder, name))
+        found, others = find_files(os.path.join(folder, name))
         for path in found:
             check_name(path, folder)
         files += [(path, label) for path in found]
@@ -172,16 +175,16 @@ def list_images(folder, class_names):
     return files
 
 
-def walk(folder):
-    """Return the sorted (images, other files) in and below `folder`, by their names.
+def find_files(folder):
+    """Return the sorted (images, other files) in and below `folder`, by suffix.
 
-    Hidden files and links to folders are not looked at.
+    Skips hidden files, hidden folders and links to folders.
     """
     found, others = [], []
-    for place, folders, names in os.walk(folder):
+    for directory, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [name for name in names if not name.startswith(".")]:
-            file = os.path.join(place, name)
+            file = os.path.join(directory, name)
             (found if is_image_name(name) and os.path.isfile(file) else others).append(file)
     return sorted(found), sorted(others)
 
@@ -192,27 +195,27 @@ def suffix_of(path):
 
 
 def is_image_name(name):
-    """Return whether a file is an image by its name, of a kind that Pillow reads here."""
+    """Return whether the suffix of a file is that of an image that the installed Pillow can read."""
     suffix = suffix_of(name)
     return suffix in SUFFIXES and (suffix == ".pjpeg" or suffix in Image.registered_extensions())
 
 
 def print_skipped(files):
-    """Print how many files are skipped: images that cannot be read here, by suffix, and others."""
+    """Print how many files are skipped: images of other formats, by suffix, and other files."""
     photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
     if photos:
         counts = collections.Counter(map(suffix_of, photos))
         kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
-        print(f"warning: skipped images that cannot be read here: {kinds}, such as {photos[0]}; convert them to JPEG")
+        print(f"warning: skipped images of unsupported formats: {kinds}, such as {photos[0]}; convert them to JPEG")
     others = [file for file in files if suffix_of(file) not in PHOTO_SUFFIXES]
     if others:
-        print(f"skipped {len(others)} files that are no images by their names, such as {others[0]}", flush=True)
+        print(f"skipped {len(others)} files without an image suffix, such as {others[0]}", flush=True)
 
 
 def find_images(paths):
-    """Return the files among `paths`, and in place of a folder the sorted images in it and below: see walk().
+    """Return the files in `paths`, with each folder replaced by the sorted images in and below it.
 
-    Raises UserError for a path that does not exist, and for a folder without images.
+    Raises UserError for a path that does not exist and for a folder without images.
     """
     files = []
     for path in paths:
@@ -220,19 +223,20 @@ def find_images(paths):
             files.append(path)
             continue
         if not os.path.isdir(path):
-            raise UserError(f"{path!r} is no file and no folder: name image files, or folders of them")
-        found, others = walk(path)
+            raise UserError(f"{path!r} is not a file or folder: give image files, or folders of images")
+        found, others = find_files(path)
         print_skipped(others)
         if not found:
-            raise UserError(f"the folder {path} has no image in it or below it ({' '.join(SUFFIXES)})")
+            raise UserError(f"the folder {path} has no images in or below it ({' '.join(SUFFIXES)})")
         files += found
     return files
 
 
 def split_classes(files, class_names):
-    """Return the sorted [(path, label)] `files` as (train, test): a fifth of each class, at least one image, is test.
+    """Split sorted [(path, label)] into (train, test): a fifth of each class, at least one image, is for testing.
 
-    The shuffle of each class has the same fixed seed, so that another class changes nothing. A single image is train.
+    Each class is shuffled with the same fixed seed, so adding a class does not change the others. The only image of a
+    class is for training.
     """
     train, test, single = [], [], []
     for label, group in itertools.groupby(files, key=lambda file: file[1]):
@@ -245,7 +249,7 @@ def split_classes(files, class_names):
             single.append(class_names[label])
     if single:
         print(
-            f"{len(single)} of {len(class_names)} classes have a single image, which is in train: "
+            f"{len(single)} of {len(class_names)} classes have a single image, which is used for training: "
             f"{' '.join(single[:10])}",
             flush=True,
         )
@@ -253,7 +257,7 @@ def split_classes(files, class_names):
 
 
 def parts(splits, folders, shape, image_size):
-    """Yield the images of both splits, PART bytes at a time. Raises UserError at the end if some cannot be read."""
+    """Yield the images of both splits, PART bytes at a time; raise UserError at the end if some cannot be read."""
     num, broken = max(1, PART // int(np.prod(shape))), []
     for split, files in enumerate(splits):
         for i in range(0, len(files), num):
@@ -266,8 +270,8 @@ def parts(splits, folders, shape, image_size):
                     continue
                 if loaded.shape != shape:
                     raise UserError(
-                        f"{path} has {loaded.shape[0]}x{loaded.shape[1]} pixels, {splits[0][0][0]} has "
-                        f"{shape[0]}x{shape[1]}: give --image_size H W to resize all"
+                        f"{path} has {loaded.shape[0]}x{loaded.shape[1]} pixels, but {splits[0][0][0]} has "
+                        f"{shape[0]}x{shape[1]}: give --image_size H W to resize all images"
                     )
                 image[...] = loaded
             name = ("train", "test")[split]
@@ -275,5 +279,5 @@ def parts(splits, folders, shape, image_size):
     if broken:
         raise UserError(
             f"{len(broken)} of {sum(map(len, splits))} images cannot be read, the first is {broken[0]}: repair or "
-            f"remove them, or add --skip_broken"
+            "remove them, or add --skip_broken"
         )

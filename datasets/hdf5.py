@@ -1,17 +1,15 @@
-"""The one store: <folder>/data.hdf5, written once by download.py and read by everything else.
+"""The data file <folder>/data.hdf5, which download.py writes and all other scripts read.
 
     image       uint8 [N, h, w, c], one contiguous array; for ImageNet instead
     jpeg        uint8 [bytes] with offset int64 [N + 1]: image i is jpeg[offset[i]:offset[i + 1]]
     label       int32 [N]
     split       uint8 [N], 0 train and 1 test: train first, in the archive's order
-    id          the ids, bytes [N]; id.txt holds them too, one a line
+    id          the ids, bytes [N]; id.txt has them too, one per line
     class_names strings [classes]
-    attribute `recipe`: what it was packed from, as JSON: {"made_from": words}, and of a folder of images the flags of
-                download.py
-    attribute `packed`: the mark, written last
+    attribute `recipe`: the origin as JSON: {"made_from": words} and, for a folder of images, the flags of download.py
+    attribute `packed`: the mark of a complete file, written last
 
-The file is built beside its target under another name, synced and renamed: a file without the mark, or under another
-name, does not count.
+The file is written under another name, synced and renamed. Files without the mark are ignored.
 """
 
 import contextlib
@@ -32,11 +30,11 @@ DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
 JPEG_CHUNK = 1 << 20  # bytes
 REPACK = "delete it and run download.py again"
-IMAGENET_SIZE = 224  # pixels: height and width of the crops of JPEG files that the networks see
+IMAGENET_SIZE = 224  # pixels: height and width of the crops of JPEG files
 
 
 class Source(NamedTuple):
-    """What a dataset module's read() returns.
+    """A dataset to pack, returned by read() of each dataset module.
 
     parts yields (split, images, labels, ids), all of split 0 before split 1: images uint8 [n, h, w, c] or a list of n
     JPEG files as bytes, labels int [n], ids a list of n strings or None for running numbers.
@@ -44,34 +42,35 @@ class Source(NamedTuple):
 
     class_names: list
     image_shape: tuple | None  # (h, w, c), None for JPEG files
-    num_images: int | None  # None where only the end tells (JPEG files)
+    num_images: int | None  # None if unknown (JPEG files)
     parts: Iterator
-    recipe: dict | None = None  # what it was packed from, and how
+    recipe: dict | None = None  # the attribute `recipe`
 
 
 @contextlib.contextmanager
 def reading(path, remedy="replace this file"):
-    """Turn any error of reading `path` into a UserError that names it; errors of the disk stay OSErrors."""
+    """Turn any error of reading `path` into a UserError that names it; disk errors stay OSErrors."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # those of parsers have no number,
-            raise  # or come from a seek to an impossible position
+        # OSErrors of parsers have no number, or EINVAL from a seek to an impossible position.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise UserError(f"{path} is broken ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
 
 
 def write(folder: str, source: Source, bar=None) -> None:
-    """Pack `source` into folder/data.hdf5 and folder/id.txt; `bar` is updated with the images written.
+    """Pack `source` into folder/data.hdf5 and folder/id.txt; update the progress bar `bar`.
 
-    Whatever happens on the way, data.hdf5 is the old one, missing, or the complete new one.
-    Raises UserError for data that does not fit together, OSError if it cannot be written.
+    Even after a failure data.hdf5 is the old file, if there was one, or the complete new file.
+    Raises UserError for inconsistent data, OSError if the files cannot be written.
     """
     data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
     remove_unfinished(folder)
     try:
-        with whole_file(data, data + UNFINISHED) as part:  # takes its name last: it is what counts
+        with whole_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
             with h5py.File(part, "w") as file:
                 names = fill(file, source, bar)
                 if source.recipe is not None:
@@ -81,7 +80,7 @@ def write(folder: str, source: Source, bar=None) -> None:
             write_whole(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
         sync(folder)
     except Exception as error:
-        number = re.search(r"errno = (\d+)", str(error))  # h5py says so, whatever the class of the error
+        number = re.search(r"errno = (\d+)", str(error))  # h5py raises many types for errors of the disk
         if number is None or isinstance(error, UserError):
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), data) from error
@@ -102,7 +101,9 @@ def fill(file, source, bar):
             image.resize(len(image) + sum(lengths[start:]), axis=0)
             image[len(image) - sum(lengths[start:]) :] = np.frombuffer(b"".join(images), np.uint8)
         elif images.shape[1:] != tuple(shape) or stop > total:
-            raise UserError(f"images {start} to {stop} have shape {images.shape[1:]}: expected {total} of {shape}")
+            raise UserError(
+                f"images {start} to {stop} have the shape {images.shape[1:]}: expected {total} images of {shape}"
+            )
         else:
             image[start:stop] = images
         labels.extend(np.asarray(part_labels).tolist())
@@ -120,39 +121,39 @@ def fill(file, source, bar):
 
 
 def check(labels, splits, ids, class_names, num_images):
-    """Raise UserError unless the columns of a packed file make two complete splits."""
+    """Raise UserError unless the arrays of a packed file make two complete splits."""
     if len(class_names) < 2:
         raise UserError(f"only {len(class_names)} class: a classifier needs at least 2")
     if not len(labels) == len(splits) == len(ids) == num_images:
         raise UserError(
-            f"{num_images} images, {len(labels)} labels, {len(splits)} splits and {len(ids)} ids do not belong together"
+            f"{num_images} images, {len(labels)} labels, {len(splits)} splits and {len(ids)} ids: expected equal numbers"
         )
     for split, name in enumerate(("train", "test")):
         if not np.any(splits == split):
             raise UserError(f"the {name} split is empty")
     if np.any(np.diff(splits) < 0):
-        raise UserError("split: train images must come before test images, 0 before 1")
+        raise UserError("split has 1 before 0: expected all train images (0) before the test images (1)")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
     if len(set(ids)) != len(ids):
-        raise UserError(f"id {first_repeated(ids)!r} is there twice")
+        raise UserError(f"id {first_repeated(ids)!r} is repeated")
 
 
 def first_repeated(ids):
-    """Return the first of `ids` that was there before."""
+    """Return the first id that repeats an earlier one."""
     seen = set()
     return next(name for name in ids if name in seen or seen.add(name))
 
 
 def remove_unfinished(folder):
-    """Remove what a killed run may have left in `folder`."""
+    """Remove the unfinished files that a killed process may have left in `folder`."""
     for name in (DATA, IDS):
         if os.path.exists(os.path.join(folder, name + UNFINISHED)):
             os.remove(os.path.join(folder, name + UNFINISHED))
 
 
 def open_array(file, name):
-    """Return the array `name`, or "group/name", of an open HDF5 file. Raises UserError for one that is not in it."""
+    """Return the array `name`, or "group/name", of an open HDF5 file. Raises UserError if it is not in this file."""
     for link in (name.partition("/")[0].encode(), name.encode()):
         if not file.id.links.exists(link):
             raise UserError(f"{file.filename} has no {link.decode()!r}")
@@ -163,31 +164,31 @@ def open_array(file, name):
         raise UserError(f"{file.filename}: {name} is a group: expected an array")
     creation = data.id.get_create_plist()
     if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
-        raise UserError(f"{file.filename}: {name} lies in another file: copy the data into this one")
+        raise UserError(f"{file.filename}: {name} is stored in another file: copy the data into this one")
     return data
 
 
 def is_packed(folder: str) -> bool:
-    """Return whether folder/data.hdf5 has the mark of a file that was packed to its end."""
+    """Return whether folder/data.hdf5 has the mark of a complete file."""
     try:
         with h5py.File(os.path.join(folder, DATA), "r", locking=False) as file:
             return bool(file.attrs.get("packed") == FORMAT)
-    except (OSError, RuntimeError):  # of h5py, for a file that is missing or broken
+    except (OSError, RuntimeError):  # missing or broken
         return False
 
 
 def read_recipe(folder: str) -> dict:
-    """Return the recipe that folder/data.hdf5 was packed by, {} if it has none."""
+    """Return the recipe of folder/data.hdf5, {} if it has none."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK), h5py.File(path, "r", locking=False) as file:
         return json.loads(file.attrs.get("recipe", "{}"))
 
 
 def open_packed(folder, name):
-    """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file does not hold together."""
+    """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file is inconsistent."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK):
-        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no chunk cache: read just the bytes asked for
+        file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no chunk cache: read only the bytes needed
         encoded = file.id.links.exists(b"jpeg")
         image = open_array(file, "jpeg" if encoded else "image")
         offset = open_array(file, "offset")[:] if encoded else None
@@ -208,7 +209,7 @@ def open_packed(folder, name):
 
 
 def empty(shape: tuple, dtype) -> np.ndarray:
-    """Return an empty array that begins at a multiple of 64 bytes, where TensorFlow can share it without a copy."""
+    """Return an empty array that begins at a multiple of 64 bytes, so TensorFlow can use it without a copy."""
     size = int(np.prod(shape, dtype=object)) * np.dtype(dtype).itemsize
     block = np.empty(size + 64, np.uint8)
     start = -block.ctypes.data % 64
@@ -218,13 +219,21 @@ def empty(shape: tuple, dtype) -> np.ndarray:
 class Dataset:
     """One split of a dataset.
 
-    ids [N] strings, name, is_train, class_names, num_classes, labels int32 [N], dtype (np.uint8, or np.float32 for own
-    float images), image_shape (h, w, c) or (None, None, 3) when encoded, encoded: whether images are JPEG files, nbytes
-    of the images of this split, made_from: what they were packed from, None where unknown, from_folder: whether they
-    were packed from folders of a user's images.
+    Attributes:
+        ids: [N] strings.
+        name, is_train, class_names, num_classes: of the dataset and the split.
+        labels: int32 [N].
+        encoded: whether the images are JPEG files.
+        dtype: np.uint8, or np.float32 for a user's float images.
+        image_shape: (h, w, c), or (None, None, 3) if encoded.
+        nbytes: of the images of this split.
+        made_from: the origin of the images in words, None if unknown.
+        from_folder: whether they were packed from a user's image folders.
 
-    image: where the images are, uint8 or float32 [rows, h, w, c] as an array or an h5py dataset, or the `jpeg` bytes
-    with their int64 `offset` [rows + 1]; rows: int [N], the row of each id.
+    Args:
+        image: uint8 or float32 [rows, h, w, c], an array or an h5py dataset, or with `offset` the bytes `jpeg`.
+        rows: int [N], the row of `image` of each id.
+        offset: int64 [rows + 1], the first byte of each JPEG file in `image`, or None.
     """
 
     def __init__(
@@ -241,13 +250,8 @@ class Dataset:
         made_from=None,
         from_folder=False,
     ):
-        self.ids, self.name, self.is_train, self.made_from, self.from_folder = (
-            ids,
-            name,
-            is_train,
-            made_from,
-            from_folder,
-        )
+        self.ids, self.name, self.is_train = ids, name, is_train
+        self.made_from, self.from_folder = made_from, from_folder
         self.labels, self.class_names = np.ascontiguousarray(labels, np.int32), list(class_names)
         self.num_classes, self.encoded = len(self.class_names), offset is not None
         self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
@@ -276,7 +280,7 @@ class Dataset:
 
     @property
     def network_shape(self):
-        """(height, width, channels) of the batches of create_input_ops: of crops of JPEG files, else image_shape."""
+        """(height, width, channels) of the batches of create_input_ops."""
         return (IMAGENET_SIZE, IMAGENET_SIZE, 3) if self.encoded else self.image_shape
 
     def __len__(self):
@@ -286,9 +290,9 @@ class Dataset:
         return f"Dataset({self.name}, {'train' if self.is_train else 'test'}, {len(self)} images of {self.image_shape})"
 
     def images(self):
-        """Return the complete split as one array [N, h, w, c], read once and kept. TypeError when encoded.
+        """Return all images as one array [N, h, w, c], read once and kept. Raises TypeError if encoded.
 
-        From a packed file it begins at a multiple of 64 bytes: see empty().
+        An array from a packed file begins at a multiple of 64 bytes (see empty).
         """
         if self.encoded:
             raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
@@ -298,7 +302,7 @@ class Dataset:
         return self._images
 
     def _read_rows(self, rows):
-        """Read the `rows` of the file, not encoded, into one array: rows that follow one another in one go."""
+        """Read the `rows` of an h5py dataset of images into one array, consecutive rows in one call."""
         images = empty((len(rows), *self.image_shape), self.dtype)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         for a, b in zip([0, *breaks], [*breaks, len(rows)]):
@@ -307,8 +311,10 @@ class Dataset:
         return images
 
     def read(self, positions):
-        """Return the images at `positions`, int [n] in 0 ... N - 1 in any order, with repeats: [n, h, w, c], or a list
-        of n bytes when encoded. Reads each row once, in the file's order; may be called from several threads."""
+        """Return the images at `positions` as [n, h, w, c], or as a list of n bytes if encoded. Thread-safe.
+
+        positions: int [n] in 0 ... N - 1, in any order, with repeats. Each row is read once, in the file's order.
+        """
         positions = np.asarray(positions, np.int64).reshape(-1)
         if self._images is not None:
             return self._images[positions]
@@ -324,16 +330,18 @@ class Dataset:
         return images if np.array_equal(unique, rows) else images[inverse]
 
     def get_data(self, id):
-        """Return (image, label) of one id, as in the original repo: float32 [h, w, c], uint8 images scaled to 0 ... 1,
-        and one-hot float32 [num_classes]. Raises UserError for an unknown id."""
+        """Return (image, label) of an id, as the original repo does. Raises UserError for an unknown id.
+
+        image: float32 [h, w, c], uint8 images scaled to 0 ... 1. label: one-hot float32 [num_classes].
+        """
         if self._position is None:
             self._position = {name: i for i, name in enumerate(self.ids)}
         if id not in self._position:
-            raise UserError(f"{self.name} has no id {id!r} in its {'train' if self.is_train else 'test'} split")
+            raise UserError(f"the {'train' if self.is_train else 'test'} split of {self.name} has no id {id!r}")
         position = self._position[id]
         image = self.read([position])[0]
         if self.encoded:
-            from datasets.images import load_image  # which imports this module
+            from datasets.images import load_image  # images.py imports this module
 
             image = load_image(io.BytesIO(image), f"{self.name}, id {id}")
         image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image

@@ -1,7 +1,7 @@
 """ImageNet (ILSVRC 2012): 1,281,167 + 50,000 images of 1000 classes (Russakovsky et al., arXiv 1409.0575).
 
-https://image-net.org gives the three files to those who log in and accept its non-commercial research terms, so no tool
-fetches them unattended. The images stay JPEG files in the store.
+https://image-net.org gives the three files to users who log in and accept its non-commercial research terms, so
+download.py cannot fetch them. The images are stored as JPEG files.
 """
 
 import io
@@ -21,7 +21,7 @@ RECIPE = {  # of arXiv 1803.08494, section 4.1
     "max_batch_size": 256,
     "momentum_rate": 0.1,  # at max_batch_size images per update
     "lr_schedule": "step",
-    "reported_epochs": 5,  # the result is the median over the tests of so many last epochs
+    "reported_epochs": 5,  # the result is the median of the tests of the last 5 epochs
 }
 FILES = {
     "ILSVRC2012_img_train.tar": (147897477120, "md5", "1d675b47d978889d74fa0da5fadfb00e"),
@@ -30,11 +30,11 @@ FILES = {
 }
 MIRRORS = ()
 DEVKIT = "ILSVRC2012_devkit_t12/data/"
-PART = 32  # images: what is read stays in the cache of the processor until it is written
+PART = 32  # images, few enough to stay in the processor's cache until they are written
 
 
 def read(archive_dir):
-    """Return the Source of the three archives: JPEG files; the class index is the rank of the WNID in sorted order."""
+    """Return the Source of the three archives: JPEG files; the class index is the position of the sorted WNID."""
     wnids, class_names, truth = read_devkit(os.path.join(archive_dir, "ILSVRC2012_devkit_t12.tar.gz"))
     train = train_files(os.path.join(archive_dir, "ILSVRC2012_img_train.tar"), wnids)
     val = val_files(os.path.join(archive_dir, "ILSVRC2012_img_val.tar"), truth)
@@ -42,13 +42,13 @@ def read(archive_dir):
 
 
 def read_devkit(path):
-    """Return the sorted WNIDs, their names and the class index of each val image in the order of the file names."""
+    """Return the sorted WNIDs, their names, and the class index of each val image in the order of the file names."""
     with reading(path), tarfile.open(path) as tar:
         meta = io.BytesIO(tar.extractfile(DEVKIT + "meta.mat").read())
         truth = tar.extractfile(DEVKIT + "ILSVRC2012_validation_ground_truth.txt").read()
         wnid_of, name_of = {}, {}
         for row in loadmat(meta, squeeze_me=True)["synsets"]:
-            if row["num_children"] == 0:  # the others are inner nodes, no classes
+            if row["num_children"] == 0:  # the others are inner nodes of the hierarchy, not classes
                 wnid_of[int(row["ILSVRC2012_ID"])] = str(row["WNID"])
                 name_of[str(row["WNID"])] = str(row["words"])
         wnids = sorted(name_of)
@@ -57,7 +57,7 @@ def read_devkit(path):
 
 
 def train_files(path, wnids):
-    """Yield (path, name, JPEG file, label) of the tar of tars, one <wnid>.tar a class."""
+    """Yield (path, name, JPEG file, label) of the tar that holds one <wnid>.tar per class."""
     found = set()
     with reading(path), tarfile.open(path) as tar:
         for member in tar:
@@ -80,7 +80,7 @@ def val_files(path, truth):
             found += 1
             yield path, image.name, tar.extractfile(image).read(), truth[number - 1]
     if found != len(truth):
-        raise UserError(f"{path} has {found} images, but the devkit has {len(truth)} labels: use those of one release")
+        raise UserError(f"{path} has {found} images, but the devkit has {len(truth)} labels: use files of one release")
 
 
 def parts(*splits):

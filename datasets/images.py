@@ -1,4 +1,4 @@
-"""Image files as pixels of 8 bits: in RGB, upright, transparent parts on white."""
+"""Read image files as 8-bit RGB: upright, with transparent parts on white."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from command import UserError
 from datasets.hdf5 import reading
 
 ORIENTATION = 0x0112  # the EXIF tag
-TURNS = {  # makes an image upright, by its orientation
+TURNS = {  # orientation: the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -22,37 +22,37 @@ TURNS = {  # makes an image upright, by its orientation
     8: Image.Transpose.ROTATE_90,
 }
 
-logging.getLogger("PIL").setLevel(logging.CRITICAL)  # or Pillow prints lines beside our error
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our errors are enough
 warnings.filterwarnings("ignore", module="PIL")
 
 
 @contextlib.contextmanager
-def opened(file, name):
-    """Open an image file, a path or a stream of bytes, which is decoded when its pixels are needed.
+def open_image(file, name):
+    """Open an image file, a path or a stream of bytes; Pillow decodes it when its pixels are needed.
 
-    Raises UserError, which calls the file `name`, if it cannot be read or has more than 8 bits a channel.
+    Raises UserError, with `name` for the file, if it cannot be read or has more than 8 bits per channel.
     """
     with reading(name), Image.open(file) as image:
-        layouts = [str(tile[3]) for tile in image.tile]  # in the file: Pillow reads the upper half of RGB;16
+        layouts = [str(tile[3]) for tile in image.tile]  # Pillow silently keeps the upper 8 bits of RGB;16
         if image.mode[0] in "IF" or any(";16" in layout and "BGR" not in layout for layout in layouts):
             raise UserError(
-                f"{name} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits, for instance by "
+                f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits, for example with "
                 "`magick IN -depth 8 OUT`, or scale it yourself and store float images in data.hdf5 (see the README)"
             )
         yield image
 
 
 def turn_of(image):
-    """Return the turn, one of TURNS, that makes a PIL image upright; None if it is upright."""
+    """Return the member of TURNS that makes a PIL image upright; None if it is upright."""
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:  # Pillow stumbles over broken EXIF data of a picture that is complete
+    except Exception:  # Pillow raises many errors for broken EXIF data; the pixels can still be read
         return None
 
 
 def to_rgb(image):
-    """Return a PIL image in RGB, upright, transparent parts on white."""
-    image.load()  # where Pillow itself turns TIFF files
+    """Convert a PIL image to RGB, upright, with transparent parts on white."""
+    image.load()  # turns TIFF files upright
     turn = turn_of(image)
     # Pillow inverts the CMYK values of every JPEG file, but only files with Adobe's marker store them inverted.
     is_negative = image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info
@@ -67,11 +67,17 @@ def to_rgb(image):
 
 
 def load_image(file, name, image_size=None, channels=3):
-    """Return an image file as uint8 [h, w, channels]: RGB, or its luminance 0.299 R + 0.587 G + 0.114 B.
+    """Return an image file as uint8 [h, w, channels]: RGB, or gray as 0.299 R + 0.587 G + 0.114 B.
 
-    file, name: as in opened(). image_size: (h, w) to resize to, None for that of the file.
+    Args:
+        file, name: as in open_image().
+        image_size: (h, w) to resize to, or None.
+        channels: 3 or 1.
+
+    Raises:
+        UserError, OSError: if the file cannot be read.
     """
-    with opened(file, name) as image:
+    with open_image(file, name) as image:
         image = to_rgb(image)
         if image_size is not None and image.size != tuple(image_size)[::-1]:
             image = image.resize(tuple(image_size)[::-1], Image.Resampling.BILINEAR)
@@ -79,9 +85,11 @@ def load_image(file, name, image_size=None, channels=3):
 
 
 def as_jpeg(data, name):
-    """Return an image file, bytes, as ImageNet's store holds it: a JPEG file in RGB or gray that is upright stays as it
-    is, and any other becomes one. Raises UserError, which calls the file `name`."""
-    with opened(io.BytesIO(data), name) as image:
+    """Return the bytes of an image file as an upright JPEG file in RGB or gray, unchanged if they are one already.
+
+    Raises UserError, with `name` for the file, if it cannot be read.
+    """
+    with open_image(io.BytesIO(data), name) as image:
         if image.format == "JPEG" and image.mode in ("L", "RGB") and turn_of(image) is None:
             return data
         buffer = io.BytesIO()

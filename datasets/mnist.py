@@ -8,7 +8,7 @@ import numpy as np
 
 from datasets.hdf5 import Source, reading
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, False, True  # a mirrored digit is another sign
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, False, True  # mirroring changes a digit
 FILES = {  # name: bytes, kind of hash, hash
     "train-images-idx3-ubyte.gz": (
         9912422,
@@ -42,7 +42,7 @@ def read(archive_dir, class_names=CLASS_NAMES):
 
 
 def read_idx(path, rank):
-    """Return the uint8 array of a gzipped IDX file: a magic number and the sizes, big-endian int32, then the bytes."""
+    """Return the uint8 array of a gzipped IDX file: magic number and sizes as big-endian int32, then the values."""
     with reading(path), gzip.open(path) as file:
         data = file.read()
         _, *shape = struct.unpack_from(f">{1 + rank}i", data)

@@ -1,10 +1,10 @@
 """A user's own dataset, datasets/YOUR_DATASET/, in the layout of the original repo.
 
-    data.hy or data.hdf5      one group an id, with `image` [h, w, c] or [h, w] and `label`, one-hot [classes]
-    id.txt                    the ids, one a line
-    id_train.txt, id_test.txt optional: the split; without them 80/20 by a shuffle with a fixed seed
+    data.hy or data.hdf5      one group per id, with `image` [h, w, c] or [h, w] and `label`, one-hot [classes]
+    id.txt                    the ids, one per line
+    id_train.txt, id_test.txt optional: the split; the default is 80/20 after a shuffle with a fixed seed
 
-uint8 images stay uint8, float images become float32 and must be finite; other integers must lie in 0 ... 255.
+Integer images must be in 0 ... 255 and become uint8; float images must be finite and become float32.
 """
 
 import contextlib
@@ -20,36 +20,36 @@ from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, readi
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
-LARGEST_FLOAT = 20.0  # of float images: beyond, they were hardly scaled for a network
+LARGEST_FLOAT = 20.0  # larger float images were probably not scaled for a network
 
 
 def split_80_20(num):
-    """Return the shuffled positions of `num` examples as (train, test), the same in every script and every run."""
+    """Return the shuffled positions of `num` examples as (train, test), the same in every run."""
     order = np.random.RandomState(SPLIT_SEED).permutation(num)
     return order[: num - num // 5], order[num - num // 5 :]
 
 
-def is_there(folder):
-    """Return whether `folder` has the files of an own dataset."""
+def has_files(folder):
+    """Return whether `folder` has the files of a user's own dataset."""
     return os.path.isfile(os.path.join(folder, IDS)) and any(os.path.isfile(os.path.join(folder, f)) for f in FILES)
 
 
 def open_own(folder, name):
-    """Return (train, test), two Datasets, read completely into memory. Raises UserError naming the id and the value."""
+    """Return (train, test), two Datasets in memory. Raises UserError for wrong data, with the id and the value."""
     found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
     if len(found) != 1:
-        what = (
+        problem = (
             "both data.hy and data.hdf5: keep one of them"
             if found
             else "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)"
         )
-        raise UserError(f"dataset {name}: {folder} holds {what}")
+        raise UserError(f"dataset {name}: {folder} has {problem}")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
     with reading(path), h5py.File(path, "r", locking=False) as file:
         labels, num_classes, images = read_examples(file, ids, len(train_ids))
     if len(set(labels[: len(train_ids)].tolist())) < 2:
-        raise UserError(f"{path}: all train images are of class {labels[0]}: a classifier needs at least 2 classes")
+        raise UserError(f"{path}: all training images are of class {labels[0]}: a classifier needs at least 2 classes")
     names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
     return tuple(
         Dataset(split_ids, name, is_train, labels=found, class_names=names, image=image, rows=np.arange(len(image)))
@@ -58,18 +58,18 @@ def open_own(folder, name):
 
 
 def read_ids(path):
-    """Return the ids in a text file, one a line; empty lines do not count."""
+    """Return the ids in a text file, one per line; empty lines are skipped."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} is missing: it must hold the ids, one a line")
-    with reading(path), open(path, encoding="utf-8-sig") as file:  # some editors write a mark first
+        raise UserError(f"{path} is missing: it must hold the ids, one per line")
+    with reading(path), open(path, encoding="utf-8-sig") as file:  # some editors write a byte order mark
         ids = [line.strip() for line in file if line.strip()]
     strange = next((id for id in ids if "/" in id or "\0" in id or id in (".", "..")), None)
     if strange is not None:
         raise UserError(f"{path}: id {strange!r} cannot be the name of a group")
     if len(set(ids)) != len(ids):
-        raise UserError(f"{path}: id {first_repeated(ids)!r} is there twice")
+        raise UserError(f"{path}: id {first_repeated(ids)!r} is repeated")
     if not ids:
-        raise UserError(f"{path} is empty: it must hold the ids, one a line")
+        raise UserError(f"{path} is empty: it must hold the ids, one per line")
     return ids
 
 
@@ -77,15 +77,15 @@ def read_splits(folder):
     """Return the ids of (train, test)."""
     ids = read_ids(os.path.join(folder, IDS))
     files = [os.path.join(folder, f"id_{split}.txt") for split in ("train", "test")]
-    there = [file for file in files if os.path.exists(file)]
-    if len(there) == 1:
+    found = [file for file in files if os.path.exists(file)]
+    if len(found) == 1:
         raise UserError(
-            f"{there[0]} is there without {os.path.basename(next(f for f in files if f not in there))}: "
-            "give both, or none for 80/20"
+            f"{found[0]} exists without {os.path.basename(next(f for f in files if f not in found))}: "
+            "add it, or remove both to split 80/20"
         )
-    if not there:
+    if not found:
         if len(ids) < 5:
-            raise UserError(f"{folder}/{IDS} has {len(ids)} ids: 80/20 leaves the test split empty below 5")
+            raise UserError(f"{folder}/{IDS} has {len(ids)} ids: an 80/20 split needs at least 5")
         return tuple([ids[i] for i in rows] for rows in split_80_20(len(ids)))
     train, test = (read_ids(file) for file in files)
     known, train_set = set(ids), set(train)
@@ -100,27 +100,29 @@ def read_splits(folder):
 
 
 def examples(file, ids):
-    """Yield (id, image, label) of an open file, as h5py.h5d.DatasetIDs: h5py's low-level functions are ten times as
-    fast as file[name], and refuse the same here. Raises UserError as open_array does."""
+    """Yield (id, image, label) of an open file, as h5py.h5d.DatasetIDs; raise UserError as open_array does.
+
+    h5py's low-level functions are ten times as fast as file[name].
+    """
     for id in ids:
         arrays = []
         with contextlib.suppress(KeyError, RuntimeError, TypeError, ValueError):
             if file.id.links.get_info(id.encode()).type == h5py.h5l.TYPE_HARD:
                 group = h5py.h5g.open(file.id, id.encode())
                 arrays = [array_in(group, name) for name in (b"image", b"label")]
-        if not arrays or None in arrays:  # open_array says what is wrong
+        if not arrays or None in arrays:  # open_array raises the error
             arrays = [open_array(file, f"{id}/{name}").id for name in ("image", "label")]
         yield id, *arrays
 
 
 def array_in(group, name):
-    """Return the DatasetID of an array that lies in a group, an h5py.h5g.GroupID; None if it lies elsewhere."""
+    """Return the DatasetID of an array in a group, an h5py.h5g.GroupID; None if it is stored elsewhere."""
     if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
         return None
     data = h5py.h5d.open(group, name)
     creation = data.get_create_plist()
-    lies_here = creation.get_layout() != h5py.h5d.VIRTUAL and not creation.get_external_count()
-    return data if lies_here else None
+    is_here = creation.get_layout() != h5py.h5d.VIRTUAL and not creation.get_external_count()
+    return data if is_here else None
 
 
 def values_of(data):
@@ -131,82 +133,84 @@ def values_of(data):
 
 
 def read_examples(file, ids, num_train):
-    """Return (labels int32 [N], number of classes, images): those of the first `num_train` ids and those of the others,
-    uint8 or float32 [n, h, w, c] each."""
+    """Return (labels int32 [N], number of classes, (train images, test images)); the first `num_train` ids are train.
+
+    Images are uint8 or float32 [n, h, w, c].
+    """
     labels, num_classes, images = np.empty(len(ids), np.int32), None, None
     for i, (id, image, label) in enumerate(examples(file, ids)):
         labels[i], num_classes = read_label(f"{file.filename}: label of id {id!r}", label, num_classes)
-        place = f"{file.filename}: image of id {id!r}"
-        found = image_type(place, image)
+        title = f"{file.filename}: image of id {id!r}"
+        found = image_type(title, image)
         if images is None:
             dtype, shape = found
             images = allocate(file.filename, num_train, len(ids), shape, dtype)
             into = itertools.chain(*images)
         if found != (dtype, shape):
             raise UserError(
-                f"{place} is {image.dtype} of shape {image.shape}, that of id {ids[0]!r} is {np.dtype(dtype)} of "
-                f"{shape}: all must agree"
+                f"{title} is {image.dtype} of shape {image.shape}, but the image of id {ids[0]!r} is {np.dtype(dtype)} "
+                f"of {shape}: all images must agree"
             )
-        read_image(place, image, next(into))
+        read_image(title, image, next(into))
     if num_classes < 2:
         raise UserError(f"{file.filename}: the labels have {num_classes} class: a classifier needs at least 2")
     warn_of_range(file.filename, images[0])
     return labels, num_classes, images
 
 
-def read_label(place, data, num_classes):
-    """Return (label, number of classes) of a one-hot label, a DatasetID; num_classes: that of the others, if known."""
+def read_label(title, data, num_classes):
+    """Return (label, number of classes) of a one-hot label, a DatasetID; num_classes: of the other labels, or None."""
     if len(data.shape) != 1 or data.shape[0] != (num_classes or data.shape[0]):
-        expected = f"[{num_classes}] as the others have" if num_classes else "[classes]"
-        raise UserError(f"{place} has the shape {data.shape}: expected one-hot {expected}")
+        expected = f"[{num_classes}] like the other labels" if num_classes else "[classes]"
+        raise UserError(f"{title} has the shape {data.shape}: expected one-hot {expected}")
     label = values_of(data)
     if np.count_nonzero(label) != 1 or label.max() != 1:
-        raise UserError(f"{place} is {label[:20].tolist()}: expected one-hot, a single 1 among zeros")
+        raise UserError(f"{title} is {label[:20].tolist()}: expected one-hot, a single 1 among zeros")
     return label.argmax(), len(label)
 
 
 def allocate(path, num_train, num, shape, dtype):
-    """Return arrays for the images of both splits. Raises UserError if this machine has not the memory."""
+    """Return empty arrays for the images of both splits. Raises UserError if they do not fit into memory."""
     size = int(np.prod(shape, dtype=object)) * num * np.dtype(dtype).itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > 0.8 * memory:
         raise UserError(
-            f"{path}: {num} images of {shape} need {size / 1e9:.1f} GB: this machine has {memory / 1e9:.1f} GB"
+            f"{path}: {num} images of {shape} need {size / 1e9:.1f} GB, but this machine has {memory / 1e9:.1f} GB: "
+            "list fewer ids in id.txt, or store smaller images"
         )
     return tuple(empty((count, *shape), dtype) for count in (num_train, num - num_train))
 
 
 def warn_of_range(path, images):
-    """Print a line if float images have values that networks learn badly from."""
+    """Print a warning if float images have large values."""
     largest = np.abs(images).max() if images.dtype == np.float32 else 0
     if largest > LARGEST_FLOAT:
         print(
-            f"warning: {path}: float images have values up to {largest:g}, from which a network learns slowly or not "
-            "at all: store uint8 of 0 to 255, or divide by 255",
+            f"warning: {path}: float images have values up to {largest:g}, with which networks learn slowly or not at "
+            "all: store uint8 images of 0 to 255, or divide by 255",
             flush=True,
         )
 
 
-def image_type(place, data):
-    """Return (np.uint8 or np.float32, (h, w, c)), as which an image in the file, a DatasetID, is read."""
+def image_type(title, data):
+    """Return (np.uint8 or np.float32, (h, w, c)), the type and shape to read an image, a DatasetID, as."""
     shape, dtype = data.shape, data.dtype
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
-        raise UserError(f"{place} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
+        raise UserError(f"{title} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
     if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
         raise UserError(
-            f"{place} has the shape {shape}, channels first: expected [h, w, c], which "
-            "np.transpose(image, (1, 2, 0)) makes of it"
+            f"{title} has the shape {shape}, channels first: expected [h, w, c]; store np.transpose(image, (1, 2, 0))"
         )
     return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1)
 
 
-def read_image(place, data, into):
+def read_image(title, data, into):
     """Read an image, a DatasetID, into the array `into`, and check its values."""
     image = values_of(data).reshape(into.shape)
     if into.dtype == np.uint8 and image.dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
-        raise UserError(f"{place} has values from {image.min()} to {image.max()}: expected 0 to 255, or float numbers")
+        raise UserError(f"{title} has values from {image.min()} to {image.max()}: expected 0 to 255, or float numbers")
     with np.errstate(over="ignore"):
         into[...] = image
     if into.dtype == np.float32 and not np.isfinite(into).all():
         bad = np.argwhere(~np.isfinite(into))[0].tolist()
-        raise UserError(f"{place} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")
+        raise UserError(f"{title} has the value {image[tuple(bad)]} at {bad}: pixels must be finite")

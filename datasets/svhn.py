@@ -7,7 +7,7 @@ from scipy.io import loadmat
 
 from datasets.hdf5 import Source, reading
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, False, True  # a mirrored digit is another sign
+EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, False, True  # mirroring changes a digit
 FILES = {
     "train_32x32.mat": (182040794, "sha256", "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
     "test_32x32.mat": (64275384, "sha256", "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),
@@ -18,7 +18,7 @@ PART = 4096  # images
 
 
 def read(archive_dir):
-    """Return the Source of train_32x32.mat and test_32x32.mat: all of train is train; the label 10 means digit 0."""
+    """Return the Source of train_32x32.mat and test_32x32.mat; the label 10 means digit 0."""
     splits = [read_mat(os.path.join(archive_dir, f"{split}_32x32.mat")) for split in ("train", "test")]
     parts = (
         (split, np.ascontiguousarray(x[..., i : i + PART].transpose(3, 0, 1, 2)), labels[i : i + PART], None)
@@ -29,7 +29,7 @@ def read(archive_dir):
 
 
 def read_mat(path):
-    """Return X, uint8 [32, 32, 3, N] as it is stored, and the labels, int [N] in 0 ... 9."""
+    """Return X, uint8 [32, 32, 3, N], and the labels, int [N] in 0 ... 9."""
     with reading(path):
         variables = loadmat(path, variable_names=["X", "y"])
         return variables["X"], variables["y"].reshape(-1).astype(np.int64) % 10

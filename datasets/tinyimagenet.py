@@ -20,15 +20,17 @@ PART = 1024  # images
 
 
 def read(archive_dir):
-    """Return the Source of tiny-imagenet-200.zip: the class index is the line of wnids.txt. The test split is val,
-    whose labels val_annotations.txt gives by file name; the archive's own `test` has no labels and is skipped."""
+    """Return the Source of tiny-imagenet-200.zip; the class index is the line of wnids.txt.
+
+    The test split is val, labeled by val_annotations.txt; the archive's own `test` has no labels and is skipped.
+    """
     path = os.path.join(archive_dir, "tiny-imagenet-200.zip")
     with reading(path):
         archive = zipfile.ZipFile(path)
         wnids = archive.read(ROOT + "wnids.txt").decode().split()
         index = {wnid: i for i, wnid in enumerate(wnids)}
         rows = archive.read(ROOT + "val/val_annotations.txt").decode().splitlines()
-        wnid_of = dict(row.split("\t")[:2] for row in rows)  # of a val image
+        wnid_of = dict(row.split("\t")[:2] for row in rows)  # val image: wnid
         splits = ([], [])  # (member, label)
         for member in archive.namelist():
             folders, name = member.removeprefix(ROOT).split("/")[:-1], os.path.basename(member)
@@ -45,7 +47,7 @@ def parts(archive, path, splits):
     def decode(member, data):
         return load_image(io.BytesIO(data), f"{path}, member {member}")
 
-    with reading(path), ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside of Python's lock
+    with reading(path), ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases Python's lock while decoding
         for split, members in enumerate(splits):
             for i in range(0, len(members), PART):
                 names, labels = zip(*members[i : i + PART])
