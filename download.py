@@ -1,11 +1,11 @@
-"""Fetch the archives of datasets, verify them, and pack each into datasets/<name>/data.hdf5.
+"""Fetch the archives of datasets, verify them, and pack each dataset into datasets/<name>/data.hdf5.
 
     python download.py --dataset MNIST Fashion SVHN CIFAR10 TinyImageNet Digits
     python download.py --dataset ImageNet --archive_dir DIR          # three files that you fetch yourself
-    python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, as your own dataset
+    python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, your own dataset
 
-Your images become RGB of 8 bits, with transparent parts on white; images of more bits are refused. A dataset that is
-packed already is skipped. A download that was cut off continues where it stopped.
+Your images are converted to 8-bit RGB, with transparent parts on white; images of more than 8 bits per channel are
+refused. Packed datasets are skipped. An interrupted download continues where it stopped.
 """
 
 import collections
@@ -25,34 +25,34 @@ import datasets
 from command import ArgumentParser, UserError, one_line, run, sync, within
 from datasets import hdf5
 
-TIMEOUT = 60.0  # seconds without a byte after which a mirror counts as stalled
-RETRY = Retry(2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)  # of requests
-TURNS = 10  # of all mirrors, as long as each turn changes something
-SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: a mirror that is slower is left for the next
-PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # bytes read of a file, and of a connection
+TIMEOUT = 60.0  # seconds without a byte after which to give up a mirror
+RETRY = Retry(2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+TURNS = 10  # rounds over all mirrors, as long as each round makes progress
+SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: after this time a slower mirror is given up
+PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # suffix; bytes per read of a file, and of a connection
 NO_CONNECTION = "no connection"
-BAR = {"disable": None, "leave": False}  # of tqdm, drawn on a terminal only
+BAR = {"disable": None, "leave": False}  # of tqdm: only draw on a terminal
 
 
 class Refused(Exception):
-    """A mirror is too slow, or does not have the right file: try the next."""
+    """A mirror is too slow, or does not have the right file: try the next one."""
 
 
 @contextlib.contextmanager
 def locked(folder):
-    """Hold the lock of a dataset's folder, which is made if it is missing; print if another process holds it."""
+    """Create a dataset's folder if it is missing, and hold its lock; print a line if another process holds it."""
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that works in {folder}", flush=True)
+            print(f"waiting for another process that uses {folder}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def hash_file(path, kind):
-    """Return the hash of a file as hex digits; kind: sha256 or md5."""
+    """Return the hash of a file in hexadecimal; kind: sha256 or md5."""
     digest, name = hashlib.new(kind, usedforsecurity=False), os.path.basename(path)
     with (
         open(path, "rb") as raw,
@@ -64,26 +64,26 @@ def hash_file(path, kind):
 
 
 def verify(path, expected, checksum):
-    """Return the hash of an archive. Raises UserError if it is not the expected one, or only warns without checksum."""
+    """Return the hash of an archive. If it is not the expected one, raise UserError, or without checksum print it."""
     size, kind, right = expected
     found = hash_file(path, kind)
     if found != right:
-        what = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
+        mismatch = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
         if checksum:
-            raise UserError(f"{what}: put the right file in its place, or accept this one with --no_checksum")
-        print(f"warning: {what}", flush=True)
+            raise UserError(f"{mismatch}: replace the file, or accept it with --no_checksum")
+        print(f"warning: {mismatch}", flush=True)
     return found
 
 
 def size_of(path):
-    """Return the bytes of a file, 0 if it does not exist."""
+    """Return the size of a file in bytes, 0 if it does not exist."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
-    """Fetch the expected file from the mirrors `urls` in turn to `path`, continuing path.part; returns its hash.
+    """Fetch the expected file from one of the mirrors `urls` to `path`, continue path.part, and return the hash.
 
-    Raises ConnectionError if no mirror gives it.
+    Raises ConnectionError if all mirrors fail.
     """
     part, name, (size, kind, right) = path + PART, os.path.basename(path), expected
     for turn in range(TURNS):
@@ -94,33 +94,33 @@ def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
                 if have != size:
                     receive(url, part, size, timeout, may_be_slow=turn > 0 or url == urls[-1])
                 found = hash_file(part, kind)
-                if found != right and checksum:  # a wrong file, or the beginning of another
-                    what = f"got {size_of(part)} bytes with {kind} {found}, expected {size} bytes with {right}"
+                if found != right and checksum:  # a wrong file, or one that began with the bytes of another
+                    mismatch = f"got {size_of(part)} bytes with {kind} {found}, expected {size} bytes with {right}"
                     os.remove(part)
-                    raise Refused(what)
+                    raise Refused(mismatch)
             except (requests.RequestException, HTTPError, Refused) as error:
                 reason = reason_of(error)
-                if reason != NO_CONNECTION:  # which all mirrors would say
+                if reason != NO_CONNECTION:  # likely the same for all mirrors, so it is only in the error below
                     print(f"warning: {url}: {reason}", flush=True)
                 has_changed = has_changed or size_of(part) != have
                 continue
             if found != right:
-                print(f"warning: {name} of {url} has {kind} {found}, expected {right}", flush=True)
+                print(f"warning: {name} from {url} has {kind} {found}, expected {right}", flush=True)
             sync(part)
             os.replace(part, path)
             return found
         if not has_changed:
             break
     raise ConnectionError(
-        f"no mirror gives {name} ({one_line(reason, 60)}): check the network, or get it elsewhere and add "
+        f"cannot download {name} ({one_line(reason, 60)}): check the network, or get the file elsewhere and add "
         "--archive_dir DIR"
     )
 
 
 def reason_of(error):
-    """Return in a few words why a mirror failed."""
+    """Return why a mirror failed, in a few words."""
     cause = error.args[0] if error.args else error
-    cause = getattr(cause, "reason", None) or cause  # what urllib3 retried
+    cause = getattr(cause, "reason", None) or cause  # the error behind urllib3's retries
     if isinstance(cause, NewConnectionError | NameResolutionError | ConnectTimeoutError):
         return NO_CONNECTION
     if isinstance(error, requests.HTTPError):
@@ -129,9 +129,9 @@ def reason_of(error):
 
 
 def receive(url, part, size, timeout, may_be_slow):
-    """Append what a mirror sends to the file `part`. Raises Refused, or what requests and urllib3 raise.
+    """Append the rest of the file `url` to the file `part`; size: total bytes, for the progress bar.
 
-    size: the bytes that are expected in all, for the bar.
+    Raises Refused, or an error of requests or urllib3.
     """
     have = size_of(part)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
@@ -139,7 +139,7 @@ def receive(url, part, size, timeout, may_be_slow):
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=RETRY))
         with session.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
-            if response.status_code == 416:  # there is nothing after what we have: another file
+            if response.status_code == 416:  # the mirror's file is shorter than `part`, so it is another file
                 os.remove(part)
             response.raise_for_status()
             if response.headers.get("Content-Type", "").startswith("text/html"):
@@ -153,27 +153,29 @@ def receive(url, part, size, timeout, may_be_slow):
                     received += len(block)
                     seconds = time.monotonic() - began
                     if not may_be_slow and seconds > SLOW_AFTER and received < SLOW_RATE * seconds:
-                        raise Refused(f"only {received / seconds / 1e3:.0f} kB/s, trying the next mirror")
+                        raise Refused(f"only {received / seconds / 1e3:.0f} kB/s: trying the next mirror")
 
 
 def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
-    """Return the folder that holds all archives of a dataset, verified, after fetching those that are missing; and
-    words for each whose hash is not the original's, which --no_checksum accepts."""
+    """Fetch missing archives of a dataset and verify all of them.
+
+    Returns their folder, and the name and hash of each archive with another hash, which --no_checksum accepts.
+    """
     if archive_dir is not None:
-        places = [os.path.join(archive_dir, name.lower()), archive_dir]
-        folder = next((p for p in places if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
+        folders = [os.path.join(archive_dir, name.lower()), archive_dir]
+        folder = next((p for p in folders if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
         if folder is None:
-            missing = [f for f in module.FILES if not any(os.path.isfile(os.path.join(p, f)) for p in places)]
+            missing = [f for f in module.FILES if not any(os.path.isfile(os.path.join(p, f)) for p in folders)]
             raise UserError(
-                f"{name}: {' '.join(missing or module.FILES)} not found together in {archive_dir} or {places[0]}"
+                f"{name}: {' '.join(missing or module.FILES)} not found together in {archive_dir} or {folders[0]}"
             )
     missing = [f for f in module.FILES if not os.path.isfile(os.path.join(folder, f))]
     mirrors = ([mirror] if mirror else []) + list(module.MIRRORS)
     if missing and not mirrors:
         raise UserError(
-            f"{name} needs {' '.join(missing)}: https://image-net.org gives them to those who log in and accept its "
-            f"non-commercial research terms; put them in {folder} or in a folder DIR with --archive_dir DIR, and run "
-            f"download.py --dataset {name} again"
+            f"{name} needs {' '.join(missing)}: get them from https://image-net.org, which asks you to log in and "
+            f"accept non-commercial research terms, put them in {folder} or give their folder as --archive_dir DIR, "
+            f"and run download.py --dataset {name} again"
         )
     others = []
     for file, expected in module.FILES.items():
@@ -191,34 +193,36 @@ def check_known(name, data_dir):
     """Raise UserError unless `name` is one of datasets.NAMES."""
     if name not in datasets.NAMES:
         datasets.folder_of(name, data_dir)  # raises for a name in another case
-        raise UserError(f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}; your own needs --image_dir")
+        raise UserError(
+            f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}: to pack your own images, add --image_dir DIR"
+        )
 
 
 def prepare(
     name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False, timeout=TIMEOUT
 ):
-    """Fetch and pack the known dataset `name` unless it is packed, and print a line on it.
+    """Fetch and pack the known dataset `name` unless it is packed, and print a line about it.
 
-    Raises UserError for what the user must provide or correct, OSError for the network or the disk.
+    Raises UserError for a mistake of the user, OSError for an error of the network or the disk.
     """
     check_known(name, data_dir)
     folder = datasets.folder_of(name, data_dir)
     if not datasets.is_prepared(name, data_dir):
         with locked(folder):
-            if not datasets.is_prepared(name, data_dir):  # nor by the process that we waited for
+            if not datasets.is_prepared(name, data_dir):  # another process may have packed it while we waited
                 fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout)
                 return
-    print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
+    print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
 
 
 def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout):
-    """Do what prepare() says, while the folder is locked."""
+    """Fetch and pack a dataset, for prepare, which holds the lock of the folder."""
     hdf5.remove_unfinished(folder)
     module = datasets.module_of(name)
     archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
     made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
     pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
-    # The archives of --archive_dir stay, and so do those that no mirror gives again.
+    # Only delete archives that can be fetched again, and none of --archive_dir.
     done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
     for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
         if os.path.exists(path):
@@ -244,11 +248,11 @@ def prepare_folder(
         if hdf5.is_packed(folder):
             check_recipe(name, folder, recipe)
             check_files(name, folder, image_dir, test_image_dir)
-            print(f"{name} is packed already: {folder}/{hdf5.DATA}", flush=True)
+            print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
             return
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
-                raise UserError(f"{folder}/{file} is there and was not packed by download.py: choose another name")
+                raise UserError(f"{folder}/{file} exists and was not packed by download.py: choose another name")
 
         def read_source():
             source = read(image_dir, test_image_dir, image_size, skip_broken)
@@ -256,16 +260,16 @@ def prepare_folder(
 
         pack(name, folder, read_source)
         print(
-            "trainer.py will mirror and shift these images at random; --augment crop only shifts them, which is right "
-            "for digits and signs, --no_augment shows them as they are"
+            "trainer.py will mirror and shift these images at random; for digits and signs add --augment crop, which "
+            "only shifts them; to train on unchanged images add --no_augment"
         )
 
 
 def check_files(name, folder, image_dir, test_image_dir):
-    """Raise UserError if images were added to the folders that `folder` was packed from, or removed."""
+    """Raise UserError if images were added to, or removed from, the folders that `folder` was packed from."""
     from datasets.folder import id_of, list_splits
 
-    if not os.path.isdir(image_dir):  # the originals are gone
+    if not os.path.isdir(image_dir):  # the original images were deleted
         return
     packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
     skipped = hdf5.read_recipe(folder).get("skipped", [])
@@ -278,15 +282,15 @@ def check_files(name, folder, image_dir, test_image_dir):
     )
     new, gone = sorted((now - packed).elements()), sorted((packed - now).elements())
     if new or gone:
-        changes = [f"{len(ids)} {what}, such as {ids[0]}" for what, ids in (("more", new), ("fewer", gone)) if ids]
+        changes = [f"{len(ids)} {word}, such as {ids[0]}" for word, ids in (("more", new), ("fewer", gone)) if ids]
         raise UserError(
             f"{image_dir} has changed since {name} was packed from {packed.total()} images: {' and '.join(changes)}; "
-            f"delete {folder}/{hdf5.DATA} to pack it anew, or choose another name"
+            f"delete {folder}/{hdf5.DATA} to pack it again, or choose another name"
         )
 
 
 def check_recipe(name, folder, recipe):
-    """Raise UserError if `folder` was packed by another recipe; a file that does not say which is taken as it is."""
+    """Raise UserError if `folder` was packed with other flags; a file without a recipe is accepted."""
 
     def words(value):
         return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else value
@@ -296,20 +300,20 @@ def check_recipe(name, folder, recipe):
         if flag.startswith("--") and flag in packed and packed[flag] != value:
             raise UserError(
                 f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
-                f"{folder}/{hdf5.DATA} to pack it anew, or choose another name"
+                f"{folder}/{hdf5.DATA} to pack it again, or choose another name"
             )
 
 
 def load_splits(name, data_dir, validation=None, fetch=True):
-    """Return (train, test) of a dataset, fetched and packed first if it is missing and may be fetched unasked."""
+    """Return (train, test) of a dataset; if it is missing and may be downloaded without asking, prepare it first."""
     if fetch and datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, data_dir):
-        print(f"{name} is not in {data_dir} yet: preparing it first", flush=True)
+        print(f"{name} is not in {data_dir}: preparing it first", flush=True)
         prepare(name, data_dir)
     return datasets.create_default_splits(name, data_dir, validation=validation)
 
 
 def pack(name, folder, read):
-    """Write the Source that read() returns into `folder`, and print what was made."""
+    """Write the Source that read() returns to `folder`, and print a summary."""
     began = time.monotonic()
     try:
         source = read()
@@ -336,41 +340,47 @@ def parse_args():
         nargs="+",
         required=True,
         metavar="NAME",
-        help=f"{' '.join(datasets.NAMES)}, or a name of your own with --image_dir",
+        help=f"{' '.join(datasets.NAMES)}, or with --image_dir a name of your choice",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--archive_dir",
         metavar="DIR",
-        help="use the archives in DIR or DIR/<name in lower case>; fetch and delete nothing",
+        help="use the archives in DIR or DIR/<name in lower case>; download and delete nothing",
     )
     source.add_argument("--mirror", metavar="URL", help="try URL/<file> before the known mirrors")
     source.add_argument("--image_dir", metavar="DIR", help="pack DIR/<class>/<image> as a dataset of your own")
-    add("--test_image_dir", metavar="DIR", help="the test split, likewise; else a fifth of --image_dir")
+    add("--test_image_dir", metavar="DIR", help="the same for the test split; default: a fifth of --image_dir")
     size = within(int, low=1)
     add("--image_size", nargs="+", type=size, metavar="H W", help="resize the images of --image_dir; one number: H = W")
-    add("--skip_broken", action="store_true", help="leave out images of --image_dir that cannot be read, and name them")
+    add("--skip_broken", action="store_true", help="skip images of --image_dir that cannot be read, and print them")
     add("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
-    add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="where datasets are kept")
-    add("--keep_archives", action="store_true", help="do not delete fetched archives after packing")
+    add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="folder of the datasets")
+    add("--keep_archives", action="store_true", help="do not delete downloaded archives after packing")
     seconds = within(float, above=0)
-    add("--timeout", type=seconds, default=TIMEOUT, metavar="SECONDS", help="without a byte until a server is given up")
+    add(
+        "--timeout",
+        type=seconds,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="give up a mirror that sends nothing so long",
+    )
     args = parser.parse_args()
     if args.image_size is not None and len(args.image_size) > 2:
-        parser.error(f"--image_size {' '.join(map(str, args.image_size))}: expected a height and a width")
+        parser.error(f"--image_size {' '.join(map(str, args.image_size))}: expected H W or a single number")
     if args.image_size is not None:
         args.image_size = args.image_size[0], args.image_size[-1]
     given = [flag for flag in ("archive_dir", "mirror", "no_checksum", "keep_archives") if getattr(args, flag)]
     if args.image_dir is None and (args.test_image_dir or args.image_size or args.skip_broken):
-        parser.error("--test_image_dir, --image_size and --skip_broken go with --image_dir")
+        parser.error("--test_image_dir, --image_size and --skip_broken need --image_dir")
     if args.image_dir is not None and len(args.dataset) != 1:
         parser.error(
-            f"--image_dir makes one dataset, but --dataset names {len(args.dataset)}: {' '.join(args.dataset)}"
+            f"--image_dir packs one dataset, but --dataset has {len(args.dataset)} names: {' '.join(args.dataset)}"
         )
     if given and args.image_dir is not None:
-        parser.error(f"--{given[0]} has no effect with --image_dir: it packs images that are there")
+        parser.error(f"--{given[0]} has no effect with --image_dir, which downloads nothing: omit it")
     if given and args.dataset == ["Digits"]:
-        parser.error(f"--{given[0]} has no effect on Digits, which comes with scikit-learn")
+        parser.error(f"--{given[0]} has no effect on Digits, which is included in scikit-learn: omit it")
     if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
         parser.error(f"--mirror {args.mirror}: expected a URL that starts with http:// or https://")
     return args
@@ -382,7 +392,7 @@ def main():
         folders = args.image_dir, args.test_image_dir
         prepare_folder(args.dataset[0], *folders, args.image_size, args.skip_broken, args.data_dir)
         return
-    for name in args.dataset:  # all names before the first hour of fetching
+    for name in args.dataset:  # all names before the first download
         check_known(name, args.data_dir)
     for name in args.dataset:
         prepare(

@@ -126,7 +126,7 @@ def check(labels, splits, ids, class_names, num_images):
         raise UserError(f"only {len(class_names)} class: a classifier needs at least 2")
     if not len(labels) == len(splits) == len(ids) == num_images:
         raise UserError(
-            f"{num_images} images, {len(labels)} labels, {len(splits)} splits and {len(ids)} ids: expected equal numbers"
+            f"{num_images} images, {len(labels)} labels, {len(splits)} splits and {len(ids)} ids: expected all equal"
         )
     for split, name in enumerate(("train", "test")):
         if not np.any(splits == split):
