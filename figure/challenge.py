@@ -1,4 +1,4 @@
-"""Train the first steps of stored runs again, and compare their rows of metrics.jsonl.
+"""Train the first steps of stored runs again, and compare the rows of metrics.jsonl.
 
 python figure/compare.py --challenge figure/studies/digits --runs 3 --steps 100
 """
@@ -19,36 +19,36 @@ from command import UserError, ExternalError, one_line
 from config import FIELDS, check_data, processor, versions
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainer.py"
-TOLERANCE = 0.05  # of a loss or an accuracy: another processor rounds otherwise, and training makes that grow
+TOLERANCE = 0.05  # of a loss or an accuracy: another processor rounds differently, and training amplifies that
 COMPARED = ("loss/loss", "loss/accuracy", "test_loss/loss", "test_loss/accuracy")
-ELSEWHERE = {"prefix", "data_dir", "train_dir", "epochs", "learning_rate", "groups"}
+SET_ELSEWHERE = {"prefix", "data_dir", "train_dir", "epochs", "learning_rate", "groups"}
 
 
 def challenge(folder, number, steps, data_dir):
-    """Compare `steps` steps of `number` runs below `folder`, chosen at random; ExternalError beyond TOLERANCE."""
+    """Repeat `steps` steps of `number` random runs of `folder`. Raises ExternalError beyond TOLERANCE."""
     found = runs.read_runs([folder])
     if not found:
-        raise UserError(f"no run folder in {folder}: name a study, such as figure/studies/digits")
-    missing = {run.path: what_is_missing(run, data_dir) for run in found}
-    for reason, count in Counter(filter(None, missing.values())).items():
-        print(f"left out {count} of {len(found)} runs: {reason}")
-    possible = [run for run in found if not missing[run.path]]
+        raise UserError(f"no run folder in {folder}: give a study, such as figure/studies/digits")
+    problems = {run.path: find_problem(run, data_dir) for run in found}
+    for problem, count in Counter(filter(None, problems.values())).items():
+        print(f"skipped {count} of {len(found)} runs: {problem}")
+    possible = [run for run in found if not problems[run.path]]
     if not possible:
-        raise UserError(f"none of the {len(found)} runs of {folder} can be trained here")
+        raise UserError(f"none of the {len(found)} runs of {folder} can be trained here: see the reasons above")
     chosen = random.sample(possible, min(number, len(possible)))
     print(f"{len(chosen)} of {len(possible)} runs, {steps} steps each", flush=True)
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
-        raise ExternalError(f"a row differs by {max(results):.3g}, where {TOLERANCE} is allowed for another rounding")
+        raise ExternalError(f"a row differs by {max(results):.3g}, but rounding should differ by at most {TOLERANCE}")
 
 
 def stored_config(run):
     return json.loads((run.path / "config.json").read_text())
 
 
-def what_is_missing(run, data_dir):
-    """Why a run cannot be trained here: its data, or the checkpoint that it started from; '' if it can."""
+def find_problem(run, data_dir):
+    """Return why a run cannot be trained here (other data, no checkpoint to start from), '' if it can."""
     try:
         splits = datasets.create_default_splits(run.config.dataset, data_dir, validation=run.config.validation)
         check_data("it", stored_config(run)["data"] | {"made_from": splits[0].made_from}, *splits)
@@ -60,12 +60,12 @@ def what_is_missing(run, data_dir):
 
 
 def flags_of(config):
-    """The flags of trainer.py that make a run of a configuration, with every value that followed from others."""
+    """Return the flags of trainer.py for a run of a configuration, derived values included."""
     values = {"learning_rate": config.base_learning_rate}
     if config.norm_type == "group" and config.group_size is None:
         values["groups"] = config.groups
     for field in FIELDS:
-        if "help" in field.metadata and field.name not in ELSEWHERE:
+        if "help" in field.metadata and field.name not in SET_ELSEWHERE:
             values[field.name] = getattr(config, field.name)
     words = []
     for name, value in values.items():
@@ -75,14 +75,14 @@ def flags_of(config):
 
 
 def repeat(run, steps, data_dir):
-    """The rows {step: row} of the same run, trained anew on one core until it has logged `steps` steps."""
+    """Train a run again on one core until it has logged `steps` steps; return its rows as {step: row}."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
-        places = ["--train_dir", str(Path(folder) / "runs"), "--data_dir", data_dir]
+        folders = ["--train_dir", str(Path(folder) / "runs"), "--data_dir", data_dir]
         process = subprocess.Popen(
-            [sys.executable, str(TRAINER), *flags_of(run.config), *places],
+            [sys.executable, str(TRAINER), *flags_of(run.config), *folders],
             stdout=log,
             stderr=log,
-            preexec_fn=on_one_core,
+            preexec_fn=use_one_core,
         )
         try:
             rows = {}
@@ -95,18 +95,18 @@ def repeat(run, steps, data_dir):
         rows = {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
         if not rows:
             log.seek(0)
-            raise ExternalError(f"{run.path.name} cannot be trained again: {one_line(log.read()[-400:])}")
+            raise ExternalError(f"{run.path.name} failed: {one_line(log.read()[-400:])}")
     return {step: row for step, row in rows.items() if step <= steps}
 
 
-def on_one_core():
-    """Studies have a core for each run, and sums depend on the number of threads."""
+def use_one_core():
+    """Use one core, as the runs of studies do: sums depend on the number of threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def compare(run, repeated, data_dir):
-    """Print and return the largest difference of the rows that a run and its repetition have both."""
+    """Print and return the largest difference between the rows of a run and of its repetition."""
     pairs = [(row, repeated[row["step"]]) for row in run.rows if row["step"] in repeated]
     if not pairs:
         raise UserError(f"{run.path.name} logs every {run.config.log_step} steps: give --steps {run.config.log_step}")
@@ -116,22 +116,22 @@ def compare(run, repeated, data_dir):
     ]
     verdict = "not equal"
     if max(differences) <= TOLERANCE:
-        verdict = "bitwise equal" if max(differences) == 0 else "equal but for rounding"
+        verdict = "bitwise equal" if max(differences) == 0 else "equal except for rounding"
     print(
         f"{run.path.name}: {len(pairs)} rows to step {pairs[-1][0]['step']}, largest difference of a loss "
         f"{max(differences[::2]):.2g}, of an accuracy {max(differences[1::2]):.2g}: {verdict}"
-        + "".join(f"; {words}" for words in what_differs(run, data_dir)),
+        + "".join(f"; {change}" for change in list_changes(run, data_dir)),
         flush=True,
     )
     return max(differences)
 
 
-def what_differs(run, data_dir):
-    """Words for what makes other bits likely: versions, the processor, the archives of the data."""
+def list_changes(run, data_dir):
+    """List differences that may explain other bits: versions, the processor, the archives of the data."""
     stored, train = stored_config(run), datasets.create_default_splits(run.config.dataset, data_dir)[0]
-    here = versions() | {"processor": processor(), "data": train.made_from}
-    there = stored["versions"] | {
+    now = versions() | {"processor": processor(), "data": train.made_from}
+    then = stored["versions"] | {
         "processor": stored.get("machine", {}).get("processor"),
         "data": stored["data"].get("made_from"),
     }
-    return [f"{name} was {there.get(name)}, is {here[name]}" for name in here if there.get(name) != here[name]]
+    return [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]

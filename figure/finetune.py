@@ -1,12 +1,12 @@
-"""What does the norm of a trained network cost when it goes on to another task at batch size 2?
+"""Compare norms when a trained network is fine-tuned on another task at batch size 2.
 
-    python figure/finetune.py                   # trains what is not there yet, then the table
-    python figure/finetune.py --from_logs       # the table of the logs in --train_dir alone
+    python figure/finetune.py                   # trains the missing runs, then makes the table
+    python figure/finetune.py --from_logs       # makes the table from the logs in --train_dir, without training
 
-Networks trained at batch size 32 on the classes 0 to 4 of CIFAR-10, one for each norm and seed, go on to 500 images per
-class of the classes 5 to 9, in the WAYS below. Each way has the learning rate of RATES that does best on training
-images held out, with seed 0; then it is tested on the 5,000 test images of its classes. Every run is a run folder of
-trainer.py, made as those of compare.py; leaves table.md in --train_dir.
+Networks are trained at batch size 32 on the classes 0 to 4 of CIFAR-10, one for each norm and seed, then fine-tuned on
+500 images of each of the classes 5 to 9, in the WAYS below. Each way uses the learning rate of RATES that is best on
+held-out training images with seed 0, and is tested on the 5,000 test images of its classes. Every run is a run folder
+of trainer.py, as for compare.py. Writes table.md to --train_dir.
 """
 
 import functools
@@ -21,13 +21,13 @@ from command import ArgumentParser, run, within
 from datasets import hdf5
 from runs import MEASURES, read_run, read_runs
 
-BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, kept like datasets of a user's own
+BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, packed like a user's own datasets
 CLASSES = {BEFORE: range(5), AFTER: range(5, 10)}
 IMAGES_PER_CLASS = {BEFORE: None, AFTER: 500}
 BATCH_SIZES = {BEFORE: 32, AFTER: 2}
 RATES = (0.02, 0.06, 0.2, 0.6)  # at 64 images per update
 HELD_OUT = 500
-WAYS = {  # norm it was trained with: (norm it goes on with, more flags)
+WAYS = {  # name: (norm of the trained network, norm of the fine-tuned network, more flags)
     "batch": ("batch", "batch", []),
     "batch, moving statistics frozen": ("batch", "batch", ["--freeze_batch_norm"]),
     "group, converted from batch": ("batch", "group", []),
@@ -37,7 +37,7 @@ WAYS = {  # norm it was trained with: (norm it goes on with, more flags)
 
 
 def make_task(name, data_dir):
-    """Pack a task's classes of CIFAR-10 into <data_dir>/<name>, unless they are there: the first images of each."""
+    """Pack the first images of the task's classes of CIFAR-10 into <data_dir>/<name>, unless it exists."""
     if datasets.is_prepared(name, data_dir):
         return
     splits, classes, most = datasets.create_default_splits("CIFAR10", data_dir), CLASSES[name], IMAGES_PER_CLASS[name]
@@ -59,7 +59,7 @@ def make_task(name, data_dir):
 
 
 class Task:
-    """One of the two tasks: the flags that all of its runs share, in a folder of its own, and its cells."""
+    """One of the two tasks: the flags that its runs share, its folder, and its cells."""
 
     def __init__(self, name, flags, epochs, *more):
         given = ["--dataset", name, "--train_dir", str(Path(flags.train_dir) / name), "--data_dir", flags.data_dir]
@@ -76,20 +76,20 @@ class Task:
         return cell
 
     def train(self, cells):
-        """The runs of the folder, once all cells are trained."""
+        """Train all cells, and return the runs of the folder."""
         compare.train_all(cells, self.flags)
         return read_runs([self.flags.train_dir])
 
 
 def way_of(found):
-    """The name in WAYS of a run: by its norm, and by that of the run that its weights are from."""
-    here = found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name
+    """Return the name in WAYS of a run, from its norm and the norm of the run that it started from."""
+    source = found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name
     more = ["--freeze_batch_norm"] * found.config.freeze_batch_norm
-    return next(name for name, way in WAYS.items() if way == (read_run(here).arm, found.arm, more))
+    return next(name for name, way in WAYS.items() if way == (read_run(source).arm, found.arm, more))
 
 
 def best_rates(runs):
-    """{way: the rate with the highest accuracy on the images held out}."""
+    """Return {way: the rate with the highest accuracy on the held-out images}."""
     accuracies = {}
     for found in runs:
         if found.config.validation and "accuracy" in found.accuracies:
@@ -99,7 +99,7 @@ def best_rates(runs):
 
 
 def table(runs):
-    """The runs as Markdown: a row for each way and what it was tested with."""
+    """Return the runs as a Markdown table, with a row for each way and measure."""
     rows = {}
     for found in runs:
         measures = ["accuracy"] if found.config.freeze_batch_norm else found.accuracies or ["accuracy"]
@@ -114,7 +114,7 @@ def table(runs):
 
 
 def table_of_rates(runs):
-    """The accuracies by which a rate was chosen, as Markdown."""
+    """Return the accuracies by which the rates were chosen as a Markdown table."""
     found = {(way_of(run), run.config.base_learning_rate): [run] for run in runs}
     rates = sorted({rate for _, rate in found})
     lines = ["| way | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
@@ -125,7 +125,7 @@ def table_of_rates(runs):
 
 
 def text_of(runs):
-    """What table.md holds."""
+    """Return the text of table.md."""
     held_out = [found for found in runs if found.config.validation]
     tested = [found for found in runs if not found.config.validation]
     return (
@@ -144,11 +144,12 @@ def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per way, with the seeds 0, 1, ...")
     parser.add_argument("--epochs", type=within(int, low=1), default=8, help="on the first five classes")
-    parser.add_argument("--finetune_epochs", type=within(int, low=1), default=20, help="on the last five")
-    parser.add_argument("--train_dir", default="studies/finetune", help="where the run folders are")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where CIFAR10 is, and its two parts are put")
-    parser.add_argument("--jobs", type=within(int, low=1), default=len(compare.available_cores()), help="processes")
-    parser.add_argument("--from_logs", action="store_true", help="make the table of the logs alone")
+    parser.add_argument("--finetune_epochs", type=within(int, low=1), default=20, help="on the last five classes")
+    parser.add_argument("--train_dir", default="studies/finetune", help="folder of the run folders")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of CIFAR10, and of its two halves")
+    jobs = "processes to run at the same time"
+    parser.add_argument("--jobs", type=within(int, low=1), default=len(compare.available_cores()), help=jobs)
+    parser.add_argument("--from_logs", action="store_true", help="make the table from the logs, without training")
     flags = parser.parse_args()
     if not flags.from_logs:
         for name in CLASSES:

@@ -15,7 +15,7 @@ SHARED, OTHER = "#2f7fc1", "#f2f2f2"
 
 
 def shared_entries(norm_type):
-    """[N, C, POSITIONS] bool: what is normalized together with entry (0, 0, 0), by the definitions of section 3."""
+    """Return [N, C, POSITIONS] bool: the entries normalized together with (0, 0, 0), as defined in section 3."""
     example, channel, _ = np.indices((N, C, POSITIONS))
     group = channel // (C // GROUPS)
     return {
@@ -26,9 +26,9 @@ def shared_entries(norm_type):
     }[norm_type]
 
 
-def draw(figure, place, norm_type):
-    axes = figure.add_subplot(1, 4, place, projection="3d")
-    # Shown: channels to the right, the batch to the back (example 0 in front), positions upwards.
+def draw(figure, column, norm_type):
+    axes = figure.add_subplot(1, 4, column, projection="3d")
+    # Channels go to the right, the batch to the back (example 0 in front), positions up.
     shared = shared_entries(norm_type).transpose(1, 0, 2)
     axes.voxels(
         np.ones(shared.shape, bool),
@@ -49,8 +49,8 @@ def draw(figure, place, norm_type):
 
 def main():
     figure = Figure(figsize=(14, 3.9))
-    for place, norm_type in enumerate(("batch", "layer", "instance", "group"), 1):
-        draw(figure, place, norm_type)
+    for column, norm_type in enumerate(("batch", "layer", "instance", "group"), 1):
+        draw(figure, column, norm_type)
     figure.subplots_adjust(left=0.01, right=0.98, bottom=0.03, top=0.95, wspace=0.02)
     path = Path(__file__).with_suffix(".png")
     figure.savefig(path, dpi=110)
