@@ -121,6 +121,7 @@ def reason_of(error):
     """Return why a mirror failed, in a few words."""
     cause = error.args[0] if error.args else error
     cause = getattr(cause, "reason", None) or cause  # the error behind urllib3's retries
+    cause = getattr(cause, "original_error", None) or cause  # the error behind a proxy's
     if isinstance(cause, NewConnectionError | NameResolutionError | ConnectTimeoutError):
         return NO_CONNECTION
     if isinstance(error, requests.HTTPError):
