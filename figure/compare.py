@@ -1,14 +1,14 @@
-"""What does a norm do for me at the batch size I can afford? Trains every norm at every batch size, and compares.
+"""Train every norm at every batch size, and compare the accuracies.
 
     python figure/compare.py --dataset CIFAR10 --model resnet8 --norm_type batch group group+ws \
         --batch_size 1 2 4 8 16 32 --seeds 3 --epochs 8 --train_dir studies/cifar10
     python figure/compare.py --dataset MY_DATA --batch_size 2 16
-    python figure/compare.py --from_logs figure/studies/cifar10         # table and pictures from logs alone
-    python figure/compare.py --challenge figure/studies/digits          # are these numbers what your machine gives?
+    python figure/compare.py --from_logs figure/studies/cifar10         # table and pictures from logs, no training
+    python figure/compare.py --challenge figure/studies/digits          # does your machine reproduce these numbers?
 
-Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at its last step. What is finished is kept,
-what was interrupted goes on, the rest is trained, --jobs processes side by side. Flags of trainer.py that are not
-listed here pass through. Leaves table.md, results.csv, batch_size.png and curves.png in --train_dir.
+Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at its last step. Finished runs are kept,
+interrupted runs are resumed, and the others are trained, --jobs of them at the same time. Other flags are passed to
+trainer.py. Writes table.md, results.csv, batch_size.png and curves.png to --train_dir.
 """
 
 import contextlib
@@ -37,19 +37,16 @@ from command import ArgumentParser, UserError, ExternalError, one_line, run, wit
 from config import ARMS, NORMS, derive, describe_data, parse_training, settings_of, training_parser
 from runs import MEASURES, read_runs
 
-FIRST_BATCH_SIZES = (2, 32)  # these two tell the story
-SMALL = 2  # batch sizes up to this are evaluated with statistics re-estimated in batches of their own size, too
+FIRST_BATCH_SIZES = (2, 32)  # trained first, because they show most of the result
+SMALL = 2  # up to this batch size, batch norm is also evaluated with statistics re-estimated at that batch size
 EPOCHS = 8
 LOG_STEP = 50
-PROCESS_BYTES = 1.2e9  # TensorFlow, the network and its batches, without the images
+PROCESS_BYTES = 1.2e9  # of TensorFlow, the network and its batches, without the dataset
 PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1
 
 
-# The grid.
-
-
 def parse_flags(argv=None):
-    """(flags, those of trainer.py that pass through)."""
+    """Return (flags, the other flags, which are for trainer.py)."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", help="as in trainer.py")
     parser.add_argument(
@@ -58,7 +55,7 @@ def parse_flags(argv=None):
         choices=ARMS,
         metavar="NORM",
         default=["batch", "group", "group+ws"],
-        help=f"norms to compare, of {', '.join(NORMS)} (ws: weight standardization), each also with +acc at its end "
+        help=f"norms to compare: {', '.join(NORMS)} (ws: weight standardization), each also with +acc appended "
         "(accumulate: one update per step)",
     )
     sizes = [1, 2, 4, 8, 16, 32]
@@ -66,37 +63,36 @@ def parse_flags(argv=None):
     parser.add_argument("--groups", type=int, help="of group norm")
     parser.add_argument("--group_size", type=int, help="of group norm, channels per group")
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per cell, with the seeds 0, 1, ...")
-    parser.add_argument("--train_dir", default="studies/comparison", help="where the run folders are")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
-    jobs = "processes side by side, each on cores of its own"
+    parser.add_argument("--train_dir", default="studies/comparison", help="folder of the run folders")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of the datasets")
+    jobs = "processes to run at the same time, each on its own cores"
     parser.add_argument("--jobs", type=within(int, low=1), default=len(available_cores()), help=jobs)
-    parser.add_argument("--dry_run", action="store_true", help="print what would be trained, and how long it takes")
+    parser.add_argument("--dry_run", action="store_true", help="print the runs to train and the time they take")
     parser.add_argument(
         "--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; train nothing"
     )
-    parser.add_argument(
-        "--called", metavar="NAME", help="what table and pictures call the dataset, where its name is not quite true"
-    )
-    again = "train the first steps of runs in DIR again, and compare what they logged"
+    called = "name of the dataset in table and pictures, if its own name is not accurate"
+    parser.add_argument("--called", metavar="NAME", help=called)
+    again = "train the first steps of runs in DIR again, and compare their logs"
     parser.add_argument("--challenge", metavar="DIR", help=again)
-    parser.add_argument("--runs", type=within(int, low=1), default=3, help="of --challenge: how many, chosen at random")
-    parser.add_argument("--steps", type=within(int, low=1), default=100, help="of --challenge: how many of each run")
+    parser.add_argument("--runs", type=within(int, low=1), default=3, help="of --challenge: number of random runs")
+    parser.add_argument("--steps", type=within(int, low=1), default=100, help="of --challenge: steps of each run")
     flags, rest = parser.parse_known_args(argv)
     given, passed = parser.names_given(argv), training_parser().names_given(rest)
     if flags.challenge or flags.from_logs:
-        what, known = ("challenge", ("runs", "steps", "data_dir")) if flags.challenge else ("from_logs", ("called",))
-        strange = [name for name in given if name not in (what, *known)] + rest
-        if strange:
-            raise UserError(f"--{what} trains no grid, so {strange[0]} has no effect: leave it out")
+        mode, known = ("challenge", ("runs", "steps", "data_dir")) if flags.challenge else ("from_logs", ("called",))
+        useless = [name for name in given if name not in (mode, *known)] + rest
+        if useless:
+            raise UserError(f"--{mode} trains no grid, so {useless[0]} has no effect: omit it")
         return flags, rest
     for name, remedy in (
         ("seed", "--seeds N trains with the seeds 0 to N - 1"),
-        ("resume", "the same command goes on with what it has begun"),
+        ("resume", "the same command resumes interrupted runs"),
     ):
         if name in passed:
             raise UserError(f"--{name} has no effect here: {remedy}")
     for name, suffix in (("weight_standardization", "+ws"), ("accumulate", "+acc")):
-        if name in passed:  # as trainer.py spells it
+        if name in passed:
             rest.remove(f"--{name}")
             flags.norm_type = [arm if suffix in arm else with_suffix(arm, suffix) for arm in flags.norm_type]
     if not {"epochs", "max_training_step"} & set(passed):
@@ -107,18 +103,18 @@ def parse_flags(argv=None):
 
 
 def with_suffix(arm, suffix):
-    """group and +ws: group+ws; group+acc and +ws: group+ws+acc."""
+    """Append a suffix before '+acc': 'group+acc' and '+ws' make 'group+ws+acc'."""
     plain, acc, _ = arm.partition("+acc")
     return plain + suffix + acc
 
 
 def available_cores():
-    """The numbers of the cores that this process may use."""
+    """Return the numbers of the cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
 
 
 class Cell:
-    """One run of the grid: what it is, the flags that make it, and the settings by which its folder is known."""
+    """One run of the grid: its norm, batch size and seed, its flags, and the settings that identify its folder."""
 
     def __init__(self, flags, rest, arm, batch_size, seed):
         norm = arm.removesuffix("+acc").removesuffix("+ws")
@@ -131,18 +127,18 @@ class Cell:
             self.flags += [f"--{name}", str(value)] if value is not None else []
 
     def derive(self, train, test):
-        """Fill in the settings, with trainer.py's own functions: its errors come before anything is trained."""
+        """Derive the settings as trainer.py does, so that its errors come before any training."""
         self.config = derive(parse_training(self.flags)[0], train)
         self.settings = settings_of(self.config, describe_data(train, test))
         self.images = self.config.max_training_step * self.config.max_batch_size
 
     def find(self, runs):
-        """The Run of this cell among `runs`, or None."""
+        """Return the Run of this cell in `runs`, or None."""
         return next((run for run in runs if run.config.seed == self.seed and run.settings == self.settings), None)
 
 
 def make_grid(flags, rest):
-    """The cells in the order of training: seeds outermost, batch sizes 2 and 32 first; and (train, test)."""
+    """Return the cells in the order of training, by seed with batch sizes 2 and 32 first, and both splits."""
     if flags.dataset is None:
         raise UserError(f"--dataset is missing: give one of {', '.join(datasets.NAMES)} or your own")
     config, _ = parse_training(["--dataset", flags.dataset, "--data_dir", flags.data_dir, *rest])
@@ -161,23 +157,26 @@ def make_grid(flags, rest):
 
 
 def check_train_dir(train_dir, cells, runs):
-    """Raise UserError if the folder holds runs that do not belong beside this grid: of another dataset, length, ...
-    Norms that this grid has not may have another rate and other groups: each norm can be trained at its own best."""
-    free = results.FOLLOWING | {"norm_type", "weight_standardization", "accumulate", "batch_size"}
+    """Raise UserError if the folder has runs with other settings, such as another dataset or length.
+
+    Norms that are not in this grid may have another rate and other groups, so that each can have its best rate.
+    """
+    free = results.DERIVED | {"norm_type", "weight_standardization", "accumulate", "batch_size"}
     for found in runs:
         alike = next((cell.settings for cell in cells if cell.arm == found.arm), None)
         settings = alike or cells[0].settings
         of_norm = {"groups", "group_size", "base_learning_rate"} if alike is None else set()
         for name in sorted((settings.keys() | found.settings.keys()) - free - of_norm):
-            here, there = settings.get(name), found.settings.get(name)
-            if here != there:
+            here, other = settings.get(name), found.settings.get(name)
+            if here != other:
                 raise UserError(
-                    f"{train_dir} holds a run with {name} {there}, where this grid has {here} ({found.path.name}): "
-                    f"name another --train_dir"
+                    f"{train_dir} has a run with {name} {other}, where this grid has {here} ({found.path.name}): "
+                    f"give another --train_dir"
                 )
 
 
 def check_memory(jobs, train, test):
+    """Raise UserError if the free memory is too small for `jobs` processes."""
     needed = jobs * (PROCESS_BYTES + 1.5 * (train.nbytes + test.nbytes))
     try:
         lines = dict(line.split(":") for line in open("/proc/meminfo"))
@@ -191,15 +190,15 @@ def check_memory(jobs, train, test):
         )
 
 
-# The running of it.
-
-
 def has_checkpoint(found):
     return any(found.path.glob("model-*.index"))
 
 
 def needs_evaluation(found):
-    """Whether a finished run lacks what evaler.py measures; logs without a checkpoint are kept as they are."""
+    """Return whether a finished run lacks an accuracy that evaler.py can measure.
+
+    An incomplete evaluation is accepted if the run has no checkpoint.
+    """
     needed = {"accuracy"}
     if found.config.norm_type == "batch":
         needed |= {"reestimated", "by_batch"} | ({"reestimated_small"} if found.config.batch_size <= SMALL else set())
@@ -214,7 +213,7 @@ def is_done(cell, runs):
 
 
 class Processes:
-    """Runs scripts, each on cores of its own; stop() ends all of them by SIGTERM, after which they save."""
+    """Runs scripts, each on its own cores; stop() sends SIGTERM to all, upon which they save and end."""
 
     def __init__(self, jobs):
         cores = available_cores()
@@ -223,19 +222,19 @@ class Processes:
             self.cores.put(set(cores[i::jobs]) or set(cores))
 
     def run(self, command, log):
-        """Run a script to its end; ExternalError, with the last lines of its log, if it fails."""
+        """Run a script to its end. If it fails, raise ExternalError with the last lines of its log."""
         cores = self.cores.get()
 
         def prepare():  # in the new process
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
-            if PRCTL:  # on Linux, SIGHUP when compare.py ends, however that ends
+            if PRCTL:  # on Linux, get SIGHUP when compare.py ends, even by SIGKILL
                 PRCTL(PR_SET_PDEATHSIG, signal.SIGHUP)
             if hasattr(os, "sched_setaffinity"):
                 os.sched_setaffinity(0, cores)
 
         try:
             with open(log, "a") as file:
-                process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us, once
+                process = subprocess.Popen(  # in its own session, so that Ctrl-C only reaches it through stop()
                     [sys.executable, str(ROOT / command[0]), *command[1:]],
                     stdin=subprocess.DEVNULL,
                     stdout=file,
@@ -261,7 +260,7 @@ class Processes:
 
 
 def run_cell(cell, flags, processes):
-    """Train a cell, or go on with it, and evaluate it; returns its Run."""
+    """Train or resume a cell, evaluate it, and return its Run."""
     log = Path(flags.train_dir) / "logs" / f"{cell.name.replace(', ', '_').replace(' ', '_')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
@@ -294,14 +293,14 @@ def run_cell(cell, flags, processes):
 
 
 def train_all(cells, flags):
-    """Run all cells that are not done, --jobs at a time. Interrupted, stops them after saving.
+    """Train and evaluate all cells that are not done, --jobs at a time. If interrupted, let them save and end.
 
-    Raises ExternalError at the end, if some failed.
+    Raises ExternalError at the end if some failed.
     """
     runs = read_runs([flags.train_dir])
     waiting = [cell for cell in cells if not is_done(cell, runs)]
     bar = tqdm(total=sum(cell.images for cell in waiting), unit="img", unit_scale=True, disable=None)
-    say = bar.write if not bar.disable else lambda line: print(line, flush=True)
+    write = bar.write if not bar.disable else lambda line: print(line, flush=True)
     processes, failures = Processes(flags.jobs), []
     with ThreadPoolExecutor(flags.jobs) as pool, contextlib.closing(bar):
         futures = {pool.submit(run_cell, cell, flags, processes): cell for cell in waiting}
@@ -310,12 +309,12 @@ def train_all(cells, flags):
                 cell = futures[future]
                 bar.update(cell.images)
                 try:
-                    say(f"{cell.name}: {outcome(future.result())}")
+                    write(f"{cell.name}: {outcome(future.result())}")
                 except ExternalError as error:
                     failures.append(f"{cell.name}: {error}")
-                    say(failures[-1])
+                    write(failures[-1])
         except BaseException:
-            say("stopping: the runs save what they have; the same command goes on with them")
+            write("stopping: the runs save a checkpoint; run the same command to resume them")
             pool.shutdown(wait=False, cancel_futures=True)
             processes.stop()
             raise
@@ -324,25 +323,26 @@ def train_all(cells, flags):
 
 
 def outcome(found):
+    """Return the accuracies of a run, or its state if it has none, as text."""
     if found.state != "finished":
         return found.state
     return "; ".join(f"{100 * value:.2f} %{MEASURES[name]}" for name, value in found.accuracies.items())
 
 
 def print_plan(cells, flags):
-    """What would be trained, and the hours, from runs that are there or from two short ones."""
+    """Print the runs to train, and the hours they take, estimated from existing runs or two short runs."""
     runs = read_runs([flags.train_dir])
     for cell in cells:
         print(f"{'done   ' if is_done(cell, runs) else 'to do  '}{cell.name}: {cell.images:,} images")
-    speeds, source = images_per_second(runs), "images per second of the runs that are there"
+    speeds, source = images_per_second(runs), "images per second of existing runs"
     if not speeds:
         source = "two trial runs of 12 steps"
         with tempfile.TemporaryDirectory() as folder:
             for cell in {min(cells, key=lambda c: c.batch_size), max(cells, key=lambda c: c.batch_size)}:
                 changed = cell.flags
                 for name in ("--epochs", "--max_training_step"):  # and their values
-                    place = changed.index(name) if name in changed else len(changed)
-                    changed = changed[:place] + changed[place + 2 :]
+                    index = changed.index(name) if name in changed else len(changed)
+                    changed = changed[:index] + changed[index + 2 :]
                 trial = "--max_training_step 12 --log_step 4 --test_sample_step 1000000 --train_dir".split()
                 command = [sys.executable, str(ROOT / "trainer.py"), *changed, *trial, folder]
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -351,12 +351,12 @@ def print_plan(cells, flags):
     seconds = sum(cell.images / speeds[min(speeds, key=lambda size: abs(size - cell.batch_size))] for cell in to_do)
     print(
         f"{len(cells)} runs, {len(to_do)} to do; about {seconds / flags.jobs / 3600:.1f} hours with {flags.jobs} "
-        f"processes, tests not counted (from {source})"
+        f"processes, without tests (estimated from {source})"
     )
 
 
 def images_per_second(runs):
-    """{batch size: median of the images per second that runs logged}."""
+    """Return {batch size: median of the images per second that runs logged}."""
     found = {}
     for one in runs:
         speeds = [row["images_per_second"] for row in one.rows if "images_per_second" in row]
@@ -365,7 +365,7 @@ def images_per_second(runs):
 
 
 def report(runs, folder, called=None):
-    """Print the tables and sentences of `runs`; leave them in folder/table.md, results.csv and two pictures."""
+    """Print the tables and sentences of `runs`, and write table.md, results.csv and two pictures to `folder`."""
     found, folder = results.tables(runs, called), Path(folder)
     parts = [part for table in found for part in (results.markdown(table), "\n".join(results.sentences(table))) if part]
     text = "\n\n".join(parts) + "\n"
@@ -383,7 +383,7 @@ def main():
     if flags.from_logs:
         runs = read_runs(flags.from_logs)
         if not runs:
-            raise UserError(f"no run folder in {', '.join(flags.from_logs)}: name a folder that trainer.py wrote into")
+            raise UserError(f"no run folder in {', '.join(flags.from_logs)}: give the --train_dir of trainer.py")
         report(runs, flags.from_logs[0], flags.called)
         return
     if flags.challenge:

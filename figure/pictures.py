@@ -1,4 +1,4 @@
-"""Pictures of runs: accuracy against batch size, and curves over the steps. Drawn by compare.py from tables."""
+"""Pictures of the tables of results.py: accuracy against batch size, and curves over the steps. See compare.py."""
 
 import math
 import re
@@ -16,13 +16,13 @@ STYLES = {
     "by_batch": ":",
 }
 MARKERS = {"accuracy": "o", "last_epochs": "s", "reestimated": "^", "reestimated_small": "v", "by_batch": "x"}
-NARROW = 10  # points: what the second panel shows, from the highest median down
-MANY_ROWS = 6  # beyond, names stand in a legend
-MANY_NORMS = 4  # beyond, batch and group norm are references, in gray
+NARROW = 10  # points, the height of the second panel, below the highest accuracy
+MANY_ROWS = 6  # with more rows, names are in a legend
+MANY_NORMS = 4  # with more norms, batch and group norm are gray references
 
 
 def points_of(table, row, measure):
-    """[(batch size, smallest, median, largest accuracy in %)] of a row of a table."""
+    """Return [(batch size, smallest, median, largest accuracy in %)] of a row of a table."""
     _, _, batch_sizes, cells = table
     points = []
     for size in batch_sizes:
@@ -34,7 +34,7 @@ def points_of(table, row, measure):
 
 
 def plain_title(table):
-    """'CIFAR-10, resnet8, 24 epochs, median and range of 3 seeds'."""
+    """Return a short title: 'CIFAR-10, resnet8, 24 epochs, median and range of 3 seeds'."""
     name, model, *_ = table[0].split(", ")
     epochs = re.search(r"\((\S+) epochs\)", table[0])
     most = max(len({run.config.seed for run in runs}) for runs in table[3].values())
@@ -43,7 +43,7 @@ def plain_title(table):
 
 
 def finding(table):
-    """'From batch size 1 to 32: batch +52.9, group +0.4 points', the gain of each row; '' where there are many rows."""
+    """Return the gain of each row, 'From batch size 1 to 32: batch +52.9, group +0.4 points'; '' if there are many."""
     _, rows, batch_sizes, _ = table
     gains = {}
     for row, measure in rows:
@@ -56,20 +56,22 @@ def finding(table):
 
 
 def draw_rows(axes, table):
-    """Accuracy against batch size, a line per row with a band from smallest to largest; dots where a row has two
-    sizes. Returns [(last median, name, colour)]."""
+    """Draw accuracy against batch size: a line and a band per row, or dots if a row has at most two batch sizes.
+
+    Returns [(last median, name, colour)].
+    """
     _, rows, batch_sizes, _ = table
     many = len({row[0] for row, _ in rows}) > MANY_NORMS
     colours = COLOURS | ({"batch": "#707070", "group": "#b0b0b0"} if many else {})
     ends = []
-    for place, (row, measure) in enumerate(rows):
+    for i, (row, measure) in enumerate(rows):
         points = points_of(table, row, measure)
         if not points:
             continue
         sizes, low, middle, high = zip(*points)
         colour, name = colours[row[0]], label(row, measure)
         if len(sizes) <= 2:
-            sizes = [size * 2 ** (0.08 * (place - len(rows) / 2)) for size in sizes]  # side by side
+            sizes = [size * 2 ** (0.08 * (i - len(rows) / 2)) for size in sizes]  # side by side
             axes.vlines(sizes, low, high, color=colour)
             axes.plot(sizes, middle, linestyle="none", marker=MARKERS[measure], color=colour, label=name)
         else:
@@ -84,16 +86,16 @@ def draw_rows(axes, table):
 
 
 def name_ends(axes, ends):
-    """Write the names of lines beside their ends, apart from each other."""
+    """Write the names of lines beside their ends, without overlap."""
     bottom, top = axes.get_ylim()
-    place = -math.inf
+    y = -math.inf
     for value, name, colour in sorted(ends):
-        place = max((value - bottom) / (top - bottom), place + 0.05, 0)
-        axes.text(1.02, place, name, color=colour, fontsize=8, va="center", transform=axes.transAxes)
+        y = max((value - bottom) / (top - bottom), y + 0.05, 0)
+        axes.text(1.02, y, name, color=colour, fontsize=8, va="center", transform=axes.transAxes)
 
 
 def draw_heat_map(axes, table):
-    """The median accuracies of rows that differ in settings."""
+    """Draw the median accuracies of rows that differ in settings."""
     _, rows, batch_sizes, _ = table
     rows = [row for row, measure in rows if measure == "accuracy"]
     medians = [{size: median for size, _, median, _ in points_of(table, row, "accuracy")} for row in rows]
@@ -110,8 +112,10 @@ def draw_heat_map(axes, table):
 
 
 def draw_batch_sizes(found, path):
-    """Accuracy against batch size, a row of panels per table: all, and the upper points alone. Where rows differ in
-    settings it is a heat map; nothing is drawn where there is one batch size and one setting."""
+    """Draw accuracy against batch size, two panels per table: all accuracies, and the upper NARROW points.
+
+    Rows that differ in settings make a heat map. A table with one batch size and one setting is skipped.
+    """
     found = [table for table in found if len(table[2]) > 1 or differ_in_settings(table)]
     path.unlink(missing_ok=True)
     if not found:
@@ -145,8 +149,7 @@ def differ_in_settings(table):
 
 
 def draw_curves(found, path):
-    """Training (thin) and test accuracy over steps, medians with a band: two rows of panels per table, a panel for each
-    batch size, one legend."""
+    """Draw training (thin) and test (thick) accuracy over steps, medians with bands, in a panel per batch size."""
     figure = Figure(figsize=(8.4, 5.6 * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, table in zip(parts, found):
@@ -176,7 +179,7 @@ def draw_curves(found, path):
 
 
 def curve_of(runs, key):
-    """(steps, smallest, median, largest accuracy in %) of alike runs, at the steps that any of them logged."""
+    """Return (steps, smallest, median, largest accuracy in %) of alike runs, at the steps that any of them logged."""
     values = {}
     for run in runs:
         for row in run.rows:

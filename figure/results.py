@@ -1,7 +1,7 @@
-"""The table of runs: accuracies against batch size, and what they support in words. See compare.py.
+"""Tables of runs: accuracies against batch size, and sentences that the accuracies support. See compare.py.
 
-Runs are alike when all their settings are alike but for the seed. A cell of the table is alike runs, over their seeds;
-the rows of a table differ in the norm, and in what they name.
+Alike runs have the same settings except for the seed, and share a cell of the table. The rows of a table differ in the
+norm, and in the settings in their names.
 """
 
 import csv
@@ -38,10 +38,10 @@ CSV_ORDER = (
     "seed",
     "run",
 )
-LEVEL = 2  # differences of fewer standard errors are not claimed
-SPREAD_SEEDS = 5  # with fewer seeds, ranges that do not overlap show nothing: with 3 and 3 chance makes 1 in 10
-FOLLOWING = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
-PLAIN = {
+LEVEL = 2  # standard errors; smaller differences are called level
+SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: of 3 and 3 equally good runs, 1 in 10 do not overlap
+DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
+SHORT_NAMES = {
     "base_learning_rate": "rate",
     "max_training_step": "steps",
     "learning_rate_scaling": "scaling",
@@ -51,39 +51,39 @@ PLAIN = {
 }
 
 
-def frozen(settings):
+def as_key(settings):
     return json.dumps(settings, sort_keys=True)
 
 
 def differing(runs):
-    """Names of the settings, other than norm and batch size, in which runs of one norm, dataset and model differ."""
+    """Return the settings, other than norm and batch size, in which runs of one norm, dataset and model differ."""
     names = set()
     for key in {(run.arm, run.config.dataset, run.config.model) for run in runs}:
         alike = [run.settings for run in runs if (run.arm, run.config.dataset, run.config.model) == key]
         for name in alike[0].keys() | set().union(*alike):
-            if name not in FOLLOWING | {"batch_size"} and len({frozen(s.get(name)) for s in alike}) > 1:
+            if name not in DERIVED | {"batch_size"} and len({as_key(s.get(name)) for s in alike}) > 1:
                 names.add(name)
     return sorted(names)
 
 
 def row_of(run, names):
-    """(arm, words for the settings among `names`): what a row of the table is called."""
-    words = [f"{PLAIN.get(name, name)} {run.settings[name]}" for name in names if run.settings.get(name) is not None]
-    return run.arm, ", ".join(words)
+    """Return the row of a run, (arm, text of the settings `names`)."""
+    given = [name for name in names if run.settings.get(name) is not None]
+    return run.arm, ", ".join(f"{SHORT_NAMES.get(name, name)} {run.settings[name]}" for name in given)
 
 
 def label(row, measure="accuracy"):
-    """What tables and pictures call a row."""
+    """Return the name of a row in tables and pictures."""
     return row[0] + MEASURES[measure] + (f" ({row[1]})" if row[1] else "")
 
 
-def natural(text):
-    """A key that sorts 'groups 2' before 'groups 16'."""
+def natural_key(text):
+    """Return a key that sorts 'groups 2' before 'groups 16'."""
     return [float(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+(?:\.\d+)?)", text))]
 
 
 def spread(values, most=None):
-    """'59.3', or 'smallest ← median → largest', in percent; with the number of seeds where it is not `most`."""
+    """Return '59.3' or 'smallest ← median → largest', in percent; with the number of seeds if it is not `most`."""
     text = f"{100 * statistics.median(values):.1f}"
     if len(values) > 1:
         text = f"{100 * min(values):.1f} ← {text} → {100 * max(values):.1f}"
@@ -91,9 +91,10 @@ def spread(values, most=None):
 
 
 def tables(runs, called=None):
-    """[(title, rows, batch sizes, cells)], one for each dataset and model: cells[row, measure, batch size] are Runs.
+    """Return [(title, rows, batch sizes, cells)], one for each dataset and model.
 
-    called: what titles call the dataset, if its own name would say too much of what the data are.
+    Rows are (row, measure), and cells[row, measure, batch size] are lists of Runs. called: a name of the dataset for
+    the titles.
     """
     found = []
     for dataset, model in sorted({(run.config.dataset, run.config.model) for run in runs}):
@@ -106,26 +107,25 @@ def tables(runs, called=None):
         order = list(COLOURS)
         rows = sorted(
             {key[:2] for key in cells},
-            key=lambda row: (order.index(row[0][0]), natural(row[0][1]), list(MEASURES).index(row[1])),
+            key=lambda row: (order.index(row[0][0]), natural_key(row[0][1]), list(MEASURES).index(row[1])),
         )
         batch_sizes = sorted({run.config.batch_size for run in these})
-        found.append((f"{called or dataset}, {model}{shared(these, names)}", rows, batch_sizes, cells))
+        found.append((f"{called or dataset}, {model}{shared_settings(these, names)}", rows, batch_sizes, cells))
     return found
 
 
 def without_repeats(runs):
-    """The runs without a second one of the same settings and seed, such as in a folder that was copied: a finished
-    one is kept. What is left out is printed."""
+    """Return the runs with one for each seed and settings: a copied folder counts once. Finished runs are preferred."""
     kept = {}
     for run in sorted(runs, key=lambda run: (run.state != "finished", -len(run.accuracies), str(run.path))):
-        first = kept.setdefault((frozen(run.settings), run.config.seed), run)
+        first = kept.setdefault((as_key(run.settings), run.config.seed), run)
         if first is not run:
-            print(f"left out {run.path}: {first.path} is the same run, seed {run.config.seed}")
+            print(f"skipped {run.path}: {first.path} has the same settings and seed {run.config.seed}")
     return [run for run in runs if any(run is other for other in kept.values())]
 
 
-def shared(runs, names):
-    """Words for what all runs share: steps, epochs, optimizer, rate, images held out, test images."""
+def shared_settings(runs, names):
+    """Return text on the settings of all runs: steps, epochs, optimizer, rate, test images and data."""
     settings, words = runs[0].settings, []
     if "max_training_step" not in names:
         epochs = settings["max_training_step"] * settings["max_batch_size"] / settings["train"]
@@ -135,14 +135,13 @@ def shared(runs, names):
     if not {"optimizer", "base_learning_rate"} & set(names):
         rates = {run.arm: f"{run.config.optimizer} at {run.config.base_learning_rate:g}" for run in runs}
         words += [rates[runs[0].arm]] if len(set(rates.values())) == 1 else [f"{arm}: {rates[arm]}" for arm in rates]
-    what = "training images held out" if settings.get("validation") else "test images"
-    words.append(f"{settings['test']} {what}")
+    words.append(f"{settings['test']} {'training images held out' if settings.get('validation') else 'test images'}")
     made_from = settings.get("made_from") if "made_from" not in names else None
     return "".join(f", {word}" for word in words) + (f"; data: {made_from}" if made_from else "")
 
 
 def cell_text(runs, measure, most):
-    """What a cell of the table says of alike runs: accuracies, and what became of runs without one."""
+    """Return the text of a cell of alike runs: accuracies, and the states of runs without accuracies."""
     values = [run.accuracies[measure] for run in runs if run.state == "finished" and measure in run.accuracies]
     words = [spread(values, most)] if values else []
     diverged = sum(run.state == "diverged" for run in runs)
@@ -152,7 +151,7 @@ def cell_text(runs, measure, most):
 
 
 def markdown(table):
-    """One table of tables() as Markdown."""
+    """Return a table of tables() as Markdown."""
     title, rows, batch_sizes, cells = table
     most = max((len({run.config.seed for run in runs if run.accuracies}) for runs in cells.values()), default=1)
     kind = "smallest ← median → largest of " + f"{most} seeds" if most > 1 else "one seed"
@@ -168,9 +167,11 @@ def markdown(table):
     return "\n".join(lines)
 
 
-def compared(other, base, images):
-    """'1.5 points above batch (...)': how the accuracies [seeds] of a norm stand to those of batch norm on so many test
-    images. A difference of less than LEVEL standard errors, which the choice of the images alone gives, is level."""
+def comparison(other, base, images):
+    """Return '1.5 points above batch (...)', the accuracies [seeds] of a norm against those of batch norm.
+
+    A difference of less than LEVEL standard errors, which the choice of the test images alone can cause, is level.
+    """
     medians = statistics.median(other), statistics.median(base)
     difference = 100 * (medians[0] - medians[1])
     error = 100 * math.sqrt(sum(share * (1 - share) for share in medians) / images)
@@ -187,16 +188,16 @@ def compared(other, base, images):
 
 
 def sentences(table):
-    """What the numbers of a table support at its smallest and largest batch size, norm against batch norm."""
+    """Compare group norm with batch norm in words, at batch size 2 and the smallest and largest batch sizes."""
     _, rows, batch_sizes, cells = table
 
     def values(row, size):
         return [run.accuracies["accuracy"] for run in cells.get((row, "accuracy", size), []) if run.accuracies]
 
     names = [row for row, measure in rows if measure == "accuracy"]
-    if len({arm for arm, _ in names}) < len(names):  # rows that differ in settings too: no claim about norms
+    if len({arm for arm, _ in names}) < len(names):  # rows also differ in settings: no claim about norms
         return []
-    said = []
+    found = []
     for size in sorted({batch_sizes[0], min(batch_sizes, key=lambda b: abs(b - 2)), batch_sizes[-1]}):
         base = values(("batch", ""), size)
         for row in names:
@@ -204,12 +205,12 @@ def sentences(table):
             if row[0] == "batch" or not base or not other or not row[0].startswith("group"):
                 continue
             images = cells[row, "accuracy", size][0].settings["test"]
-            said.append(f"at batch size {size} {row[0]} is {compared(other, base, images)}")
-    return [words[0].upper() + words[1:] + "." for words in said]
+            found.append(f"At batch size {size} {row[0]} is {comparison(other, base, images)}.")
+    return found
 
 
 def as_row(run):
-    """What results.csv has of a run; accuracies are shares of 1, rate is that at max_batch_size images per update."""
+    """Return the row of a run in results.csv: accuracies in 0 ... 1, rate at max_batch_size images per update."""
     config, data = run.config, run.settings
     speeds = [row["images_per_second"] for row in run.rows if "images_per_second" in row]
     return {
@@ -233,7 +234,7 @@ def as_row(run):
 
 
 def write_csv(runs, path):
-    """Write results.csv: a row per run, sorted by what it is."""
+    """Write results.csv, with a row per run sorted by CSV_ORDER."""
     rows = sorted(map(as_row, runs), key=lambda row: [str(row[name]).zfill(9) for name in CSV_ORDER])
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -3,10 +3,10 @@
     python figure/scaling.py                # about an hour, with nothing else running
     python figure/scaling.py --quick        # resnet8 at one batch size, one round: a minute
 
-What trains is `python trainer.py` with group norm, on random images, in three ways that alternate, round after round:
-one worker alone; two runs that do not communicate, one a core; and two workers that average gradients (TF_CONFIG).
-Images per second are those of metrics.jsonl, counted while all processes train. The two runs are the yardstick: side by
-side, cores share memory and clock. A ratio is the median of the ratios within a round. Linux only. Prints a table.
+Runs `python trainer.py` with group norm on random images in three ways that alternate: one worker alone; two
+independent runs, one per core; and two workers that average gradients (TF_CONFIG). Images per second are read from
+metrics.jsonl, while all processes train. Two workers are compared with two independent runs, because cores share memory
+and clock. A ratio is the median of the ratios within a round. Linux only. Prints a table.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ import runs
 from command import ArgumentParser, UserError, ExternalError, run
 from compare import PR_SET_PDEATHSIG, PRCTL, available_cores
 
-WAYS = {"1 worker": 1, "2 independent": 2, "2 workers": 2}  # and how many processes
+WAYS = {"1 worker": 1, "2 independent": 2, "2 workers": 2}  # name: number of processes
 NEVER = "1000000"  # steps
 
 
 class Network(NamedTuple):
-    """What is trained, on so many random images; a step is `step` images, and log_step steps make a row of the log."""
+    """A network, the number of random images, the images per step, the steps per row of the log, and batch sizes."""
 
     model: str
     pixels: int
@@ -67,11 +67,11 @@ def pack(network, data_dir):
 
 @contextlib.contextmanager
 def started(commands, cores, folder, together):
-    """The processes of commands, one a core, as workers of one run if `together`; none outlives the block or us.
+    """Start commands, one per core, as workers of one run if `together`; kill them at the end of the block.
 
-    Process i writes to folder/i.log.
+    Yields the processes. Process i writes to folder/i.log, and ends if this process ends.
     """
-    with contextlib.ExitStack() as stack:  # ports at which nothing listens
+    with contextlib.ExitStack() as stack:  # finds free ports
         servers = [stack.enter_context(socket.create_server(("localhost", 0))) for _ in commands]
         cluster = {"worker": [f"localhost:{server.getsockname()[1]}" for server in servers]}
     processes = []
@@ -84,7 +84,7 @@ def started(commands, cores, folder, together):
         for i, (command, core) in enumerate(zip(commands, cores)):
             config = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}) if together else ""
             with open(Path(folder) / f"{i}.log", "w") as log:
-                process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it through us
+                process = subprocess.Popen(  # in its own session, so that Ctrl-C does not reach it
                     [sys.executable, *map(str, command)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -103,14 +103,14 @@ def started(commands, cores, folder, together):
 
 
 def train(network, batch_size, way, quick, cores, data_dir):
-    """Images per second of all processes of a way together."""
+    """Train in one of the WAYS, and return the images per second of all processes together."""
     given = {
         "dataset": network.model,
         "model": network.model,
         "norm_type": "group",
         "batch_size": batch_size,
         "max_batch_size": network.step,
-        "learning_rate": 1e-4,  # random labels: nothing shall diverge
+        "learning_rate": 1e-4,  # small, so that training on random labels does not diverge
         "log_step": network.log_step,
         "write_summary_step": NEVER,
         "test_sample_step": NEVER,
@@ -120,24 +120,27 @@ def train(network, batch_size, way, quick, cores, data_dir):
     }
     command = [ROOT / "trainer.py", *(word for name in given for word in (f"--{name}", given[name]))]
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder) / str(i) for i in range(WAYS[way])]
-        commands = [[*command, "--train_dir", place] for place in places]
+        train_dirs = [Path(folder) / str(i) for i in range(WAYS[way])]
+        commands = [[*command, "--train_dir", train_dir] for train_dir in train_dirs]
         with started(commands, cores, folder, way == "2 workers") as processes:
-            places = places[:1] if way == "2 workers" else places  # worker 0 writes, of the images of both
-            return sum(speeds(processes, folder, places, 2 if quick else 6))
+            written = train_dirs[:1] if way == "2 workers" else train_dirs  # worker 0 writes for both
+            return sum(speeds(processes, folder, written, 2 if quick else 6))
 
 
-def speeds(processes, folder, places, wanted):
-    """Images per second of each run, the median of at least `wanted` rows that were written while all runs trained."""
+def speeds(processes, folder, train_dirs, wanted):
+    """Return the median images per second of each run, over at least `wanted` rows written while all runs train."""
     first = None
     while True:
         for i, process in enumerate(processes):
             if process.poll():
                 log = (Path(folder) / f"{i}.log").read_text(errors="replace")
                 raise ExternalError(f"{process.args[1]} ended with code {process.returncode}: {log[-400:]}")
-        rows = [[row for path in place.glob("*/metrics.jsonl") for row in runs.read_rows(path)] for place in places]
+        rows = [
+            [row for path in train_dir.glob("*/metrics.jsonl") for row in runs.read_rows(path)]
+            for train_dir in train_dirs
+        ]
         if first is None and all(rows):
-            first = [len(of_run) + 1 for of_run in rows]  # the row under way began before all trained
+            first = [len(of_run) + 1 for of_run in rows]  # the next row began before all runs trained
         counted = [of_run[begin:] for of_run, begin in zip(rows, first or [])]
         if counted and min(map(len, counted)) >= wanted:
             return [statistics.median(row["images_per_second"] for row in of_run) for of_run in counted]
@@ -150,7 +153,7 @@ def main():
     flags = parser.parse_args()
     cores = available_cores()[:2]
     if len(cores) < 2 or not PRCTL:
-        raise UserError(f"scaling.py needs Linux and two cores, but here are {len(cores)}")
+        raise UserError(f"scaling.py needs Linux and two cores: this is {sys.platform} with {len(cores)}")
     networks, rounds = (QUICK_NETWORKS, 1) if flags.quick else (NETWORKS, 2)
     print(
         "| network | pixels | batch size per replica | 1 worker | 2 independent | 2 workers | workers / independent |"

@@ -3,11 +3,11 @@
     python figure/speed.py alone            # the norms alone
     python figure/speed.py steps            # training steps and their memory; draws figure/speed.png
     python figure/speed.py trainer          # images per second of trainer.py on CIFAR10, and of the input alone
-    python figure/speed.py imagenet         # ImageNet's input beside decoding alone
+    python figure/speed.py imagenet         # ImageNet's input, compared with decoding alone
     python figure/speed.py steps --quick    # fewer cases and rounds
 
-What is compared runs in turn, round after round. A ratio is the median over the rounds of the ratio within a round, its
-quartiles are in brackets. Let nothing else run. Prints tables.
+The functions to compare take turns, round after round. A ratio is the median over the rounds of the ratio within a
+round, with quartiles in brackets. Run nothing else at the same time. Prints tables.
 """
 
 import json
@@ -33,9 +33,9 @@ def parse_flags(argv=None):
     import datasets
 
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("alone", "steps", "trainer", "imagenet"), help="what to measure")
+    parser.add_argument("what", choices=("alone", "steps", "trainer", "imagenet"), help="the measurement, see above")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where CIFAR10 or ImageNet is")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of CIFAR10 or ImageNet")
     parser.add_argument("--case", help="(used by the script itself) measure one case and print it as JSON")
     return parser.parse_args(argv)
 
@@ -64,10 +64,10 @@ PHOTOGRAPHS, PHOTOGRAPHS_AT_ONCE = 1024, 32
 
 
 def take_turns(functions, rounds, seconds=0.2):
-    """Seconds a call of each function: {name: [of each round]}; a turn lasts about `seconds`."""
+    """Return the seconds per call of each function, {name: [of each round]}; a turn lasts about `seconds`."""
     calls = {}
     for name, function in functions.items():
-        function()  # traces the graph
+        function()  # trace the graph
         begin = time.perf_counter()
         function()
         calls[name] = max(1, round(seconds / (time.perf_counter() - begin)))
@@ -82,14 +82,14 @@ def take_turns(functions, rounds, seconds=0.2):
 
 
 def ratio(times, name, base):
-    """'median [lower quartile upper quartile]' of times[name] / times[base], each within one round."""
-    of_rounds = [a / b for a, b in zip(times[name], times[base])]
-    low, median, high = statistics.quantiles(of_rounds, n=4, method="inclusive")
+    """Return 'median [lower quartile upper quartile]' of the ratios times[name] / times[base] within rounds."""
+    ratios = [a / b for a, b in zip(times[name], times[base])]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return f"{median:.2f} [{low:.2f} {high:.2f}]"
 
 
 def in_own_process(kind, **case):
-    """The result of measure_<kind>(**case) in a new process."""
+    """Return measure_<kind>(**case), computed in a new process."""
     command = [sys.executable, __file__, "steps", "--case", json.dumps([kind, case])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -101,11 +101,8 @@ def machine():
     return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, TensorFlow {tf.__version__}"
 
 
-# The norms alone.
-
-
 def transpose_formula(x, gamma, beta):
-    """Group norm as the original repo has it: to [N, C, H, W] and [N, G, C / G, H, W], moments there, and back."""
+    """Group norm as in the original repo: transpose to [N, C, H, W], split to [N, G, C / G, H, W], and back."""
     n, h, w, c = x.shape
     x = tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [n, GROUPS, c // GROUPS, h, w])
     mean, variance = tf.nn.moments(x, [2, 3, 4], keepdims=True)
@@ -114,7 +111,7 @@ def transpose_formula(x, gamma, beta):
 
 
 def contenders(shape):
-    """{name: function of (x, gamma, beta)}."""
+    """Return the norms to compare, {name: function of (x, gamma, beta)}."""
     layer = keras.layers.GroupNormalization(GROUPS, epsilon=ops.EPSILON)
     layer.build(shape)
     zeros, ones = tf.zeros(shape[-1:]), tf.ones(shape[-1:])
@@ -132,7 +129,7 @@ def contenders(shape):
 
 
 def forward_and_backward(function, shape):
-    """A function of no arguments that computes y and all gradients for random inputs."""
+    """Return a function without arguments that computes y and all gradients for random inputs."""
     rng = np.random.default_rng(0)
     x, gamma, beta, dy = (
         tf.constant(rng.standard_normal(s), tf.float32) for s in (shape, shape[-1:], shape[-1:], shape)
@@ -158,12 +155,9 @@ def print_alone(quick):
         print(f"{'x'.join(map(str, shape)):<16}{1e3 * statistics.median(times['group']):>10.2f}  {shares}", flush=True)
 
 
-# Training steps.
-
-
 def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
-    """A function that does `updates` updates of trainer.py; variant: a norm, 'group XLA' or 'group bfloat16'."""
-    norm_type, _, how = variant.partition(" ")
+    """Return a function that runs `updates` updates of trainer.py; variant: a norm, 'group XLA' or 'group bfloat16'."""
+    norm_type, _, option = variant.partition(" ")
     config = Config(
         model=model,
         norm_type=norm_type,
@@ -171,8 +165,8 @@ def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
         batch_size=batch_size,
         max_batch_size=updates * batch_size,
         batch_norm_momentum=0.9,
-        jit_compile=how == "XLA",
-        dtype="bfloat16" if how == "bfloat16" else "float32",
+        jit_compile=option == "XLA",
+        dtype="bfloat16" if option == "bfloat16" else "float32",
     )
     keras.utils.set_random_seed(0)
     state = trainer.State(create_model(config, image_shape, num_classes), config)
@@ -184,7 +178,7 @@ def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
 
 
 def measure_step(model, size, batch_size, variants, rounds):
-    """Seconds per update of each variant: {variant: [of each round]}."""
+    """Return the seconds per update of each variant, {variant: [of each round]}."""
     set_threads(batch_size, (size, size, 3))
     updates = max(1, 16 // batch_size)
     steps = {v: make_step(model, (size, size, 3), batch_size, v, updates) for v in variants}
@@ -193,7 +187,7 @@ def measure_step(model, size, batch_size, variants, rounds):
 
 
 def measure_memory(model, image_shape, num_classes, batch_size, norm_type):
-    """Peak bytes that three updates take beyond what the process had before. model.py --memory calls this, too."""
+    """Return the peak bytes of three updates beyond the memory used before. model.py --memory calls this too."""
     set_threads(batch_size, image_shape)
     tf.random.uniform([1]).numpy()
     before = peak_memory()
@@ -204,8 +198,10 @@ def measure_memory(model, image_shape, num_classes, batch_size, norm_type):
 
 
 def peak_memory():
-    """Peak bytes on the GPU, by TensorFlow's count, or else of this process: on Linux without those of the parent,
-    which getrusage would count."""
+    """Return the peak bytes on the GPU, counted by TensorFlow, or else of this process.
+
+    On Linux the peak is read from /proc, because getrusage includes the parent process.
+    """
     if tf.config.list_physical_devices("GPU"):
         return tf.config.experimental.get_memory_info("GPU:0")["peak"]
     status = Path("/proc/self/status")
@@ -217,7 +213,7 @@ def peak_memory():
 
 def print_steps(quick):
     print(
-        f"{machine()}\nA training step with Adam; the other columns are times / that of group norm, or its peak memory"
+        f"{machine()}\nA training step with Adam; others: the time divided by that of group norm, and the peak memory"
     )
     print(f"{'model':<10}{'batch':>6}{'group, images/s':>17}  {'group / batch':<18}{'group / none':<18}others")
     found = {}
@@ -242,13 +238,13 @@ def print_steps(quick):
 
 
 def draw_steps(found, path):
-    """Steps with group norm and without any, as share of the step with batch norm."""
+    """Draw the times of a step with group norm and without norms, relative to a step with batch norm."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.add_subplot()
     for i, times in enumerate(found.values()):
         for j, norm in enumerate(("group", "none")):
-            shares = [a / b for a, b in zip(times[norm], times["batch"])]
-            low, median, high = statistics.quantiles(shares, n=4, method="inclusive")
+            ratios = [a / b for a, b in zip(times[norm], times["batch"])]
+            low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
             label = None if i else f"{norm} norm"
             axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm], label=label)
             axes.plot([i + 0.4 * j] * 2, [low, high], color="black", linewidth=1)
@@ -260,11 +256,8 @@ def draw_steps(found, path):
     figure.savefig(path, dpi=120)
 
 
-# trainer.py, and the input alone.
-
-
 def images_per_second(norm, batch_size, data_dir):
-    """The median over the rows of a run of trainer.py, whose first row has the tracing of the graph left out."""
+    """Return the median over the rows of a run of trainer.py, whose first row excludes the tracing of the graph."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--dataset CIFAR10 --model convnet --norm_type {norm} --batch_size {batch_size} --max_training_step 31"
         command = [sys.executable, str(ROOT / "trainer.py"), *flags.split(), "--data_dir", data_dir]
@@ -277,7 +270,7 @@ def images_per_second(norm, batch_size, data_dir):
 def print_trainer(quick, data_dir):
     batches = iter(input_ops.create_input_ops(datasets.create_default_splits("CIFAR10", data_dir)[0], 64, True, "crop"))
     speed = 64 / statistics.median(take_turns({"input": lambda: next(batches)}, 21)["input"])
-    print(f"{machine()}\nCIFAR10, convnet, as trainer.py trains it; the input alone: {speed:.0f} images per second")
+    print(f"{machine()}\nCIFAR10, convnet, with trainer.py; the input alone: {speed:.0f} images per second")
     print(f"{'batch size':>10}{'group, images/s':>17}{'batch, images/s':>17}  group / batch, as images/s")
     for batch_size in (2,) if quick else TRAINER_BATCH_SIZES:
         speeds = {norm: [] for norm in ("group", "batch")}
@@ -288,23 +281,20 @@ def print_trainer(quick, data_dir):
         print(f"{batch_size:>10}{group:>17.1f}{batch:>17.1f}  {ratio(speeds, 'group', 'batch')}", flush=True)
 
 
-# ImageNet's input.
-
-
 def decoded_alone(photographs, is_training):
-    """What create_input_ops reads and decodes, on all cores, without what it does then."""
+    """Return batches that read and decode what create_input_ops does, on all cores, and skip the rest of it."""
 
-    def decode(jpeg, label, place):
+    def decode(jpeg, label, number):
         if is_training:
-            seed = tf.random.split(input_ops.key(input_ops.AUGMENTATION, 0, place), 2)[0]
+            seed = tf.random.split(input_ops.key(input_ops.AUGMENTATION, 0, number), 2)[0]
             window = input_ops.random_window(tf.io.extract_jpeg_shape(jpeg), seed)
             return tf.io.decode_and_crop_jpeg(jpeg, window, channels=3)[0, 0, 0]
         return tf.io.decode_jpeg(jpeg, channels=3)[0, 0, 0]
 
     steps = len(photographs) // PHOTOGRAPHS_AT_ONCE
     positions = input_ops.shuffled(len(photographs), PHOTOGRAPHS_AT_ONCE, 0, 0).take(steps)
-    places = tf.data.Dataset.zip(tf.data.Dataset.range(steps), positions)
-    files = input_ops.jpeg_files(places, photographs, PHOTOGRAPHS_AT_ONCE)
+    numbered = tf.data.Dataset.zip(tf.data.Dataset.range(steps), positions)
+    files = input_ops.jpeg_files(numbered, photographs, PHOTOGRAPHS_AT_ONCE)
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
     batches = files.map(decode, num_parallel_calls=os.cpu_count()).batch(PHOTOGRAPHS_AT_ONCE)
@@ -333,7 +323,7 @@ def print_imagenet(quick, data_dir):
 
 def main(flags):
     if flags.case:
-        tf.get_logger().setLevel("ERROR")  # many graphs are traced here, which it would warn of
+        tf.get_logger().setLevel("ERROR")  # no warnings about tracing many graphs
         kind, case = json.loads(flags.case)
         print(json.dumps({"step": measure_step, "memory": measure_memory}[kind](**case)))
     elif flags.what in ("alone", "steps"):
