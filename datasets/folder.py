@@ -56,7 +56,8 @@ def list_splits(image_dir, test_image_dir=None):
         unknown = sorted(set(class_folders(test_image_dir)) - set(class_names))
         if unknown:
             raise UserError(
-                f"--test_image_dir {test_image_dir} has the class {unknown[0]}, which {image_dir} does not have"
+                f"--test_image_dir {test_image_dir} has the class {unknown[0]}, which {image_dir} does not have: "
+                "rename or remove it"
             )
         train, test = files, list_images(test_image_dir, class_names)
     if not test:

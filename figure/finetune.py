@@ -134,12 +134,6 @@ def text_of(runs):
     )
 
 
-def report(runs, folder):
-    text = text_of(runs)
-    print(text)
-    (Path(folder) / "table.md").write_text(text)
-
-
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per way, with the seeds 0, 1, ...")
@@ -172,7 +166,9 @@ def main():
 
         rates = best_rates(after.train([cell(way, 0, rate, HELD_OUT) for way in WAYS for rate in RATES]))
         after.train([cell(way, seed, rates[way]) for seed in range(flags.seeds) for way in WAYS])
-    report(read_runs([Path(flags.train_dir) / AFTER]), flags.train_dir)
+    text = text_of(read_runs([Path(flags.train_dir) / AFTER]))
+    print(text)
+    (Path(flags.train_dir) / "table.md").write_text(text)
 
 
 if __name__ == "__main__":

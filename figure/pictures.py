@@ -139,8 +139,8 @@ def draw_batch_sizes(found, path):
             part.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         else:
             name_ends(right, ends)
-    note = "lines: medians; bands: from the smallest to the largest of the seeds"
-    figure.supxlabel(note, fontsize=8) if any("range" in plain_title(table) for table in found) else None
+    if any("range" in plain_title(table) for table in found):
+        figure.supxlabel("lines: medians; bands: from the smallest to the largest of the seeds", fontsize=8)
     figure.savefig(path, dpi=100)
 
 
