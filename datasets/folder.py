@@ -146,20 +146,20 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def check_path(path):
-    """Raise UserError for a path that is not a line of text."""
-    if "\n" in path or "\r" in path or path != path.encode(errors="replace").decode():
-        raise UserError(f"the path {os.fsencode(path)!r} is not UTF-8 or has a line break: rename it")
+def check_name(name, folder):
+    """Raise UserError for the name of a file or folder in `folder` that is not a line of text."""
+    if "\n" in name or "\r" in name or name != name.encode(errors="replace").decode():
+        raise UserError(f"the name {os.fsencode(name)!r} in {folder} is not UTF-8 or has a line break: rename it")
 
 
 def class_folders(folder):
     """Return the sorted names of the folders in `folder`."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: give a folder DIR that holds DIR/<class>/<image>")
-    check_path(str(folder))
+    check_name(str(folder), os.curdir)
     names = [name for name in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, name))]
     for name in names:
-        check_path(os.path.join(folder, name))
+        check_name(name, folder)
     return [name for name in names if not name.startswith(".")]
 
 
@@ -169,7 +169,7 @@ def list_images(folder, class_names):
     for label, name in enumerate(class_names):
         found, others = find_files(os.path.join(folder, name))
         for path in found:
-            check_path(path)
+            check_name(os.path.relpath(path, folder), folder)
         files += [(path, label) for path in found]
         skipped += others
     print_skipped(skipped)
