@@ -354,7 +354,7 @@ def parse_args():
     add("--test_image_dir", metavar="DIR", help="the same for the test split; default: a fifth of --image_dir")
     size = within(int, low=1)
     add("--image_size", nargs="+", type=size, metavar="H W", help="resize the images of --image_dir; one number: H = W")
-    add("--skip_broken", action="store_true", help="skip images of --image_dir that cannot be read, and print them")
+    add("--skip_broken", action="store_true", help="print and skip images of --image_dir that cannot be read")
     add("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
     add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="folder of the datasets")
     add("--keep_archives", action="store_true", help="do not delete downloaded archives after packing")
@@ -364,7 +364,7 @@ def parse_args():
         type=seconds,
         default=TIMEOUT,
         metavar="SECONDS",
-        help="give up a mirror that sends nothing so long",
+        help="give up a mirror after SECONDS without data",
     )
     args = parser.parse_args()
     if args.image_size is not None and len(args.image_size) > 2:

@@ -1,6 +1,6 @@
 """Train every norm at every batch size, and compare the accuracies.
 
-    python figure/compare.py --dataset CIFAR10 --model resnet8 --norm_type batch group group+ws \
+    python figure/compare.py --dataset CIFAR10 --model resnet8 --norm_type batch group group+ws \\
         --batch_size 1 2 4 8 16 32 --seeds 3 --epochs 8 --train_dir studies/cifar10
     python figure/compare.py --dataset MY_DATA --batch_size 2 16
     python figure/compare.py --from_logs figure/studies/cifar10         # table and pictures from logs, no training
@@ -60,8 +60,8 @@ def parse_flags(argv=None):
     )
     sizes = [1, 2, 4, 8, 16, 32]
     parser.add_argument("--batch_size", nargs="+", type=int, default=sizes, help="batch sizes to compare")
-    parser.add_argument("--groups", type=int, help="of group norm")
-    parser.add_argument("--group_size", type=int, help="of group norm, channels per group")
+    parser.add_argument("--groups", type=int, help="number of groups of group norm")
+    parser.add_argument("--group_size", type=int, help="channels per group of group norm")
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per cell, with the seeds 0, 1, ...")
     parser.add_argument("--train_dir", default="studies/comparison", help="folder of the run folders")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of the datasets")
