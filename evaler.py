@@ -1,14 +1,14 @@
-"""Evaluate a run over a whole split, in inference mode.
+"""Evaluate a run on a complete split, in inference mode.
 
     python evaler.py train_dir/RUN                                      # a run folder
-    python evaler.py --dataset CIFAR10                                  # the newest run of CIFAR10 under train_dir
+    python evaler.py --dataset CIFAR10                                  # the newest run of CIFAR10 in train_dir
     python evaler.py --dataset CIFAR10 --split train --batch_statistics reestimate
-    python evaler.py --dataset CIFAR10 --predict a.png photos/ --output predictions.csv     # what is in these images?
+    python evaler.py --dataset CIFAR10 --predict a.png photos/ --output predictions.csv     # classify image files
     python evaler.py --dataset CIFAR10 --export exported                # files that load without this repo: export.py
 
-Prints accuracy, loss and the accuracy of each class, and leaves in the run folder evaluation.json, classes.csv,
-confusion.png, mistakes.png and TensorBoard summaries. With --predict it prints the most likely classes of each image
-file instead, and writes nothing but --output.
+Prints accuracy, loss and the accuracy of each class, and writes evaluation.json, classes.csv, confusion.png,
+mistakes.png and TensorBoard summaries to the run folder. With --predict it prints the most likely classes of each image
+file instead, and writes only --output.
 """
 
 import contextlib
@@ -39,22 +39,24 @@ from datasets import folder
 from input_ops import create_input_ops, image_of_file
 from model import create_model
 
-MANY_CLASSES = 100  # from so many on, top-5 accuracy stands beside accuracy, and the classes that do worst are printed
-WORST = 10
+MANY_CLASSES = 100  # with at least this many, report top-5 accuracy, and print only the worst classes
+WORST_CLASSES = 10
 SCALARS = ("accuracy", "top5_accuracy", "loss")
-REESTIMATION_IMAGES = 10_000  # training images over which batch norm's statistics are estimated anew
+REESTIMATION_IMAGES = 10_000  # training images for re-estimating batch norm's statistics
 
 
 def make_predictor(model, strategy=None):
-    """A graph from (images [B, h, w, c], labels [B]) to each example's loss [B], predicted class [B], whether its label
-    is among the five most likely [B], and the probability of the prediction [B]. The replicas of the strategy in this
-    process share a batch."""
+    """Build a graph from (images [B, h, w, c], labels [B]) to losses, predictions, in_top5 and probabilities, [B] each.
+
+    in_top5 is whether the label is among the five most likely classes, and probabilities are those of the predictions.
+    The strategy's replicas in this process share a batch.
+    """
     strategy = strategy or tf.distribute.get_strategy()
 
     def predict(images, labels):
         logits = model(images, training=False)
         loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-        best = tf.math.top_k(logits, min(5, logits.shape[1])).indices  # of equals the lower class, as argmax
+        best = tf.math.top_k(logits, min(5, logits.shape[1])).indices  # ties go to the lower class, as in argmax
         probability = tf.reduce_max(tf.nn.softmax(logits), axis=1)
         return loss, best[:, 0], tf.reduce_any(best == labels[:, tf.newaxis], axis=1), probability
 
@@ -66,25 +68,27 @@ def make_predictor(model, strategy=None):
 
 
 def predict_all(predict, batches):
-    """losses, predictions, in_top5 and probabilities, [N] each, of batches of (images, labels), by what make_predictor
-    gave."""
+    """losses, predictions, in_top5 and probabilities, [N] each, of batches of (images, labels).
+
+    predict: a graph from make_predictor.
+    """
     outputs = [predict(*batch) for batch in batches]
     return [np.concatenate([values.numpy() for values in column]) for column in zip(*outputs)]
 
 
 def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
-    """The result of an evaluation over all of a split.
+    """Summarize the predictions on a complete split.
 
     Args:
-        losses, predictions, in_top5, probabilities: [N], of predict_all.
-        labels: [N] the labels of the split, in the same order.
+        losses, predictions, in_top5, probabilities: [N] each, from predict_all.
+        labels: [N], the labels of the split, in the same order.
         num_classes: K.
 
     Returns:
-        dict with accuracy, loss (mean cross entropy, natural logarithm), images (N), per_class_accuracy [K] (None
-        for a class without images), confusion [K, K] int (label, prediction), losses, predictions and probabilities
-        [N]; from MANY_CLASSES classes on top5_accuracy too, the share of images whose label is among the five most
-        likely.
+        dict with accuracy, loss (mean cross entropy, natural logarithm), images (N), per_class_accuracy [K] (None for a
+        class without images), confusion [K, K] int (label, prediction), losses, predictions and probabilities [N each].
+        With at least MANY_CLASSES classes also top5_accuracy, the share of images whose label is among the five most
+        likely classes.
     """
     confusion = np.zeros((num_classes, num_classes), np.int64)
     np.add.at(confusion, (labels, predictions), 1)
@@ -104,14 +108,16 @@ def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
 
 
 def evaluate(predict, batches, labels, num_classes):
-    """summarize() of all of a split, remainder included: each example once, in the order of labels."""
+    """summarize() a complete split: `batches` hold each example once, in the order of `labels`."""
     return summarize(*predict_all(predict, batches), labels, num_classes)
 
 
 @contextlib.contextmanager
 def by_batch(model, momentum):
-    """Within it every BatchNorm normalizes by the batch it sees, in inference too, and moves its statistics with
-    `momentum`. Yields these layers."""
+    """Make every BatchNorm use the statistics of its batch in inference too; yields these layers.
+
+    momentum: of the moving statistics, which are still updated: 0 sets them to the batch's, 1 leaves them unchanged.
+    """
     norms = [layer for layer in model.layers if isinstance(layer, ops.BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -124,26 +130,26 @@ def by_batch(model, momentum):
 
 
 def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=EVALUATION_BATCH):
-    """Set the moving statistics of every BatchNorm to those of training images under the present weights.
+    """Set the moving statistics of every BatchNorm to those of training images with the current weights.
 
-    Meanwhile every norm normalizes by its own batch. The mean over the batches, and the mean of their (unbiased)
-    variances plus the variance of their means, replace what training left. Weights stay.
+    Every norm normalizes by its own batch meanwhile. The moving mean becomes the mean over the batches, and the moving
+    variance the mean of the batches' (unbiased) variances plus the variance of their means. Weights do not change.
 
     Args:
-        model: whose moving statistics are set.
+        model: the model to change.
         train: the training split, of which REESTIMATION_IMAGES are used.
-        augment: the augmentation of the run: the statistics must be of images as the weights were trained on.
+        augment: the augmentation of the run, so that the images are like those in training.
         seed: of the order of the images and the augmentation.
-        batch_size: images that a norm sees together.
+        batch_size: images per batch.
     """
     size = min(batch_size, len(train))
     steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
 
     @tf.function
     def batch_statistics(images):
-        model(images, training=False)  # dropout stays off
+        model(images, training=False)  # without dropout
 
-    with by_batch(model, momentum=0.0) as norms:  # the moving statistics become those of the last batch
+    with by_batch(model, momentum=0.0) as norms:  # each batch overwrites the moving statistics
         moments = [[] for _ in norms]
         for images, _ in create_input_ops(train, size, True, augment, seed, last_step=steps):
             batch_statistics(images)
@@ -156,10 +162,11 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=E
 
 
 def evaluate_by_batch(model, split, batch_size, seed=0):
-    """evaluate() with every BatchNorm normalizing by the test batch of batch_size images that an image is in.
+    """evaluate() with every BatchNorm normalizing by the statistics of its test batch of batch_size images.
 
-    What the 2018 repo reported: it tells a network that learned nothing from one whose moving statistics do not stand
-    for what it learned. The batches are drawn at random, once; the last may be smaller. Nothing moves.
+    The 2018 repo reported this accuracy. If it is high while accuracy with moving statistics is low, the network has
+    learned, but its moving statistics are unsuitable. The images are shuffled once into batches; the last batch may be
+    smaller. The moving statistics do not change.
     """
     shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)), is_train=False)
     with by_batch(model, momentum=1.0):
@@ -168,11 +175,8 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
         )
 
 
-# Prediction of image files.
-
-
-def readable(files, dataset):
-    """Yield (file, image) of the image files; one that cannot be read is a line on stderr, and left out."""
+def read_images(files, dataset):
+    """Yield (file, image) of each image file; skip a file that cannot be read, with a line on stderr."""
     for file in files:
         try:
             folder.check_name(file, os.curdir)
@@ -189,16 +193,16 @@ def predict_files(model, dataset, files, batch_size):
     """Yield (file, [(class name, probability), ...]) of each image file: its most likely classes, the best first.
 
     Args:
-        model: with weights.
-        dataset: what it was trained on; files are treated as its images were.
-        files: paths; one that cannot be read is a line on stderr, and left out.
+        model: the network with its weights.
+        dataset: the data it was trained on; files are preprocessed like its images.
+        files: paths; a file that cannot be read is skipped, with a line on stderr.
         batch_size: files in memory at once; results do not depend on it.
     """
     count = min(PREDICTED_CLASSES, dataset.num_classes)
     classify = tf.function(
         lambda images: tf.math.top_k(tf.nn.softmax(model(images, training=False)), count), reduce_retracing=True
     )
-    images = readable(files, dataset)
+    images = read_images(files, dataset)
     while batch := list(itertools.islice(images, batch_size)):
         probabilities, classes = (values.numpy() for values in classify(tf.stack([image for _, image in batch])))
         for (file, _), best, numbers in zip(batch, probabilities, classes):
@@ -206,34 +210,34 @@ def predict_files(model, dataset, files, batch_size):
 
 
 def check_images(dataset):
-    """Raise UserError for a dataset whose images a file cannot be made into."""
+    """Raise UserError if an image file cannot be converted to images like those of the dataset."""
     channels = dataset.image_shape[2]
     if channels not in (1, 3):
-        raise UserError(f"--predict needs images of 1 or 3 channels, but those of {dataset.name} have {channels}")
+        raise UserError(f"--predict needs a dataset of 1 or 3 channels, but images of {dataset.name} have {channels}")
     if dataset.dtype == np.float32:
         low, high = dataset.images().min(), dataset.images().max()
         if low < 0 or high > 1:
             raise UserError(
-                f"--predict makes floats from 0 to 1 of an image file, but those of {dataset.name} lie in {low:g} to "
-                f"{high:g}: pack them as 0 to 1 or as uint8, and train anew"
+                f"--predict converts image files to floats from 0 to 1, but images of {dataset.name} range from "
+                f"{low:g} to {high:g}: pack them as 0 to 1 or as uint8, and train a new run"
             )
 
 
 def check_output(path, files):
-    """Raise UserError for a path at which no file can be written, or one of `files` would be lost."""
-    place = os.path.realpath(path)
-    if os.path.isdir(place):
-        raise UserError(f"--output {path!r} is a folder: name a file in it, such as predictions.csv")
-    if os.path.exists(place) and not os.path.isfile(place):
-        raise UserError(f"--output {path} is no regular file: name one, such as predictions.csv")
-    if any(os.path.realpath(file) == place for file in files):
-        raise UserError(f"--output {path} is one of the images to predict: name another, such as predictions.csv")
-    if not os.path.isdir(os.path.dirname(place)):
-        raise UserError(f"--output {path}: there is no folder {os.path.dirname(place)} to write it in; make it first")
+    """Raise UserError if no file can be written to `path`, or it would overwrite one of `files`."""
+    target = os.path.realpath(path)
+    if os.path.isdir(target):
+        raise UserError(f"--output {path!r} is a folder: give a file in it, such as predictions.csv")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise UserError(f"--output {path} is not a regular file: give one, such as predictions.csv")
+    if any(os.path.realpath(file) == target for file in files):
+        raise UserError(f"--output {path} is one of the images to predict: give another file, such as predictions.csv")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise UserError(f"--output {path}: the folder {os.path.dirname(target)} does not exist; create it first")
 
 
 def write_predictions(path, rows):
-    """Write what predict_files gave as a CSV file, a row per image file."""
+    """Write rows of predict_files as a CSV file, one row per image file."""
     names = ["class", "probability"]
     for rank in range(2, len(rows[0][1]) + 1):
         names += [f"class_{rank}", f"probability_{rank}"]
@@ -249,9 +253,6 @@ def write_csv(path, names, rows):
     write_whole(os.path.realpath(path), table.getvalue())
 
 
-# The script.
-
-
 def print_result(title, result, class_names):
     top5 = ""
     if "top5_accuracy" in result:
@@ -263,20 +264,20 @@ def print_result(title, result, class_names):
     )
     classes = list(zip(class_names, result["per_class_accuracy"]))
     if len(classes) >= MANY_CLASSES:
-        classes = sorted((row for row in classes if row[1] is not None), key=lambda row: row[1])[:WORST]
-        print(f"the {WORST} classes that do worst; evaluation.json has all:")
+        classes = sorted((row for row in classes if row[1] is not None), key=lambda row: row[1])[:WORST_CLASSES]
+        print(f"the {WORST_CLASSES} worst classes; evaluation.json has all:")
     for name, accuracy in classes:
         print(f"  {name:<24.24} " + ("no images" if accuracy is None else f"{100 * accuracy:6.2f} %"))
 
 
 def summary_of(result):
-    """What evaluation.json holds of a result."""
+    """The part of a result that evaluation.json stores."""
     names = (*SCALARS, "images", "batch_size", "augment", "per_class_accuracy")
     return {name: result[name] for name in names if name in result}
 
 
 def check_request(flags, run_dir, config):
-    """Raise UserError for what does not suit the run."""
+    """Raise UserError for flags that do not fit the run."""
     if flags.dataset not in (None, config.dataset):
         raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}")
     further = [choice for choice in flags.batch_statistics if choice != "moving"]
@@ -286,13 +287,14 @@ def check_request(flags, run_dir, config):
         )
     if flags.validation is not None and flags.validation != config.validation:
         raise UserError(
-            f"--validation {flags.validation}, but {run_dir} held out {config.validation or 'nothing'}: it "
-            f"was trained on some of these images"
+            f"--validation {flags.validation}, but {run_dir} held out {config.validation or 0} images, so it was "
+            f"trained on some of these: "
+            + (f"give --validation {config.validation}" if config.validation else "evaluate on the test split")
         )
 
 
 def print_predictions(flags, files, model, dataset):
-    """Print the most likely classes of each file, and write them to --output; exit code 1 if one could not be read."""
+    """Print the most likely classes of each file and write them to --output; exit code 1 if a file cannot be read."""
     rows = []
     for file, best in predict_files(model, dataset, files, min(flags.batch_size, len(files))):
         print(file, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
@@ -304,7 +306,7 @@ def print_predictions(flags, files, model, dataset):
 
 
 def measure_all(flags, config, model, train, split, name):
-    """{measure: result} of the network with each of the --batch_statistics, all of them printed."""
+    """Evaluate with each of the --batch_statistics and print the results; returns {measure: result}."""
     batches = create_input_ops(split, min(flags.batch_size, len(split)), is_training=False)
 
     def evaluate_now():
@@ -337,7 +339,7 @@ def main(flags):
     config, data = configuration.read_config(run_dir)
     check_request(flags, run_dir, config)
     data_dir = flags.data_dir
-    if data_dir == datasets.DATA_DIR:  # not given: where the run's data were
+    if data_dir == datasets.DATA_DIR:  # not given: use the run's folder
         data_dir = config.data_dir or data_dir
     train, test = datasets.create_default_splits(config.dataset, data_dir, validation=flags.validation)
     configuration.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
@@ -367,7 +369,7 @@ def main(flags):
     results = {measure: summary_of(found) for measure, found in measured.items()}
     runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
     print(f"wrote evaluation.json, classes.csv, confusion.png, mistakes.png and TensorBoard summaries to {run_dir}")
-    if flags.export is not None:  # in float32: in bfloat16 no two ways of computing agree to export.TOLERANCE
+    if flags.export is not None:  # in float32: in bfloat16 no two implementations agree within export.TOLERANCE
         network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
         network.set_weights(weights)
         export.write(network, test, flags.export, run_dir, step, result["accuracy"])

@@ -2,10 +2,10 @@
 
     python trainer.py --dataset CIFAR10 --norm_type group --batch_size 2
     python trainer.py --dataset MNIST --norm_type batch --model convnet --max_training_step 500
-    python trainer.py --resume train_dir/RUN                    # go on where a run stopped
+    python trainer.py --resume train_dir/RUN                    # continue a run that was stopped
     tensorboard --logdir train_dir
 
-A step is max_batch_size images, in max_batch_size / batch_size updates, so that the curves of different batch sizes
+A step processes max_batch_size images in max_batch_size / batch_size updates, so that curves of different batch sizes
 share an axis. batch_size is the number of images that batch norm sees.
 """
 
@@ -37,13 +37,13 @@ from input_ops import create_input_ops
 from model import create_model
 from summaries import Log
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: its terminal was closed
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 CHECKPOINTS_KEPT = 3
-CHECKPOINT_SECONDS = 600  # a checkpoint at least so often, however long a step takes
+CHECKPOINT_SECONDS = 600  # save after a step if the last checkpoint is older than this
 
 
 def learning_rate_at(step, config):
-    """The rate of step number `step`, counted from 0."""
+    """The learning rate of step number `step`, counted from 0."""
     peak, steps, warmup = config.peak_learning_rate, config.max_training_step, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -55,9 +55,9 @@ def learning_rate_at(step, config):
 
 
 class Optimizer:
-    """Adam (arXiv 1412.6980) or SGD with momentum 0.9, by TensorFlow's fused kernels: one operation per variable.
+    """Adam (arXiv 1412.6980) or SGD with momentum 0.9, with TensorFlow's fused kernels: one operation per variable.
 
-    At small batches the update is a large part of a step, and Keras' optimizers spend a dozen operations per variable.
+    At small batches the update is a large part of a step, and Keras' optimizers use a dozen operations per variable.
     """
 
     def __init__(self, kind, variables):
@@ -93,17 +93,17 @@ class Optimizer:
 
 
 class State:
-    """What training changes and a checkpoint holds: the weights, the optimizer, the number of steps done, and the sums
-    of losses, correct predictions and images, in training mode, of each of the last log_step steps.
+    """The state of training, as saved in a checkpoint: weights, optimizer, number of steps done, and recent metrics.
 
-    `totals` has these sums of the present step, `window` [log_step, 3] those of the last ones, `recent` the same for
-    the checkpoint. `sums` is for --accumulate: the mean loss and gradients of the batches of a step so far.
+    `totals` [3] holds the sums of losses, correct predictions and images over the current step, in training mode.
+    `window` [log_step, 3] holds the totals of the last log_step steps, and `recent` is its copy for the checkpoint.
+    `sums` accumulates the mean loss and gradients of a step for --accumulate.
     """
 
     def __init__(self, model, config, strategy=None):
         self.model, self.config, self.strategy = model, config, strategy or tf.distribute.get_strategy()
         self.weights = [variable.value for variable in model.trainable_variables]
-        with self.strategy.scope():  # what replicas use, and nothing else: to make a variable here is a collective
+        with self.strategy.scope():  # only the variables that replicas use: each one made here costs a collective
             self.optimizer = Optimizer(config.optimizer, self.weights)
             self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
             self.sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in [0.0, *self.weights]]
@@ -113,7 +113,7 @@ class State:
         self.window = self.recent.numpy()
 
     def open(self, run_dir, writes):
-        """Take the newest checkpoint of a run folder, if there is one; `writes`: this process saves into it."""
+        """Restore the newest checkpoint of a run folder, if any. `writes`: whether this process saves checkpoints."""
         parts = {"learning_rate": self.optimizer.learning_rate, "slots": self.optimizer.slots}
         checkpoint = tf.train.Checkpoint(
             model=checkpoints.weights_of(self.model),
@@ -125,12 +125,12 @@ class State:
         if newest := self.manager.latest_checkpoint:
             restored = checkpoint.restore(newest)
             if any(name.startswith("recent/") for name, _ in tf.train.list_variables(newest)):
-                restored.assert_consumed()  # else it was written before rows covered a fixed window
+                restored.assert_consumed()  # older checkpoints have no fixed window
             self.window = self.recent.numpy()
         self.writes, self.saved_step, self.saved_at = writes, int(self.step), time.monotonic()
 
     def batches_done(self):
-        """How many batches of the present step are done: it may be asked by another thread while the step runs."""
+        """The number of finished batches in the current step. Another thread may call this while the step runs."""
         return int(self.totals.numpy()[2]) // self.config.batch_size
 
     def finish_step(self):
@@ -147,7 +147,7 @@ class State:
         self.saved_step, self.saved_at = int(self.step), time.monotonic()
 
     def row(self):
-        """The row of the log of this step: means over the window, and the rate that the optimizer used."""
+        """The log row of this step: means over the window, and the learning rate that the optimizer used."""
         loss, correct, images = self.window.sum(axis=0)
         return {
             "step": int(self.step),
@@ -157,11 +157,8 @@ class State:
         }
 
 
-# The step. Losses and gradients are means over all replicas, so that all agree on norm, clipping and finiteness.
-
-
 def loss_and_gradients(state, images, labels):
-    """[loss, *gradients] of a batch; adds its losses, correct predictions and images to the totals."""
+    """Return [loss, *gradients] of a batch, and add its losses, correct predictions and images to the totals."""
     config = state.config
     images, labels = (replicas.part(values, values.shape[0] // config.batch_size) for values in (images, labels))
     with tf.GradientTape() as tape:
@@ -178,7 +175,10 @@ def loss_and_gradients(state, images, labels):
 
 
 def update(state, loss, *gradients):
-    """Change the weights by the gradients, clipped; returns whether all was finite, and the loss."""
+    """Update the weights by the clipped gradients; returns whether loss and gradients were finite, and the loss.
+
+    Loss and gradients are first averaged over all replicas, so that replicas agree on clipping and finiteness.
+    """
     loss, *gradients = replicas.mean([loss, *gradients])
     norm = tf.linalg.global_norm(gradients)
     state.optimizer.apply(
@@ -188,7 +188,7 @@ def update(state, loss, *gradients):
 
 
 def accumulate(state, images, labels):
-    """Add a batch's share of the mean loss and gradients of the step to the sums."""
+    """Add a batch's share of the step's mean loss and gradients to the sums."""
     for variable, value in zip(state.sums, loss_and_gradients(state, images, labels)):
         variable.assign_add(value / state.config.batches_per_step)
 
@@ -199,10 +199,13 @@ def start_step(state):
 
 
 def end_step(state, stop):
-    """Average what the replicas have apart: so it is the same in all of them between two steps."""
+    """Average totals and moving statistics over the replicas, so that all replicas are equal between steps.
+
+    Returns whether any worker asked to stop.
+    """
     if state.strategy.num_replicas_in_sync == 1:
         return stop
-    moving = [v.value for v in state.model.non_trainable_variables if v.dtype == "float32"]  # of batch norm
+    moving = [v.value for v in state.model.non_trainable_variables if v.dtype == "float32"]  # batch norm's statistics
     stop, *means = replicas.mean([tf.cast(stop, tf.float64), state.totals.read_value()])
     means += replicas.mean([variable.read_value() for variable in moving]) if moving else []
     for variable, value in zip([state.totals, *moving], means):
@@ -211,10 +214,17 @@ def end_step(state, stop):
 
 
 def make_train_step(state):
-    """The graph of a step, from (images [batches * replicas here * batch_size, h, w, c], labels, whether to stop) to
-    whether all was finite, the loss of the last update, and whether any worker asked to stop.
+    """Build the graph of a step: train_step(images, labels, stop) -> (finite, loss, stop).
 
-    An update is made of each batch, or with --accumulate of the mean of all gradients of the step.
+    It makes one update per batch, or with --accumulate one update by the mean of all gradients of the step.
+
+    Args of train_step:
+        images: [batches_per_step * replicas of this process * batch_size, h, w, c].
+        labels: [the same number], int.
+        stop: whether this worker asks to stop.
+
+    Returns of train_step:
+        whether all losses and gradients were finite, the loss of the last update, whether any worker asked to stop.
     """
     config, batches = state.config, state.config.batches_per_step
 
@@ -243,26 +253,23 @@ def make_train_step(state):
         else:
             finite, loss = True, 0.0
             for i in tf.range(batches):
-                if finite:  # nothing is learned after the update that failed
+                if finite:  # skip the updates after one that failed
                     finite, loss = in_replicas(update_by_batch, images[i], labels[i])
         return finite, loss, in_replicas(end_step, stop)
 
     return train_step
 
 
-# The loop.
-
-
 class Stopped(Exception):
-    """A signal came in the middle of a test."""
+    """A signal arrived during a test."""
 
 
 class Interruption:
-    """A signal to stop is remembered, so that the run can save; a second one, or one before there is anything to save,
-    ends the process at once.
+    """Remembers a signal to stop, so that the run can save first. A second signal, or one that arrives before there is
+    anything to save, ends the process at once.
 
-    Python runs its handlers between two calls of TensorFlow, which may take minutes: a thread reads the signals'
-    numbers from a pipe, where they arrive at once.
+    Python runs signal handlers only between calls into TensorFlow, which may take minutes. A thread therefore reads the
+    signal numbers from a pipe, where they arrive at once.
     """
 
     def __init__(self, alone):
@@ -271,38 +278,38 @@ class Interruption:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
         threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
-        for number in STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does with SIGHUP
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, lambda *_: None)
 
     def watch(self, pipe):
         while True:
             number = os.read(pipe, 1)[0]
-            if number not in STOPPING:
+            if number not in STOP_SIGNALS:
                 continue
-            if not self.worth_saving or (self.signal and number != signal.SIGHUP):  # which may come twice
+            if not self.worth_saving or (self.signal and number != signal.SIGHUP):  # SIGHUP may arrive twice
                 print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
                 os._exit(128 + number)
             self.signal = number
             print(
-                f"{signal.Signals(number).name}: stopping as soon as this step is saved; once more stops at once",
+                f"{signal.Signals(number).name}: stopping after this step is saved; send it again to stop at once",
                 flush=True,
             )
 
     def check(self, batches):
-        """The batches, unless a signal comes between two of them: Stopped. Several workers test to the end."""
+        """Yield the batches; raise Stopped if a signal arrives between two. Several workers always finish the test."""
         for batch in batches:
             if self.signal and self.alone:
                 raise Stopped
             yield batch
 
     def stops(self, agreed):
-        """Whether this step is the last: a signal came, or, with several workers, all agreed in it that one did."""
+        """Whether to stop after this step. Several workers stop only when all have `agreed` to it within the step."""
         return agreed or (self.alone and self.signal)
 
 
 def make_test(state, test, interruption):
-    """A function that tests the network on the whole test split: {"test_loss/accuracy": ...}; all workers share it."""
+    """Make a function that returns {"test_loss/accuracy": ...} of the complete test split, shared by all workers."""
     who = configuration.workers()
     test_here = test.subset(replicas.test_share(who, len(test)), is_train=False)
     batches = create_input_ops(test_here, configuration.EVALUATION_BATCH, is_training=False)
@@ -318,8 +325,7 @@ def make_test(state, test, interruption):
 
 
 def train_run(state, train, test, log, interruption):
-    """The training loop, from the step of `state` to the last one, or to the one in which a signal comes; returns
-    whether that was the last."""
+    """Train from the step of `state` until the last step or a signal; returns whether the last step was reached."""
     config, who = state.config, configuration.workers()
     train_step, test_now = make_train_step(state), make_test(state, test, interruption)
     batches = create_input_ops(
@@ -341,14 +347,14 @@ def train_run(state, train, test, log, interruption):
         log.write(row, images)
 
     done = False
-    with contextlib.suppress(Stopped):  # by a signal in a test: its row is written when the run goes on
+    with contextlib.suppress(Stopped):  # the row of an interrupted test is written when the run is resumed
         if log.needs_row(int(state.step)):
             write_row()
         for images, labels in batches:
             state.optimizer.learning_rate.assign(learning_rate_at(int(state.step), config))
             finite, loss, stop = train_step(images, labels, tf.constant(interruption.signal is not None))
             if not finite:
-                end_at_nan(state, log, float(loss))
+                end_diverged(state, log, float(loss))
             state.finish_step()
             step = int(state.step)
             log.stepped(step)
@@ -367,33 +373,30 @@ def train_run(state, train, test, log, interruption):
     return done
 
 
-def end_at_nan(state, log, loss):
-    """End a run that diverged: its log says so, and its last checkpoint stays."""
+def end_diverged(state, log, loss):
+    """End a run whose training diverged: mark it in the log, keep the last checkpoint, raise ExternalError."""
     step, newest = int(state.step) + 1, state.manager.latest_checkpoint
     log.add({"step": step, "diverged": True})
     log.close()
     raise ExternalError(
-        f"training diverged at step {step}: loss {loss}, or its gradient, is not finite at the learning rate "
+        f"training diverged at step {step}: the loss {loss} or its gradient is not finite at learning rate "
         f"{float(state.optimizer.learning_rate.numpy()):g}; "
         + (f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet")
-        + "; start anew with a smaller --learning_rate"
+        + "; start a new run with a smaller --learning_rate"
     )
 
 
-# The script.
-
-
 def reopen(run_dir, flags):
-    """(configuration, train, test) of a run that goes on; UserError if its data changed, or its number of replicas."""
+    """(configuration, train, test) of a run to resume; UserError if its data or its number of replicas changed."""
     config, data = configuration.read_config(run_dir)
     here = flags.replicas or config.replicas
     if configuration.number_of_replicas(here) != config.num_replicas:
         raise UserError(
-            f"{run_dir} was trained by {config.num_replicas} replicas, but there are "
-            f"{configuration.number_of_replicas(here)} now: start as many, by --replicas or TF_CONFIG"
+            f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
+            f"{configuration.number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
         )
     data_dir = flags.data_dir
-    if data_dir == datasets.DATA_DIR:  # None: the run's data were in the default folder, too
+    if data_dir == datasets.DATA_DIR:  # not given; config.data_dir is None if the run used the default folder
         data_dir = config.data_dir or data_dir
     config = dataclasses.replace(config, data_dir=data_dir, replicas=here, worker_timeout=flags.worker_timeout)
     splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
@@ -402,14 +405,14 @@ def reopen(run_dir, flags):
 
 
 def identity(config, train, test, run_dir):
-    """What all workers of a run must have in common."""
+    """The settings that all workers of a run must share."""
     settings = dataclasses.asdict(config) | describe_data(train, test) | {"source": configuration.source()}
     settings |= {"--resume": run_dir and run_dir.resolve().name, "TF_CONFIG": configuration.workers().addresses}
     return {name: value for name, value in settings.items() if name not in ("data_dir", "train_dir", "worker_timeout")}
 
 
-def introduce(config, train, test):
-    """Print what will be done."""
+def print_plan(config, train, test):
+    """Print the data, the network and the length of a run."""
     tests = -(-config.max_training_step // config.test_sample_step)
     updates = f"{config.updates_per_step} updates each"
     if config.accumulate:
@@ -418,7 +421,7 @@ def introduce(config, train, test):
     shown = {
         "flip+crop": "mirrored and cut at random (--augment crop: not mirrored, for digits and signs; --no_augment)",
         "crop": "cut at random, not mirrored",
-        None: "as they are (--augment crop cuts them at random, --augment mirrors them, too)",
+        None: "unchanged (--augment crop: cut at random; --augment: also mirrored)",
     }
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
@@ -434,10 +437,10 @@ def main(flags, run_dir):
     if resuming:
         config, train, test = reopen(run_dir, flags)
     else:
-        alone = len(who.addresses) == 1  # two workers must not both fetch a dataset
+        alone = len(who.addresses) == 1  # several workers must not download the same dataset
         train, test = download.load_splits(flags.dataset, flags.data_dir, flags.validation, fetch=alone)
         config = derive(flags, train)
-    introduce(config, train, test)
+    print_plan(config, train, test)
     with replicas.all_workers(who, identity(config, train, test, run_dir), config.worker_timeout):
         set_threads(config.batch_size, train.network_shape)
         strategy = replicas.start(config.replicas or 1, who)
@@ -455,11 +458,11 @@ def main(flags, run_dir):
         state.open(run_dir, who.is_chief)
         if resuming and who.is_chief:
             runs.drop_after(run_dir, int(state.step))
-        finish(run_dir, state, train, test, interruption)
+        train_and_report(run_dir, state, train, test, interruption)
 
 
 def start_from_checkpoint(model, config, train, test):
-    """Give the network the weights of --checkpoint; print the accuracy that a conversion of its norms leaves."""
+    """Load the weights of --checkpoint; if this converts the norms, print the accuracy after the conversion."""
     before = checkpoints.start_from(config.checkpoint, model, config, train)
     if before:
         batches = create_input_ops(test, configuration.EVALUATION_BATCH, is_training=False)
@@ -470,14 +473,14 @@ def start_from_checkpoint(model, config, train, test):
         )
 
 
-def finish(run_dir, state, train, test, interruption):
-    """Train to the last step, and print how it ended; exit code 128 + the signal's number if one came."""
+def train_and_report(run_dir, state, train, test, interruption):
+    """Train to the last step, and print the result; exit code 128 + number of the signal if one arrived."""
     config, who = state.config, configuration.workers()
-    place = run_dir or "RUN_FOLDER_OF_WORKER_0"
+    shown_dir = run_dir or "RUN_FOLDER_OF_WORKER_0"
     together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""
     print(
         f"{state.model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
-        f"batch size {config.batch_size}{together}\nrun folder: {place}"
+        f"batch size {config.batch_size}{together}\nrun folder: {shown_dir}"
         + (f"\ngoing on at step {int(state.step)} of {config.max_training_step}" if int(state.step) else ""),
         flush=True,
     )
@@ -485,19 +488,21 @@ def finish(run_dir, state, train, test, interruption):
         log = Log(run_dir, config, train, test, int(state.step), who.is_chief, state.batches_done)
         done = train_run(state, train, test, log, interruption)
     except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
-        # TensorFlow's words for a full memory, a full disk, and a file beyond the limit on sizes
-        raise ExternalError(f"{run_dir}: {error.message}; free some and go on with --resume {run_dir}") from error
+        # Memory or disk is full, or a file exceeds the size limit.
+        raise ExternalError(
+            f"{run_dir}: {error.message}; free memory or disk space, and continue with --resume {run_dir}"
+        ) from error
     except tf.errors.OpError as error:
         if len(who.addresses) == 1:
             raise
         raise ExternalError(
-            f"another worker was lost ({type(error).__name__}); start all again with --resume {place}"
+            f"another worker was lost ({type(error).__name__}); start all workers again with --resume {shown_dir}"
         ) from error
     if not done:
         number = interruption.signal or signal.SIGTERM
         print(
-            f"stopped by {signal.Signals(number).name} after step {int(state.step)}, which is saved; go on with\n"
-            f"  python trainer.py --resume {place}",
+            f"stopped by {signal.Signals(number).name} after step {int(state.step)}, which is saved; continue with\n"
+            f"  python trainer.py --resume {shown_dir}",
             flush=True,
         )
         sys.exit(128 + number)
@@ -506,8 +511,10 @@ def finish(run_dir, state, train, test, interruption):
     else:
         accuracy = runs.read_run(run_dir).accuracies["accuracy"]
         print(
-            f"done: {config.max_training_step} steps, test accuracy {100 * accuracy:.2f} %; next, its classes and "
-            f"mistakes, and its curves:\n  python evaler.py {run_dir}\n  tensorboard --logdir {run_dir.parent}"
+            f"done: {config.max_training_step} steps, test accuracy {100 * accuracy:.2f} %; for the accuracy by class, the "
+            f"mistakes and the curves, run
+  python evaler.py {run_dir}
+  tensorboard --logdir {run_dir.parent}"
         )
 
 
