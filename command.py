@@ -1,9 +1,9 @@
-"""What every script shares: how it fails, its flags, files that are whole or not there, and how TensorFlow starts.
+"""Code that all scripts share: errors and exit codes, flags, atomic writing of files, and the start of TensorFlow.
 
-A script fails in one clear line on stderr, never in a traceback for a mistake, and ends with the exit code
-    2    for a mistake of the user, or something that the user must provide (UserError, a path that cannot be used)
-    1    for a failure of the world (ExternalError, OSError: the network, the disk), and for training that diverges
-    130  for Ctrl-C; 143 for SIGTERM
+An expected error prints one line on stderr and no traceback. Exit codes:
+    2    mistakes of the user (UserError, or a path that cannot be used)
+    1    external failures (ExternalError, OSError: network, disk), and training that diverged
+    130  Ctrl-C; 143 SIGTERM or SIGHUP
 """
 
 import argparse
@@ -18,7 +18,7 @@ import signal
 import sys
 import typing
 
-# A path that is missing, of the wrong kind or closed to us is for the user to put right; ENOSPC or EIO are not.
+# The user can fix a path that is missing, of the wrong kind or not permitted, but not ENOSPC or EIO.
 USER_ERRNO = (
     errno.EACCES,
     errno.EPERM,
@@ -29,19 +29,19 @@ USER_ERRNO = (
     errno.EEXIST,
     errno.ENAMETOOLONG,
 )
-ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to there one thread per operation was measured to be faster
+ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to here, one thread per operation was faster
 
 
 class UserError(Exception):
-    """The user's mistake, or something the user must provide: one line with the wrong value and what would be right."""
+    """A mistake of the user; the message is one line with the wrong value and the remedy."""
 
 
 class ExternalError(Exception):
-    """What neither the user nor the code did wrong: the network, the disk, training that diverged."""
+    """A failure caused neither by the user nor by the code: of the network, the disk, or training that diverged."""
 
 
 class Terminated(BaseException):
-    """SIGTERM, or SIGHUP from a closed terminal: as after Ctrl-C, nothing half-written stays behind."""
+    """SIGTERM or SIGHUP arrived: raised like KeyboardInterrupt, so that half-written files are removed."""
 
 
 def terminate(number, frame):
@@ -49,11 +49,11 @@ def terminate(number, frame):
 
 
 def run(main):
-    """Return main(); end the script with one line on stderr and the exit code above if it fails in a foreseen way."""
+    """Return main(); on an expected error, end the script with one line on stderr and the exit code above."""
     signal.signal(signal.SIGTERM, terminate)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it: the terminal was closed
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # keep it ignored under nohup
         signal.signal(signal.SIGHUP, terminate)
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal has no letters for
+    sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
         return main()
     except UserError as error:
@@ -78,81 +78,86 @@ def complain(message):
 
 
 def one_line(text, limit=2000):
-    """`text` with every run of white space as one blank, cut after `limit` characters."""
+    """`text` in one line, with single spaces, cut after `limit` characters."""
     line = " ".join(str(text).split())
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
-# Flags.
-
-
-MEANT = {"gn": "group", "bn": "batch", "ln": "layer", "in": "instance", "groupnorm": "group", "batchnorm": "batch"}
-MEANT |= {"--lr": "--learning_rate", "--norm": "--norm_type", "--bs": "--batch_size", "--data": "--data_dir"}
-FACTS = ("low", "above", "exclusive", "on_resume", "derived", "place", "ignored")
+COMMON_MISTAKES = {
+    "gn": "group",
+    "bn": "batch",
+    "ln": "layer",
+    "in": "instance",
+    "groupnorm": "group",
+    "batchnorm": "batch",
+}
+COMMON_MISTAKES |= {"--lr": "--learning_rate", "--norm": "--norm_type", "--bs": "--batch_size", "--data": "--data_dir"}
+OWN_METADATA = ("low", "above", "exclusive", "on_resume", "derived", "local", "ignored")  # the rest is argparse's
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the commands of a script's docstring as they are, and show the defaults that say something."""
+    """Show descriptions unchanged, and defaults other than None and False."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser without abbreviations, whose errors are one line on stderr and exit code 2."""
+    """An argparse parser without abbreviations; errors are one line on stderr with exit code 2."""
 
     def __init__(self, **kwargs):
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
 
     def names_given(self, argv=None):
-        """The names of the flags that the command line gives, whether or not their values are the defaults."""
+        """The names of the flags in the command line, including those given with their default values."""
         unset = object()
         flags, _ = self.parse_known_args(argv, argparse.Namespace(**{action.dest: unset for action in self._actions}))
         return [name for name, value in vars(flags).items() if value is not unset]
 
     def add_flags(self, settings):
         """Add the flags of a dataclass whose fields were made by flag()."""
-        groups = {}  # of flags that exclude each other
+        groups = {}  # flags that exclude each other
         for field in dataclasses.fields(settings):
             if "help" not in field.metadata:
                 continue
-            how = {name: value for name, value in field.metadata.items() if name not in FACTS}
-            kind = (typing.get_args(field.type) or (field.type,))[0]  # int of int | None
-            exclusive, target = field.metadata.get("exclusive"), self
-            if exclusive:
-                target = groups.setdefault(exclusive, None) or self.add_mutually_exclusive_group()
-                groups[exclusive] = target
+            options = {name: value for name, value in field.metadata.items() if name not in OWN_METADATA}
+            kind = (typing.get_args(field.type) or (field.type,))[0]  # int for int | None
+            exclusive = field.metadata.get("exclusive")
+            if exclusive and exclusive not in groups:
+                groups[exclusive] = self.add_mutually_exclusive_group()
+            target = groups.get(exclusive, self)
             if kind is bool:
-                target.add_argument(f"--{field.name}", action="store_true", **how)
+                target.add_argument(f"--{field.name}", action="store_true", **options)
             else:
                 kind = within(kind, field.metadata.get("low"), field.metadata.get("above"))
-                target.add_argument(f"--{field.name}", type=kind, default=field.default, **how)
+                target.add_argument(f"--{field.name}", type=kind, default=field.default, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {one_line(self.with_hint(message))}\n")
 
     def with_hint(self, message):
-        """The message; for a flag or a value that is nearly right followed by 'did you mean ...?'."""
+        """The message, followed by 'did you mean ...?' if the flag or value is close to a valid one."""
         flags = [name for action in self._actions for name in action.option_strings]
         value = re.search(r"invalid choice: '(.*?)'", message)
         flag = re.search(r"unrecognized arguments: .*?(--\w+)", message)
-        meant = MEANT.get(value[1].lower() if value else flag[1] if flag else None)
+        meant = COMMON_MISTAKES.get(value[1].lower() if value else flag[1] if flag else None)
         if flag and meant not in flags:
             meant = next(iter(difflib.get_close_matches(flag[1], flags, 1)), None)
         return f"{message.partition(' (choose from')[0]}: did you mean {meant}?" if meant else message
 
 
-def flag(default, help, **how):
-    """A field of a dataclass that a flag of the same name sets: its default, help and range in one place.
+def flag(default, help, **metadata):
+    """A dataclass field that is set by the flag of the same name.
 
-    how: low (the least value allowed), above (values must be greater), exclusive (a name: of the flags that share it
-    one may be given), the other FACTS, which config.py explains, and what add_argument takes.
+    metadata: low (the smallest valid value), above (values must be greater), exclusive (a name shared by flags of which
+        only one may be given), on_resume, derived, local and ignored, which config.py explains, and options of
+        argparse's add_argument.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **how})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 def within(kind, low=None, above=None):
-    """A type for add_argument: int, float or str, of at least `low` or more than `above`."""
+    """A type for add_argument: kind(text), at least `low` or greater than `above`."""
 
     def parse(text):
         value = kind(text)
@@ -166,12 +171,9 @@ def within(kind, low=None, above=None):
     return parse
 
 
-# Files.
-
-
 @contextlib.contextmanager
 def whole_file(path, part=None):
-    """Yield a path to write to, in place of `path`: what was written there whole takes its name, else nothing stays."""
+    """Yield a temporary path to write to. It is renamed to `path` at the end, or removed after an exception."""
     part = part or f"{path}.{os.getpid()}.part"
     try:
         yield part
@@ -184,13 +186,13 @@ def whole_file(path, part=None):
 
 
 def write_whole(path, text, part=None):
-    """Write a text file so that it is either there as a whole or not at all."""
+    """Write a text file atomically: completely or not at all."""
     with whole_file(path, part) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
 
 
 def sync(path):
-    """Wait until `path` (a file or a folder) is on the disk."""
+    """Wait until a file or folder is written to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -198,13 +200,10 @@ def sync(path):
         os.close(handle)
 
 
-# TensorFlow.
-
-
 def start(name, parse):
     """Parse the flags of a script, then import TensorFlow, which takes seconds; returns the flags.
 
-    name: __name__ of the script. Where it is imported by another, there are no flags to parse.
+    name: __name__ of the script. If the script is imported, no flags are parsed and None is returned.
     """
     flags = run(parse) if name == "__main__" else None
     import_tensorflow()
@@ -212,10 +211,10 @@ def start(name, parse):
 
 
 def import_tensorflow():
-    """Import TensorFlow without the notices on missing GPUs that it prints, past every setting, as it loads.
+    """Import TensorFlow without its messages about missing GPUs, which no setting suppresses.
 
-    TF_CPP_MIN_LOG_LEVEL, where the user has set it, decides on what it says later. TF_ENABLE_ONEDNN_OPTS is 1 unless
-    set: TensorFlow leaves oneDNN's convolutions out on CPUs without AVX-512, where they are up to 5 times as fast too.
+    TF_CPP_MIN_LOG_LEVEL, if set, still controls later messages. TF_ENABLE_ONEDNN_OPTS becomes 1 unless set: on CPUs
+    without AVX-512 TensorFlow does not use oneDNN's convolutions by default, but they are up to 5 times as fast.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if platform.machine() in ("x86_64", "AMD64"):
@@ -232,13 +231,13 @@ def import_tensorflow():
 
 
 def set_threads(images, image_shape):
-    """One thread per operation where an update holds few pixels; call it before anything else of TensorFlow.
+    """Use one thread per operation if an update has few pixels; call this before any other TensorFlow function.
 
-    Waking a second thread takes longer than half of a small operation, and the two cores find more work in
-    operations that do not depend on each other: the gradients of weights and of inputs, the updates of weights.
+    Waking a second thread takes longer than half of a small operation. Instead, the cores run independent operations in
+    parallel: the gradients of weights and of inputs, and the updates of weights.
     """
     height, width, _ = image_shape
     if height and images * height * width <= ONE_THREAD_PIXELS:
-        import tensorflow as tf  # not at the top: this file is for scripts without it, too
+        import tensorflow as tf  # not at the top: scripts without TensorFlow use this file, too
 
         tf.config.threading.set_intra_op_parallelism_threads(1)

@@ -1,7 +1,7 @@
-"""Every flag of trainer.py, evaler.py and model.py, what follows from them, and config.json. Imports no TensorFlow.
+"""The flags of trainer.py, evaler.py and model.py, the settings derived from them, and config.json. No TensorFlow.
 
 flags, run_dir = config.parse_training()    # the flags alone
-config = config.derive(flags, train)        # with all that follows from them and the data
+config = config.derive(flags, train)        # with the settings derived from flags and data
 config, data = config.read_config("train_dir/RUN")
 """
 
@@ -20,55 +20,60 @@ import datasets
 from command import ArgumentParser, UserError, flag, within, write_whole
 
 SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if n != 8)  # arXiv 1512.03385, section 4.2
-LARGE_RESNETS = {  # its table 1: whether blocks are bottlenecks, and the blocks of each stage
+LARGE_RESNETS = {  # arXiv 1512.03385, table 1: whether blocks are bottlenecks, and the blocks of each stage
     "resnet18": (False, [2, 2, 2, 2]),
     "resnet34": (False, [3, 4, 6, 3]),
     "resnet50": (True, [3, 4, 6, 3]),
     "resnet101": (True, [3, 4, 23, 3]),
 }
 MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
-NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # the last: arXiv 1702.03275
+NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # renorm: arXiv 1702.03275
 NORMS = (*NORM_TYPES[:-1], *(f"{norm}+ws" for norm in NORM_TYPES[:-1]), NORM_TYPES[-1])  # ws: arXiv 1903.10520
-ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))  # what --norm_type may be
+ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))  # the values of --norm_type
 AUGMENTATIONS = ("crop", "flip+crop")
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
-SCALING = {"adam": "square root", "momentum": "linear"}  # with the images per update: arXiv 2205.10287, 1706.02677
+SCALING = {"adam": "square root", "momentum": "linear"}  # by images per update: arXiv 2205.10287, 1706.02677
 WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
-MAX_BATCH_SIZE = 64  # images per step, where the dataset has no recipe of its own
+MAX_BATCH_SIZE = 64  # images per step, unless the dataset has its own recipe
 MEMORY_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-SMALL_DATASET = 10_000  # images in a user's folders: below, the default network is a smaller one
+SMALL_DATASET = 10_000  # a user's folders with fewer images get a smaller default network
 CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
 EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
-PREDICTED_CLASSES = 5  # that --predict names for each image
+PREDICTED_CLASSES = 5  # per image, with --predict
 
-
-# The metadata of a field, beside its help and its range: on_resume: it may be given with --resume. derived: what
-# follows from the flags replaces it. place: it names a place, or how the run is shown. ignored: it does not matter when
-# deciding whether two runs differ only in their seed.
+# Metadata of the fields below, besides help and range:
+#   on_resume: may be given with --resume.
+#   derived: derive() may replace the value.
+#   local: a path, a timeout or a setting of the display, which does not affect the results.
+#   ignored: ignored when deciding whether two runs differ only in their seed.
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The flags that choose a network, of model.py and trainer.py alike."""
+    """The flags that choose a network, shared by model.py and trainer.py."""
 
     model: str | None = flag(
         None,
         f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
-        f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above, resnet18 for "
-        f"folders of fewer than {SMALL_DATASET} images",
+        f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above, or resnet18 for "
+        f"image folders with fewer than {SMALL_DATASET} images",
         choices=MODELS,
         metavar="MODEL",
         derived=True,
     )
     norm_type: str = flag(
         "batch",
-        f"the normalization, of {', '.join(NORMS)}: +ws is short for --weight_standardization, +acc at the end for "
+        f"the normalization: {', '.join(NORMS)}. +ws stands for --weight_standardization, and +acc at the end for "
         "--accumulate",
         choices=ARMS,
         metavar="NORM",
     )
     groups: int | None = flag(
-        None, "groups of group norm; by default 32, in the 6n+2 nets 16", low=1, derived=True, exclusive="groups"
+        None,
+        f"number of groups of group norm; by default 16 for {SMALL_RESNETS[0]} to {SMALL_RESNETS[-1]}, 32 for others",
+        low=1,
+        derived=True,
+        exclusive="groups",
     )
     group_size: int | None = flag(None, "channels per group, instead of --groups", low=1, exclusive="groups")
     weight_standardization: bool = flag(False, "standardize the weights of the convolutions (arXiv 1903.10520)")
@@ -76,68 +81,64 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Network):
-    """What a run is: the flags of trainer.py, and below what follows from them and the data."""
+    """The configuration of a run: the flags of trainer.py, then the settings derived from flags and data."""
 
     dataset: str | None = flag(None, f"{', '.join(datasets.NAMES)} or your own")
-    prefix: str = flag("default", "first part of the run folder's name", place=True)
+    prefix: str = flag("default", "first part of the run folder's name", local=True)
     batch_size: int | None = flag(
         None,
-        "images per update and replica, all of which batch norm sees together; by default a whole step in one update, "
-        "for ImageNet 32",
+        "images per update and replica, which batch norm normalizes together; by default a complete step in one "
+        "update, for ImageNet 32",
         low=1,
         derived=True,
     )
     max_batch_size: int | None = flag(
         None,
-        f"images per step, over all replicas, a multiple of what an update has; by default {MAX_BATCH_SIZE}, for "
+        f"images per step over all replicas, a multiple of the images per update; by default {MAX_BATCH_SIZE}, for "
         "ImageNet 256",
         low=1,
         derived=True,
     )
     replicas: int | None = flag(
         None,
-        "devices of this host to train on, by default 1, each with --batch_size images per update; hosts by TF_CONFIG",
+        "devices of this host, by default 1, each with --batch_size images per update; several hosts need TF_CONFIG",
         low=1,
         on_resume=True,
         ignored=True,
     )
-    sync_batch_norm: bool = flag(False, "batch norm takes its statistics over the images of all replicas")
+    sync_batch_norm: bool = flag(False, "compute batch norm's statistics over the images of all replicas")
     worker_timeout: float = flag(
-        300.0, "seconds to wait for the other hosts of TF_CONFIG", above=0, on_resume=True, place=True
+        300.0, "seconds to wait for the other hosts of TF_CONFIG", above=0, on_resume=True, local=True
     )
     accumulate: bool = flag(
         False,
-        "average the gradients of all batches of a step and update the weights once: the memory of batch_size images, "
-        "updates of max_batch_size; batch norm still sees batch_size",
+        "average the gradients of all batches of a step, and update the weights once: this needs the memory of "
+        "batch_size images for an update of max_batch_size images; batch norm still sees batch_size images",
     )
     max_training_step: int | None = flag(
-        None,
-        "steps to train; by default a number of epochs that suits the dataset",
-        low=1,
-        derived=True,
-        exclusive="length",
+        None, "steps to train; by default the dataset's usual number of epochs", low=1, derived=True, exclusive="length"
     )
     epochs: int | None = flag(
         None, "passes over the training images, instead of --max_training_step", low=1, exclusive="length", ignored=True
     )
     optimizer: str | None = flag(
         None,
-        f"by default momentum (0.9), for convnet adam; gradients are clipped to the global norm {CLIP_NORM:g}",
+        f"by default momentum (0.9), for convnet adam; gradients are clipped to a global norm of {CLIP_NORM:g}",
         choices=tuple(LEARNING_RATES),
         derived=True,
     )
     learning_rate: float | None = flag(
         None,
-        "rate at max_batch_size images per update; by default "
+        "learning rate at max_batch_size images per update; by default "
         + " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-        + ", for ImageNet with momentum 0.1 at 256 images",
+        + ", for ImageNet with momentum 0.1 at 256 images per update",
         above=0,
         ignored=True,
     )
     no_adjust_learning_rate: bool = flag(
         False,
-        "do not scale the rate with the images per update: by their share in max_batch_size for momentum (arXiv "
-        "1706.02677), by its square root for adam (arXiv 2205.10287)",
+        "do not scale the learning rate with the images per update; by default it is multiplied by their share of "
+        "max_batch_size for momentum (arXiv 1706.02677), and by its square root for adam (arXiv 2205.10287)",
         ignored=True,
     )
     lr_schedule: str | None = flag(
@@ -147,7 +148,7 @@ class Config(Network):
         choices=("constant", "step", "cosine"),
         derived=True,
     )
-    warmup_steps: int = flag(0, "steps of linear increase of the rate at the start", low=0)
+    warmup_steps: int = flag(0, "steps in which the learning rate rises linearly at the start", low=0)
     weight_decay: float | None = flag(
         None,
         "L2 penalty on all weights, gamma and beta included; by default 1e-4 with momentum, 0 with adam",
@@ -156,69 +157,69 @@ class Config(Network):
     )
     augment: str | None = flag(
         None,
-        "cut images at random (for digits and signs), or mirror them too, which --augment alone means and is the "
-        "default for photographs",
+        "crop: cut images at random, for digits and signs; flip+crop: also mirror them, the default for photographs; "
+        "--augment alone means flip+crop",
         choices=AUGMENTATIONS,
         nargs="?",
         const="flip+crop",
         derived=True,
         exclusive="augmentation",
     )
-    no_augment: bool = flag(False, "show the images as they are", exclusive="augmentation", ignored=True)
+    no_augment: bool = flag(False, "train on unchanged images", exclusive="augmentation", ignored=True)
     dtype: str = flag(
         "float32",
-        "bfloat16: Keras' mixed precision; statistics, gamma, beta and logits stay float32",
+        "bfloat16 is Keras' mixed precision, in which statistics, gamma, beta and logits stay float32",
         choices=("float32", "bfloat16"),
     )
     jit_compile: bool = flag(False, "compile the training step with XLA")
-    seed: int = flag(0, "of initialisation, order, augmentation and dropout", low=0, ignored=True)
+    seed: int = flag(0, "seed of initialization, image order, augmentation and dropout", low=0, ignored=True)
     validation: int | None = flag(
         None,
-        "hold out N training images, of each class its share and always the same ones, and test on them instead of "
-        "the test split: for choosing settings",
+        "hold out N training images, and test on them instead of the test split, to choose settings; they are always "
+        "the same images, from each class in proportion",
         low=1,
         metavar="N",
     )
     checkpoint: str | None = flag(
         None,
-        "start from the weights of this checkpoint or run folder: with other classes the last layer is new, and batch "
-        "norm can become group, layer or instance norm",
+        "start from the weights of this checkpoint or run folder; other classes get a new last layer, and batch norm "
+        "can become group, layer or instance norm",
     )
-    freeze_batch_norm: bool = flag(False, "with --checkpoint: batch norm keeps the moving statistics that it came with")
+    freeze_batch_norm: bool = flag(False, "with --checkpoint: keep batch norm's moving statistics of the checkpoint")
     log_step: int = flag(
         10,
-        "steps between rows of metrics.jsonl, which have the mean training loss and accuracy of the last log_step "
-        "steps; the console shows them beside its bar, and a line for each test",
+        "steps between rows of metrics.jsonl, which hold the mean training loss and accuracy of the last log_step "
+        "steps; the console shows them beside the progress bar, and prints a line for each test",
         low=1,
-        place=True,
+        local=True,
     )
     write_summary_step: int = flag(
-        10, "steps between TensorBoard scalars; each is a row of metrics.jsonl too", low=1, place=True
+        10, "steps between TensorBoard scalars, each of which is also a row of metrics.jsonl", low=1, local=True
     )
     test_sample_step: int | None = flag(
-        None, "steps between tests on the whole test split; by default an epoch", low=1, derived=True, ignored=True
+        None, "steps between tests on the complete test split; by default an epoch", low=1, derived=True, ignored=True
     )
     ckpt_save_step: int = flag(
-        1000, "steps between checkpoints; there is one every 10 minutes at least", low=1, ignored=True
+        1000, "steps between checkpoints; one is also saved every 10 minutes", low=1, ignored=True
     )
-    data_dir: str | None = flag(datasets.DATA_DIR, "where the datasets are", on_resume=True, place=True)
-    train_dir: str = flag("train_dir", "where to make the run folder", place=True)
+    data_dir: str | None = flag(datasets.DATA_DIR, "folder of the datasets", on_resume=True, local=True)
+    train_dir: str = flag("train_dir", "folder in which to create the run folder", local=True)
 
-    base_learning_rate: float | None = None  # --learning_rate, or the optimizer's default
+    base_learning_rate: float | None = None  # --learning_rate, or the default of optimizer and dataset
     learning_rate_scaling: str | None = None  # none, linear or square root
-    peak_learning_rate: float | None = None  # of the schedule: scaled with the images per update
+    peak_learning_rate: float | None = None  # highest of the schedule, scaled with the images per update
     batch_norm_momentum: float | None = None  # of the moving statistics, per batch
     updates_per_step: int | None = None
     num_replicas: int = 1  # on all hosts
 
     @property
     def batches_per_step(self) -> int:
-        """How many batches each replica goes through in a step: an update for each, or one update with --accumulate."""
+        """Batches per step of each replica: one update for each batch, or with --accumulate one for all."""
         return self.max_batch_size // (self.num_replicas * self.batch_size)
 
     @property
     def arm(self) -> str:
-        """The norm as compare.py's --norm_type spells it."""
+        """The norm as written in --norm_type, such as group+ws+acc."""
         return self.norm_type + "+ws" * self.weight_standardization + "+acc" * self.accumulate
 
 
@@ -226,7 +227,7 @@ FIELDS = dataclasses.fields(Config)
 
 
 def default_model(image_shape: tuple, is_small: bool = False) -> str:
-    """resnet20 for images of at most 64 pixels a side; above, resnet50, or resnet18 for a small dataset."""
+    """resnet20 for images of at most 64 pixels per side; for larger ones resnet50, or resnet18 for a small dataset."""
     height, width, _ = image_shape
     if height and max(height, width) <= 64:
         return "resnet20"
@@ -234,13 +235,15 @@ def default_model(image_shape: tuple, is_small: bool = False) -> str:
 
 
 def default_groups(model: str) -> int:
-    """32 as in arXiv 1803.08494, and 16 for the 6n + 2 nets, whose first stage has 16 channels: of 2, 4, 8 and 16 the
-    best on held-out images (figure/studies/recipe)."""
+    """32 as in arXiv 1803.08494; 16 for SMALL_RESNETS, whose first stage has 16 channels.
+
+    16 was the best of 2, 4, 8 and 16 on held-out images (figure/studies/recipe).
+    """
     return 16 if model in SMALL_RESNETS else 32
 
 
 def channels_of(model: str) -> tuple:
-    """The numbers of channels that the norms of a network see."""
+    """The numbers of channels of a network's norms."""
     if model == "convnet":
         return 64, 128, 256, 512
     if model in SMALL_RESNETS:
@@ -249,11 +252,8 @@ def channels_of(model: str) -> tuple:
     return (64, 128, 256, 512, 1024, 2048)[: 6 if bottleneck else 4]
 
 
-# How many processes and devices train together. TF_CONFIG is read here, without starting TensorFlow.
-
-
 class Workers(NamedTuple):
-    """The processes of a run: their addresses, host:port, and which of them this one is. Number 0 is the chief."""
+    """The processes of a run: their addresses (host:port), and the index of this process. Index 0 is the chief."""
 
     addresses: tuple = ("",)
     index: int = 0
@@ -264,9 +264,9 @@ class Workers(NamedTuple):
 
 
 def workers() -> Workers:
-    """The workers that TF_CONFIG names; this process alone without it."""
+    """The workers in TF_CONFIG, read without starting TensorFlow; only this process if TF_CONFIG is unset."""
     text = os.environ.get("TF_CONFIG", "").strip() or "{}"
-    wanted = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
+    example = '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}'
     try:
         found = json.loads(text)
         cluster, task = found.get("cluster", {}), found.get("task", {})
@@ -277,29 +277,26 @@ def workers() -> Workers:
         if set(cluster) != {"worker"} or task["type"] != "worker" or not 0 <= index < len(addresses):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"TF_CONFIG is {text}, but should be like {wanted}: workers alone, which all run it") from None
+        raise UserError(f"TF_CONFIG is {text}, but should be like {example}, with workers only") from None
     if len(set(addresses)) < len(addresses):
-        raise UserError(f"TF_CONFIG names an address twice: {', '.join(addresses)}")
+        raise UserError(f"TF_CONFIG has an address twice: {', '.join(addresses)}; give each worker its own")
     return Workers(addresses, index)
 
 
 def number_of_replicas(here: int | None) -> int:
-    """How many replicas train together, with `here` of them in each process."""
+    """The number of replicas in all processes, with `here` replicas in each."""
     return (here or 1) * len(workers().addresses)
-
-
-# The flags of the scripts.
 
 
 def training_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Train a classifier with the normalization and batch size of your choice.")
     parser.add_flags(Config)
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with this run, with the flags that it was given")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="continue this run with its own flags")
     return parser
 
 
 def parse_training(argv=None) -> tuple[Config, Path | None]:
-    """(Config of the flags of trainer.py alone, run folder to resume or None)."""
+    """(Config with the flags of trainer.py but no derived settings, run folder to resume or None)."""
     parser = training_parser()
     parsed = vars(parser.parse_args(argv))
     resume = parsed.pop("resume")
@@ -311,14 +308,14 @@ def parse_training(argv=None) -> tuple[Config, Path | None]:
     for field in FIELDS:
         if field.name in given and not field.metadata.get("on_resume"):
             raise UserError(
-                f"--resume goes on with the flags of the run, so --{field.name} {getattr(flags, field.name)} has no "
-                f"effect: leave it out, or start a new run (from the weights of this one: --checkpoint {resume})"
+                f"--resume continues with the flags of the run, so --{field.name} {getattr(flags, field.name)} has no "
+                f"effect: remove it, or start a new run (from the weights of this one: --checkpoint {resume})"
             )
     return flags, Path(resume)
 
 
 def spell_out(flags: Config) -> Config:
-    """The flags that a --norm_type such as group+ws+acc is short for."""
+    """Replace a --norm_type such as group+ws+acc by the flags it stands for."""
     norm, *more = flags.norm_type.replace("batch+renorm", "renorm").split("+")
     return dataclasses.replace(
         flags,
@@ -333,14 +330,14 @@ def check_flags(flags: Config) -> None:
     if flags.dataset is None:
         raise UserError(f"--dataset is missing: give one of {', '.join(datasets.NAMES)} or your own")
     if not flags.prefix or any(c in flags.prefix for c in "/\\\0") or flags.prefix in (".", ".."):
-        raise UserError(f"--prefix {flags.prefix!r} must be a plain name, for it begins the name of a folder")
+        raise UserError(f"--prefix {flags.prefix!r} begins the name of a folder: use letters, digits, - and _")
     check_path(Path(flags.train_dir) / flags.prefix)
     check_network(flags)
     if flags.seed >= 2**31:
         raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
     check_batches(flags)
     if flags.freeze_batch_norm and (flags.norm_type != "batch" or not flags.checkpoint):
-        raise UserError("--freeze_batch_norm is for --norm_type batch and weights of --checkpoint: leave it out")
+        raise UserError("--freeze_batch_norm needs --norm_type batch and --checkpoint: add them, or remove it")
     if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
         raise UserError(
             f"--warmup_steps {flags.warmup_steps} is more than --max_training_step {flags.max_training_step}"
@@ -348,7 +345,7 @@ def check_flags(flags: Config) -> None:
 
 
 def check_network(flags: Network, model: str | None = None) -> None:
-    """Raise UserError for groups that have no effect, or do not divide the channels of `model`, once it is known."""
+    """Raise UserError for groups that have no effect, or that do not divide the channels of `model` if it is given."""
     for name in ("groups", "group_size"):
         value = getattr(flags, name)
         if value is not None and flags.norm_type != "group":
@@ -356,13 +353,13 @@ def check_network(flags: Network, model: str | None = None) -> None:
     for channels in channels_of(model) if model and flags.norm_type == "group" else ():
         divisor = flags.group_size or flags.groups or default_groups(model)
         if channels % divisor:
-            what = f"groups of {divisor}" if flags.group_size else f"{divisor} groups"
+            groups = f"groups of {divisor}" if flags.group_size else f"{divisor} groups"
             valid = ", ".join(str(d) for d in range(1, 65) if min(channels_of(model)) % d == 0)
-            raise UserError(f"{model}: {channels} channels cannot be split into {what}; valid here are {valid}")
+            raise UserError(f"{model}: {channels} channels cannot be split into {groups}; valid numbers are {valid}")
 
 
 def check_batches(flags: Config) -> None:
-    """Raise UserError unless a step is whole updates of all replicas, and for what their number makes impossible."""
+    """Raise UserError unless a step consists of complete updates, and for flags that do not fit batches or replicas."""
     number = number_of_replicas(flags.replicas)
     batch_size, max_batch_size = batch_sizes(flags)
     images = batch_size * number
@@ -370,70 +367,68 @@ def check_batches(flags: Config) -> None:
         fitting = -(-max_batch_size // images) * images
         each = f"--batch_size {batch_size}" if number == 1 else f"{number} replicas of {batch_size} images"
         raise UserError(
-            f"{each} does not divide --max_batch_size {max_batch_size}: a step is max_batch_size images in whole "
-            f"updates; --max_batch_size {fitting} would do"
+            f"--max_batch_size {max_batch_size} is not a multiple of {each}, but a step consists of complete updates: "
+            f"use --max_batch_size {fitting}"
         )
     if flags.accumulate and max_batch_size == images:
-        raise UserError(f"--accumulate has no effect where one batch is a whole step ({images} images): leave it out")
+        raise UserError(f"--accumulate has no effect when one batch is a complete step ({images} images): remove it")
     if flags.sync_batch_norm and (flags.norm_type != "batch" or number == 1):
-        what = f"--norm_type {flags.norm_type}" if flags.norm_type != "batch" else "one replica"
-        raise UserError(f"--sync_batch_norm has no effect with {what}: leave it out")
+        reason = f"--norm_type {flags.norm_type}" if flags.norm_type != "batch" else "one replica"
+        raise UserError(f"--sync_batch_norm has no effect with {reason}: remove it")
     if flags.jit_compile and number > 1:
-        raise UserError(f"--jit_compile does not go with {number} replicas: leave it out")
+        raise UserError(f"--jit_compile does not work with {number} replicas: remove it")
 
 
 def check_path(path) -> None:
-    """Raise UserError for a run folder whose checkpoints TensorFlow would not find: it reads paths as patterns, in
-    UTF-8."""
+    """Raise UserError for a path in which TensorFlow cannot find checkpoints: it needs UTF-8, and expands patterns."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{os.fsencode(path)!r} is not UTF-8: choose a name of letters and digits") from None
+        raise UserError(f"{os.fsencode(path)!r} is not UTF-8: use a name of letters and digits") from None
     found = sorted(set("*?[]\\") & set(str(path)))
     if found:
         raise UserError(
-            f"{path} has {' '.join(found)} in it, which TensorFlow reads as a pattern: choose a name without * ? [ ] "
-            f"and \\"
+            f"{path} contains {' '.join(found)}, which TensorFlow reads as a pattern: use a path without * ? [ ] and \\"
         )
 
 
 def parse_evaluation(argv=None):
     """The flags of evaler.py."""
-    parser = ArgumentParser(description="Evaluate a run over a whole split, in inference mode.")
+    parser = ArgumentParser(description="Evaluate a run on a complete split, in inference mode.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="the run folder; by default the newest in --train_dir")
-    parser.add_argument("--dataset", help="the newest run of this dataset, one of the known or your own")
-    parser.add_argument("--train_dir", default="train_dir", help="where the run folders are, or one run folder")
+    parser.add_argument("--dataset", help="evaluate the newest run of this dataset")
+    parser.add_argument("--train_dir", default="train_dir", help="folder of the run folders, or one run folder")
     parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
     parser.add_argument("--batch_size", type=within(int, low=1), default=EVALUATION_BATCH, help="images at a time")
-    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="where the datasets are")
+    parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of the datasets")
     parser.add_argument(
         "--batch_statistics",
         choices=("moving", "reestimate", "reestimate_small", "batch"),
         nargs="+",
         default=["moving"],
-        help="of batch norm: those that training left; also those re-estimated over training images, augmented as in "
-        "training, in large batches or in batches of the training batch size; also those of the test batch, at the "
-        "training batch size",
+        help="batch norm's statistics, one or more: moving are those of the checkpoint; reestimate computes them anew "
+        "from training images, augmented as in training, in large batches, and reestimate_small in batches of the "
+        "training batch size; batch are those of each test batch of the training batch size",
     )
     parser.add_argument(
         "--validation",
         type=within(int, low=1),
         metavar="N",
-        help="evaluate on the N training images that the run held out by the same flag",
+        help="evaluate on the N training images that the run held out with the same flag",
     )
     parser.add_argument(
         "--predict",
         nargs="+",
         metavar="PATH",
-        help=f"print the {PREDICTED_CLASSES} most likely classes of image files, and of those in folders and below, "
-        "instead of evaluating",
+        help=f"instead of evaluating, print the {PREDICTED_CLASSES} most likely classes of these image files, and of "
+        "all image files in these folders and their subfolders",
     )
-    parser.add_argument("--output", metavar="FILE", help="write what --predict prints as a CSV file, too")
+    parser.add_argument("--output", metavar="FILE", help="also write the results of --predict to this CSV file")
     parser.add_argument(
         "--export",
         metavar="DIR",
-        help="also write the network into this new folder, in files that load without this repo, with a README.md",
+        help="also write the network to this new folder, in files that load without this repo, with a README.md",
     )
     flags = parser.parse_args(argv)
     if flags.predict:
@@ -444,24 +439,24 @@ def parse_evaluation(argv=None):
         without_effect, why = ("output",), "without --predict"
     for name in parser.names_given(argv):
         if name in without_effect:
-            raise UserError(f"--{name} has no effect {why}: leave it out")
+            raise UserError(f"--{name} has no effect {why}: remove it")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
     if flags.dataset is not None:
-        datasets.folder_of(flags.dataset, flags.data_dir)  # refuses a name that can name no dataset
+        datasets.folder_of(flags.dataset, flags.data_dir)  # raises UserError for an invalid name
     if flags.run is not None:
         if "train_dir" in parser.names_given(argv):
-            raise UserError(f"{flags.run} and --train_dir {flags.train_dir} both name runs: give one of them")
+            raise UserError(f"{flags.run} and --train_dir {flags.train_dir} both name a run: give one of them")
         flags.train_dir = flags.run
     return flags
 
 
 def parse_network(argv=None):
-    """The flags of model.py: (Config, image shape, number of classes, batch sizes of which to measure the memory)."""
+    """The flags of model.py: (Config, image shape, number of classes, batch sizes for the memory measurement)."""
     parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
     parser.add_flags(Network)
     size = within(int, low=1)
-    shape = "height, width and channels; a single number is both height and width; by default 3 channels"
+    shape = "height, width and channels; one number is both height and width; by default 3 channels"
     parser.add_argument("--image_size", type=size, nargs="+", default=[32], metavar="N", help=shape)
     parser.add_argument("--classes", type=within(int, low=2), default=10, help="number of classes")
     parser.add_argument(
@@ -478,21 +473,18 @@ def parse_network(argv=None):
         memory = MEMORY_BATCH_SIZES
     size, classes = flags.pop("image_size"), flags.pop("classes")
     if len(size) > 3:
-        raise UserError(f"--image_size {' '.join(map(str, size))}: expected height, width and channels")
+        raise UserError(f"--image_size {' '.join(map(str, size))}: give height, width and channels only")
     image_shape = (size[0], size[min(1, len(size) - 1)], size[2] if len(size) == 3 else 3)
     config = spell_out(Config(**flags))
     if config.accumulate:
-        raise UserError(f"--norm_type {flags['norm_type']}: +acc changes the training, not the model: leave it out")
+        raise UserError(f"--norm_type {flags['norm_type']}: +acc changes the training, not the model: remove +acc")
     config = dataclasses.replace(config, model=config.model or default_model(image_shape), batch_norm_momentum=0.9)
     check_network(config, config.model)
     return config, image_shape, classes, memory
 
 
-# What follows from the flags and the data.
-
-
 def batch_sizes(flags: Config) -> tuple[int, int]:
-    """(images per update and replica, images per step): the flags, else the dataset's recipe where it fits them."""
+    """(images per update and replica, images per step): from the flags, or the dataset's recipe if it fits them."""
     recipe = datasets.recipe_of(flags.dataset)
     most = flags.max_batch_size or recipe.get("max_batch_size", MAX_BATCH_SIZE)
     number = number_of_replicas(flags.replicas)
@@ -501,7 +493,7 @@ def batch_sizes(flags: Config) -> tuple[int, int]:
 
 
 def derive(flags: Config, train) -> Config:
-    """The configuration: the flags, and what follows from them and the training images. Nothing changes it later."""
+    """The configuration of a run: the flags, and the settings derived from them and the training images."""
     facts, recipe = datasets.module_of(flags.dataset), datasets.recipe_of(flags.dataset)
     is_small = train.from_folder and len(train) < SMALL_DATASET
     model = flags.model or default_model(train.network_shape, is_small)
@@ -535,8 +527,8 @@ def derive(flags: Config, train) -> Config:
         learning_rate_scaling=scaling,
         peak_learning_rate=learning_rate * scale,
         weight_decay=WEIGHT_DECAY[optimizer] if flags.weight_decay is None else flags.weight_decay,
-        # A step forgets a tenth of the statistics, in however many batches: every batch size averages over the same
-        # number of images.
+        # A step replaces a tenth of the statistics in any number of batches, so that every batch size averages over
+        # the same number of images.
         batch_norm_momentum=0.9**batch_share,
         augment=flags.augment or ("flip+crop" if is_mirrored and not flags.no_augment else None),
         max_training_step=steps,
@@ -544,11 +536,8 @@ def derive(flags: Config, train) -> Config:
     )
 
 
-# config.json.
-
-
 def describe_data(train, test) -> dict:
-    """What config.json records of the data."""
+    """The description of the data in config.json."""
     return {
         "train": len(train),
         "test": len(test),
@@ -560,9 +549,9 @@ def describe_data(train, test) -> dict:
 
 
 def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
-    """Raise UserError unless the splits are the data that a run was trained on, as config.json describes them.
+    """Raise UserError unless the splits match `data`, the description of a run's data in config.json.
 
-    counts: False where the run held out images that are not held out now, so that the numbers of images differ.
+    counts: whether to compare the numbers of images, which differ if other images are held out now.
     """
     here = describe_data(train, test)
     for name in here.keys() & data.keys() - (set() if counts else {"train", "test"}):
@@ -573,13 +562,13 @@ def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
             number = next(i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1])
             name, there, now = f"class {number}", there[number], now[number]
         raise UserError(
-            f"{run_dir} was trained on other data: its {name} is {there!r}, that of {train.name} is now {now!r}; bring "
-            f"the old data back (--data_dir), or train anew"
+            f"{run_dir} was trained on other data: its {name} is {there!r}, but that of {train.name} is now {now!r}; "
+            f"give the old data with --data_dir, or train a new run"
         )
 
 
 def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
-    """Write config.json: the flags as given, what follows from them, the data, the versions, machine and commit."""
+    """Write config.json: flags, derived settings, data, versions, machine and commit."""
     given = {field.name: getattr(flags, field.name) for field in FIELDS if "help" in field.metadata}
     given["data_dir"] = None if flags.data_dir == datasets.DATA_DIR else str(Path(flags.data_dir).resolve())
     derived = [field.name for field in FIELDS if "help" not in field.metadata or field.metadata.get("derived")]
@@ -596,7 +585,7 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
 
 
 def read_config(run_dir) -> tuple[Config, dict]:
-    """(configuration, data) of config.json; UserError if it is not there or not one of trainer.py's."""
+    """(configuration, data) from config.json; UserError if it is missing or damaged."""
     path = Path(run_dir) / "config.json"
     check_path(run_dir)
     try:
@@ -608,35 +597,35 @@ def read_config(run_dir) -> tuple[Config, dict]:
     except FileNotFoundError:
         runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
         raise UserError(
-            f"{run_dir} is no run folder: it has no config.json, which trainer.py writes"
-            + (f"; it holds {len(runs)}: {', '.join(str(path.parent) for path in runs[:5])}" if runs else "")
+            f"{run_dir} is not a run folder: it has no config.json, which trainer.py writes"
+            + (f"; give one of its {len(runs)} runs: {', '.join(str(r.parent) for r in runs[:5])}" if runs else "")
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): it should be the JSON object that trainer.py wrote"
+            f"{path} is damaged ({type(error).__name__}: {error}): restore the JSON object that trainer.py wrote"
         ) from None
-    if isinstance(settings["augment"], bool):  # of a run before --augment had choices
+    if isinstance(settings["augment"], bool):  # the run is older than the choices of --augment
         settings["augment"] = "flip+crop" if settings["augment"] else None
     known = {field.name for field in FIELDS}
     return Config(**{name: value for name, value in settings.items() if name in known}), data
 
 
 def flags_given(run_dir) -> dict:
-    """The flags of a run that are not their defaults, without those that name places."""
+    """The flags of a run that differ from their defaults, without local ones such as paths."""
     given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]
     return {
         field.name: given[field.name]
         for field in FIELDS
-        if field.name in given and given[field.name] not in (field.default, None) and not field.metadata.get("place")
+        if field.name in given and given[field.name] not in (field.default, None) and not field.metadata.get("local")
     }
 
 
 def settings_of(config: Config, data: dict) -> dict:
-    """The settings in which alike runs agree: all but the seed, places, and what has no effect."""
+    """The settings that are equal in runs that differ only in their seed: without local and ignored ones."""
     settings = {
         field.name: getattr(config, field.name)
         for field in FIELDS
-        if not (field.metadata.get("place") or field.metadata.get("ignored"))
+        if not (field.metadata.get("local") or field.metadata.get("ignored"))
     }
     if config.norm_type != "group":
         settings |= {"groups": None, "group_size": None}
@@ -646,7 +635,7 @@ def settings_of(config: Config, data: dict) -> dict:
 
 
 def versions() -> dict:
-    """The versions of Python and of what computes."""
+    """The versions of Python and of the packages that affect results."""
     packages = ("tensorflow", "keras", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
@@ -661,7 +650,7 @@ def processor() -> str:
 
 
 def source() -> dict | None:
-    """The git commit of this code, and whether the tree differs from it; None where there is no git."""
+    """The git commit of this code, and whether tracked files differ from it; None without git."""
 
     def git(*words):
         command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
