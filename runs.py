@@ -1,4 +1,4 @@
-"""A run folder: its name, its lock, metrics.jsonl, evaluation.json, and reading it again. Imports no TensorFlow.
+"""Run folders: names, locks, metrics.jsonl, evaluation.json, and reading them. Imports no TensorFlow.
 
 for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accuracies)
 """
@@ -28,7 +28,7 @@ MEASURES = {
 
 
 def make_run_dir(config: Config) -> Path:
-    """A new folder train_dir/<prefix>-<dataset>_<norm>_bs_<batch size>_<model>_s<seed>-<time>, this run's alone."""
+    """Create train_dir/<prefix>-<dataset>_<norm>_bs_<batch size>_<model>_s<seed>-<time>, and return its path."""
     name = (
         f"{config.prefix}-{config.dataset}_{config.arm}_bs_{config.batch_size}_{config.model}_s{config.seed}"
         f"-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -38,15 +38,15 @@ def make_run_dir(config: Config) -> Path:
         try:
             path.mkdir(parents=True)
             return path
-        except FileExistsError:  # started in the same second
+        except FileExistsError:  # another run started in the same second
             if not path.is_dir():
                 raise
-    raise UserError(f"{config.train_dir} has 999 run folders called {name}: name another --train_dir")
+    raise UserError(f"{config.train_dir} has 999 run folders named {name}: use another --train_dir")
 
 
 @contextlib.contextmanager
 def lock(run_dir: Path):
-    """Keep a run folder for this process; UserError if another process trains in it."""
+    """Lock a run folder for this process; UserError if another process trains in it."""
     handle = os.open(run_dir, os.O_RDONLY)
     try:
         try:
@@ -55,11 +55,11 @@ def lock(run_dir: Path):
             raise UserError(f"{run_dir} is being trained by another process: wait for it, or stop it first") from None
         yield
     finally:
-        os.close(handle)  # which ends the lock, as the end of the process does
+        os.close(handle)  # releases the lock
 
 
 def find_run(train_dir, dataset: str | None = None) -> Path:
-    """The run folder, of this dataset if one is given, whose checkpoint is the newest; train_dir may itself be one."""
+    """The run folder in train_dir with the newest checkpoint, of `dataset` if given. train_dir may be a run folder."""
     train_dir = Path(train_dir)
     if (train_dir / "config.json").exists():
         candidates = [train_dir]
@@ -72,51 +72,52 @@ def find_run(train_dir, dataset: str | None = None) -> Path:
         raise UserError(
             f"no run {f'of {dataset} ' if dataset else ''}in {train_dir}"
             + (f", only of {', '.join(names)}" if names else "")
-            + f": train one with 'python trainer.py --dataset {dataset or 'NAME'}', or name another --train_dir"
+            + f": train one with 'python trainer.py --dataset {dataset or 'NAME'}', or give another --train_dir"
         )
     saved = [path for path in runs if (path / "checkpoint").exists()]
     if not saved:
         raise UserError(
-            f"none of {len(runs)} runs {f'of {dataset} ' if dataset else ''}in {train_dir} has a checkpoint yet"
+            f"none of {len(runs)} runs {f'of {dataset} ' if dataset else ''}in {train_dir} has a checkpoint: wait for "
+            f"one, or continue a run with --resume"
         )
     return max(saved, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
 
 
 def run_dir_of(checkpoint) -> Path:
-    """The run folder that a checkpoint lies in; a folder stands for its newest checkpoint. UserError if it is none."""
+    """The run folder of `checkpoint`, which is a checkpoint or the run folder itself; UserError if it has none."""
     path = Path(checkpoint)
     check_path(path)
     run_dir = path if path.is_dir() else path.parent
     if not (run_dir / "config.json").exists():
         raise UserError(
-            f"--checkpoint {checkpoint} lies in no run folder: name one as trainer.py writes them, such as "
+            f"--checkpoint {checkpoint} is not in a run folder: give a checkpoint of trainer.py, such as "
             f"RUN_FOLDER/model-1000, or the run folder"
         )
     return run_dir
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Make a folder what it was when `step` was saved: the steps after it are done again.
+    """Remove the log rows after `step`, which are computed again, and unfinished checkpoints.
 
-    TensorBoard's events stay: summaries.Log marks where it goes on, and TensorBoard drops what was written after that.
+    TensorBoard's events stay: summaries.Log marks a new start, and TensorBoard ignores older events of later steps.
     """
-    for leftover in run_dir.glob("model-*temp*"):  # of a checkpoint whose writing was killed
+    for leftover in run_dir.glob("model-*temp*"):  # a checkpoint whose writing was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     path = run_dir / "metrics.jsonl"
     write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
 
 
 class Run(NamedTuple):
-    """A run folder as figures read it."""
+    """The contents of a run folder, for tables and figures."""
 
     path: Path
     config: Config
-    settings: dict  # all that makes runs alike, but for the seed
+    settings: dict  # equal in runs that differ only in their seed
     rows: list  # of metrics.jsonl
     accuracies: dict  # by the names in MEASURES
-    evaluation: dict  # the part of them that evaler.py measured
+    evaluation: dict  # the accuracies that evaler.py measured
     state: str  # finished, diverged or unfinished
-    commit: str | None = None  # of the code that made it
+    commit: str | None = None  # of the code that trained it
 
     @property
     def arm(self) -> str:
@@ -124,7 +125,7 @@ class Run(NamedTuple):
 
     @property
     def training_accuracy(self) -> float | None:
-        """The mean over the last epoch, of the rows that log_step steps lie between; None before there is one."""
+        """The mean training accuracy of the last epoch, from the rows at multiples of log_step; None if unfinished."""
         epoch = math.ceil(self.settings["train"] / self.config.max_batch_size)
         rows = [row for row in self.rows if row["step"] % self.config.log_step == 0 and "loss/accuracy" in row]
         last = [row["loss/accuracy"] for row in rows if row["step"] > self.config.max_training_step - epoch]
@@ -132,7 +133,7 @@ class Run(NamedTuple):
 
 
 def read_run(path: Path) -> Run:
-    """The Run in a folder; UserError if one of its files is damaged."""
+    """Read a run folder; UserError if one of its files is damaged."""
     config, data = read_config(path)
     rows = read_rows(path / "metrics.jsonl")
     state = "unfinished"
@@ -141,14 +142,14 @@ def read_run(path: Path) -> Run:
     if rows and rows[-1].get("diverged"):
         state = "diverged"
     accuracies = evaluation = read_evaluation(path / "evaluation.json", config)
-    if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test is what evaler.py repeats
+    if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test; evaler.py repeats it
         accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows) | accuracies
     source = json.loads((path / "config.json").read_text()).get("source") or {}
     return Run(path, config, settings_of(config, data), rows, accuracies, evaluation, state, source.get("commit"))
 
 
 def last_epochs(config: Config, data: dict, rows: list) -> dict:
-    """{"last_epochs": median accuracy over the tests of the last epochs}, where a dataset's recipe says of how many."""
+    """{"last_epochs": median test accuracy of the last epochs}; {} if the dataset's recipe has no reported_epochs."""
     epochs = datasets.recipe_of(config.dataset).get("reported_epochs")
     if epochs is None:
         return {}
@@ -158,35 +159,38 @@ def last_epochs(config: Config, data: dict, rows: list) -> dict:
 
 
 def read_rows(path: Path) -> list:
-    """The rows of metrics.jsonl; a last line that a kill cut short does not count."""
+    """The rows of metrics.jsonl, without an incomplete last line, as a kill may leave."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         [row["step"] for row in rows]
         return rows
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): it should hold a JSON object with its step per line") from error
+        raise UserError(f"{path} is damaged ({error}): each line must be a JSON object with a step") from error
 
 
 def write_evaluation(run_dir: Path, split: str, step: int, checkpoint: str, class_names: list, results: dict) -> None:
-    """Put the results {measure: dict} of an evaluation into evaluation.json, which keeps one result for each split and
-    measure: {split: {measure: {"step", "checkpoint", "accuracy", "loss", ...}}}."""
+    """Write the results {measure: dict} of an evaluation to evaluation.json, in place of older ones.
+
+    evaluation.json holds one result per split and measure, as {"class_names": [...], "splits": {split: {measure:
+    {"step", "checkpoint", "accuracy", "loss", ...}}}}.
+    """
     path = run_dir / "evaluation.json"
     splits = read_evaluations(path)
-    made = {measure: {"step": step, "checkpoint": checkpoint} | result for measure, result in results.items()}
-    splits[split] = splits.get(split, {}) | made
+    new = {measure: {"step": step, "checkpoint": checkpoint} | result for measure, result in results.items()}
+    splits[split] = splits.get(split, {}) | new
     write_whole(path, json.dumps({"class_names": class_names, "splits": splits}, indent=1) + "\n")
 
 
 def read_evaluations(path: Path) -> dict:
-    """{split: {measure: result}} of evaluation.json, empty if there is none; UserError if it is damaged."""
+    """{split: {measure: result}} from evaluation.json, empty if it does not exist; UserError if it is damaged."""
     if not path.exists():
         return {}
     try:
         stored = json.loads(path.read_text())
         if "splits" in stored:
             return stored["splits"]
-        # Written before there was a result for each split: one evaluation, of all measures.
+        # An older file, with one split and its measures.
         results = {name: stored[name] for name in MEASURES if isinstance(stored.get(name), dict)}
         results["accuracy"] = {name: value for name, value in stored.items() if name not in (*results, "split")}
         return {stored["split"]: {name: {"step": stored["step"]} | result for name, result in results.items()}}
@@ -195,7 +199,7 @@ def read_evaluations(path: Path) -> dict:
 
 
 def read_evaluation(path: Path, config: Config) -> dict:
-    """{measure: accuracy} of the last step on the split that the run was tested on; empty if there is none."""
+    """{measure: accuracy} from evaluation.json, at the last step, on the split that trainer.py tested on."""
     results = read_evaluations(path).get("validation" if config.validation else "test", {})
     try:
         return {
@@ -203,7 +207,7 @@ def read_evaluation(path: Path, config: Config) -> dict:
             for name in MEASURES
             if name in results
             and results[name]["step"] == config.max_training_step
-            # Statistics were once re-estimated over images as they are, whatever a run was trained on.
+            # Older versions re-estimated statistics without the augmentation of the run.
             and (name != "reestimated" or results[name].get("augment") == config.augment)
         }
     except (KeyError, TypeError) as error:
@@ -211,6 +215,6 @@ def read_evaluation(path: Path, config: Config) -> dict:
 
 
 def read_runs(folders) -> list[Run]:
-    """The Runs among `folders` and below them, sorted by path."""
+    """The runs in `folders` and their subfolders, sorted by path."""
     paths = {path.parent for folder in folders for path in Path(folder).glob("**/config.json")}
     return [read_run(path) for path in sorted(paths)]

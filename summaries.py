@@ -1,4 +1,4 @@
-"""What a run writes and prints: rows of metrics.jsonl, TensorBoard, lines and a bar on the console, pictures.
+"""The output of a run: rows of metrics.jsonl, TensorBoard summaries, console lines, a progress bar, and pictures.
 
 log = summaries.Log(run_dir, config, train, test, first_step=0)
 log.stepped(step)
@@ -22,15 +22,22 @@ import runs
 from input_ops import create_input_ops
 
 FIRST_TAGS = {"accuracy/test": "test_loss/accuracy", "accuracy/training": "loss/accuracy"}  # TensorBoard's first cards
-SILENCE = 60  # seconds without a line or a bar, after which a row is printed
+MAX_SILENCE = 60  # without a progress bar, print a row if the last line is older than this many seconds
 
 
 class Log:
-    """The row, the scalars, the line and the bar of each step that asks for them.
+    """Writes the row, the scalars and the console line of each step that is due, and moves the progress bar.
 
-    images_per_second counts the seconds of training alone, without those spent in `with log.paused()` and without the
-    first step, which traces the graph. Of several workers one writes. batches_done() says how many batches of the
-    present step are done.
+    images_per_second counts only the time of training: not the time inside `with log.paused()`, and not the first step,
+    which traces the graph.
+
+    Args:
+        run_dir: the run folder, or None in a worker that does not write.
+        config: the configuration of the run.
+        train, test: its splits.
+        first_step: the number of steps done before.
+        writes: whether this process writes and prints; with several workers, only the chief does.
+        batches_done: a function that returns the number of finished batches in the current step.
     """
 
     def __init__(self, run_dir, config, train, test, first_step, writes=True, batches_done=lambda: 0):
@@ -56,7 +63,7 @@ class Log:
         if not self.bar.disable:
             threading.Thread(target=self.move_bar, daemon=True).start()
         self.clock, self.timed_steps, self.seconds_per_step = time.perf_counter(), 0, None
-        self.seconds_per_test, self.said_at, self.done = None, time.monotonic(), first_step
+        self.seconds_per_test, self.printed_at, self.done = None, time.monotonic(), first_step
 
     def test_due(self, step):
         return step % self.config.test_sample_step == 0 or step == self.steps
@@ -71,32 +78,32 @@ class Log:
         return self.line_due(step) or self.scalars_due(step)
 
     def needs_row(self, step):
-        """Whether the row of `step` is due and not written: its test was interrupted."""
+        """Whether the row of `step` is due but missing, because its test was interrupted."""
         return step > 0 and self.due(step) and all(row["step"] != step for row in runs.read_rows(self.path))
 
     @contextlib.contextmanager
     def paused(self):
-        """Seconds that are no training; what TensorBoard has to show is written first."""
-        began = time.perf_counter()
+        """Exclude the time of the block from the training time; TensorBoard's events are flushed first."""
+        start = time.perf_counter()
         self.writer.flush()
         yield
-        self.clock += time.perf_counter() - began
+        self.clock += time.perf_counter() - start
 
     @contextlib.contextmanager
     def testing(self):
-        began = time.perf_counter()
+        start = time.perf_counter()
         with self.paused():
             yield
-        self.seconds_per_test = time.perf_counter() - began
+        self.seconds_per_test = time.perf_counter() - start
 
     def move_bar(self):
-        """Move the bar within a step, which may take a minute, every second. Runs in a thread of its own."""
+        """Move the bar every second in a thread of its own, because a step may take a minute."""
         while not self.closed.wait(1):
             self.bar.n = self.done * self.batches + self.batches_done() % self.batches
             self.bar.refresh()
 
     def stepped(self, step):
-        """Count a step; after the second one print how long an epoch and the run will take."""
+        """Count a step; after the second one print the expected times of an epoch and of the run."""
         self.done = step
         self.bar.update(step * self.batches - self.bar.n)
         self.timed_steps += 1
@@ -110,16 +117,16 @@ class Log:
     def seconds_left(self, step):
         tests = self.steps // self.config.test_sample_step - step // self.config.test_sample_step
         tests += self.steps % self.config.test_sample_step > 0 and step < self.steps
-        guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3  # forward alone
+        guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3  # forward pass only
         return (self.steps - step) * self.seconds_per_step + tests * (self.seconds_per_test or guess)
 
     def print(self, line):
-        self.said_at = time.monotonic()
+        self.printed_at = time.monotonic()
         if self.writes:
             self.bar.write(line) if not self.bar.disable else print(line, flush=True)
 
     def write(self, row, images):
-        """Write the row of a step, with pictures of its images [B, h, w, c] where it was tested."""
+        """Write the row of a step, and after a test also pictures of the step's images [B, h, w, c]."""
         step, seconds = row["step"], time.perf_counter() - self.clock
         if self.timed_steps:
             self.seconds_per_step = seconds / self.timed_steps
@@ -129,13 +136,12 @@ class Log:
             self.add(row)
             if self.scalars_due(step):
                 self.write_summaries(row, images)
-            if self.test_due(step) or (self.bar.disable and time.monotonic() - self.said_at > SILENCE):
+            if self.test_due(step) or (self.bar.disable and time.monotonic() - self.printed_at > MAX_SILENCE):
                 self.print(self.line(row))
             elif self.line_due(step):
                 self.bar.set_postfix_str(f"loss {row['loss/loss']:.3f}, accuracy {100 * row['loss/accuracy']:.1f} %")
 
     def add(self, row):
-        """Append a row to metrics.jsonl."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -144,16 +150,16 @@ class Log:
             for tag, value in row.items():
                 if tag != "step":
                     tf.summary.scalar(tag, value)
-            for tag, same in FIRST_TAGS.items():
-                if same in row:
-                    tf.summary.scalar(tag, row[same])
+            for tag, name in FIRST_TAGS.items():
+                if name in row:
+                    tf.summary.scalar(tag, row[name])
             if self.test_due(row["step"]) and images is not None:
                 tf.summary.image("img/image", image_grid(images.numpy()))
                 tests, _ = next(iter(create_input_ops(self.test, min(64, len(self.test)), is_training=False)))
                 tf.summary.image("test_img/image", image_grid(tests.numpy()))
 
     def line(self, row):
-        """The line of a row, of at most 100 columns."""
+        """The console line of a row, at most 100 columns wide."""
         step, total, unit = row["step"], self.steps, "step"
         if self.in_epochs and step % self.epoch == 0:
             step, total, unit = step // self.epoch, total // self.epoch, "epoch"
@@ -177,23 +183,23 @@ class Log:
 
 
 def mark_start(writer, first_step):
-    """Tell TensorBoard that a session starts here: it drops what an earlier one wrote of the steps that follow."""
+    """Mark a new start after `first_step`, so that TensorBoard ignores older events of later steps."""
     start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
     event = tf.compat.v1.Event(step=first_step + 1 if first_step else 0, wall_time=time.time(), session_log=start)
     tf.raw_ops.ImportEvent(writer=writer._resource, event=event.SerializeToString())
 
 
 def duration(seconds: float) -> str:
-    """'h:mm:ss'."""
+    """The seconds as h:mm:ss."""
     seconds = int(seconds)
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 def write_hparams(config, trial):
-    """The row of a run, called `trial`, in TensorBoard's HParams table: settings against the accuracy of tests.
+    """Write the row `trial` of TensorBoard's HParams table: the settings of a run and its accuracies.
 
-    TensorBoard takes the columns from one run, so each run declares the same, and shows the first five of the alphabet:
-    hence the numbers.
+    TensorBoard takes the columns from one run, so that every run must declare the same ones. It shows the first five in
+    alphabetical order, hence the numbers.
     """
     settings = {
         "1 norm": config.arm,
@@ -225,11 +231,8 @@ def write_hparams(config, trial):
     hparams.hparams(settings, trial_id=trial)
 
 
-# Pictures.
-
-
 def to_uint8(images):
-    """Images of uint8, or of floats of any range, as uint8 for showing."""
+    """Convert images of uint8, or of floats in any range, to uint8 for display."""
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
@@ -238,7 +241,7 @@ def to_uint8(images):
 
 
 def image_grid(images, most=64):
-    """The first images of [N, h, w, c] side by side in one picture [1, H, W, 1 or 3], for TensorBoard."""
+    """Arrange the first `most` images of [N, h, w, c] in one picture [1, H, W, 1 or 3] for TensorBoard."""
     images = to_uint8(images[:most])
     images = images if images.shape[-1] in (1, 3) else images[..., :1]
     count, height, width, channels = images.shape
@@ -251,7 +254,7 @@ def image_grid(images, most=64):
 
 
 def draw_confusion(confusion, class_names):
-    """A figure of the confusion matrix [K, K] (label, prediction), each row as shares of its label."""
+    """Draw the confusion matrix [K, K] (label, prediction); colours are shares of a label's images."""
     figure = Figure(figsize=(4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -270,7 +273,7 @@ def draw_confusion(confusion, class_names):
 
 
 def as_pixels(figure):
-    """A figure as a picture [1, H, W, 3] uint8, for TensorBoard, which shows it some 350 pixels wide."""
+    """Render a figure as a picture [1, H, W, 3] uint8 for TensorBoard, which shows it about 350 pixels wide."""
     figure.set_dpi(100)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -278,7 +281,7 @@ def as_pixels(figure):
 
 
 def draw_mistakes(path, split, result, most=25):
-    """Save the images that were most wrong as a PNG, each with its id, label, prediction and probability."""
+    """Save the mistakes with the largest loss as a PNG, each with its id, label, prediction and probability."""
     wrong = np.flatnonzero(result["predictions"] != split.labels)
     worst = wrong[np.argsort(-result["losses"][wrong], kind="stable")][:most]
     figure = Figure(figsize=(11, 12), layout="constrained")
@@ -286,8 +289,8 @@ def draw_mistakes(path, split, result, most=25):
     images = split.read(worst) if len(worst) else []
     if split.encoded:
         images = [tf.io.decode_jpeg(jpeg, channels=3).numpy() for jpeg in images]
-    for place, (position, image) in enumerate(zip(worst, images), 1):
-        axes = figure.add_subplot(5, 5, place)
+    for number, (position, image) in enumerate(zip(worst, images), 1):
+        axes = figure.add_subplot(5, 5, number)
         shown = to_uint8(image)
         axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray")
         label = split.class_names[split.labels[position]]
