@@ -1,4 +1,4 @@
-"""The weights of a network in the checkpoints of runs, and a network that starts from those of another run."""
+"""Read the weights of a network from a checkpoint, and start a network from the weights of another run."""
 
 import itertools
 import os
@@ -12,13 +12,13 @@ from convert import match_moments
 from input_ops import create_input_ops
 from model import create_model
 
-CONVERSION_IMAGES = 256  # training images over which the norms of --checkpoint are converted
+CONVERSION_IMAGES = 256  # training images for converting the norms of --checkpoint
 
 
 def weights_of(model) -> dict:
-    """The variables that a checkpoint holds of a model, by name: weights, moving statistics, states of dropout.
+    """The variables of a model as saved in a checkpoint, by name: weights, moving statistics and states of dropout.
 
-    Keras numbers the states of dropout through all models of a process: here they are counted from 0 in each.
+    Keras numbers the states of dropout across all models of a process; here each model counts from 0.
     """
     numbers, found = itertools.count(), {}
     for variable in model.variables:
@@ -31,7 +31,11 @@ def weights_of(model) -> dict:
 
 
 def load_weights(model, checkpoint) -> tuple[str, int]:
-    """Read a model's variables from a checkpoint (a path, or a run folder: its newest); returns the path and step."""
+    """Load a model's variables from a checkpoint, or from the newest in a run folder; returns its path and step.
+
+    Raises:
+        UserError: if the checkpoint cannot be read, or its variables do not match the model's.
+    """
     path = str(checkpoint)
     if os.path.isdir(path):
         path = tf.train.latest_checkpoint(path) or path
@@ -40,7 +44,7 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
         shapes = reader.get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError):
         raise UserError(
-            f"{checkpoint} is no readable checkpoint: name one as trainer.py writes them, such as "
+            f"{checkpoint} is not a readable checkpoint: give one that trainer.py wrote, such as "
             f"RUN_FOLDER/model-1000, or the run folder"
         ) from None
     stored = {name: tuple(shape) for name, shape in shapes.items() if name.startswith("model/")}
@@ -52,9 +56,9 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
     for name in sorted(wanted.keys() | stored.keys()):
         if wanted.get(name) != stored.get(name):
             raise UserError(
-                f"checkpoint {path} is of another model, norm or number of classes: "
-                f"{name.split('/')[1].replace('.S', '/')} is "
-                f"{stored.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+                f"checkpoint {path} is of another model, norm or number of classes: its "
+                f"{name.split('/')[1].replace('.S', '/')} is {stored.get(name, 'missing')}, but the network's is "
+                f"{wanted.get(name, 'missing')}"
             )
     for name, variable in variables.items():
         variable.assign(reader.get_tensor(name))
@@ -62,10 +66,10 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
 
 
 def start_from(checkpoint, model, config, train) -> str | None:
-    """Give a network the weights of --checkpoint, print what is new, and return the norm that was converted, if any.
+    """Load the weights of --checkpoint, print the names of the new ones, and return the norm_type that was converted.
 
-    Norms of another kind are converted by match_moments over CONVERSION_IMAGES training images; other classes get a
-    new last layer.
+    Norms of another type are converted by match_moments over CONVERSION_IMAGES training images. Other classes get a new
+    last layer. Returns None if no norm was converted.
     """
     other, data = read_config(runs.run_dir_of(checkpoint))
     converted = check_convertible(config, other, checkpoint)
@@ -87,12 +91,12 @@ def start_from(checkpoint, model, config, train) -> str | None:
 
 
 def check_convertible(config, other, checkpoint) -> bool:
-    """Whether the norms of a run with `other` have to be converted; UserError if its weights do not fit, or cannot."""
+    """Whether the norms of the run `other` must be converted; UserError if its weights do not fit `config`."""
     for name in ("model", "weight_standardization"):
         if getattr(config, name) != getattr(other, name):
             raise UserError(
                 f"checkpoint {checkpoint} is of a run with --{name} {getattr(other, name)}, not "
-                f"{getattr(config, name)}: give the same"
+                f"{getattr(config, name)}: use the same"
             )
     same = config.norm_type == other.norm_type
     if config.norm_type == "group":
@@ -100,6 +104,6 @@ def check_convertible(config, other, checkpoint) -> bool:
     if not same and (config.norm_type not in ("group", "layer", "instance") or other.norm_type == "none"):
         raise UserError(
             f"checkpoint {checkpoint} is of a run with --norm_type {other.norm_type}, which cannot become "
-            f"{config.norm_type}: give the same, or group, layer or instance to convert a norm"
+            f"{config.norm_type}: use the same, or convert a norm to group, layer or instance"
         )
     return not same
