@@ -1,4 +1,4 @@
-"""One norm in place of another, in a Keras model that is trained already. Needs ops.py, TensorFlow and Keras alone.
+"""Replace the norms of a trained Keras model by other norms. Needs only ops.py, TensorFlow and Keras.
 
 model = convert.replace_batch_norm(keras.applications.ResNet50(), groups=32, images=X)
 """
@@ -15,25 +15,28 @@ BATCH_NORMS = (BatchNorm, keras.layers.BatchNormalization)
 def replace_batch_norm(
     model: keras.Model, groups: int = 32, images: tf.Tensor | None = None, group_size: int | None = None
 ) -> keras.Model:
-    """A copy of a Keras model with GroupNorm in place of every BatchNorm or BatchNormalization.
+    """Copy a Keras model with GroupNorm in place of every BatchNorm or BatchNormalization.
 
     Args:
-        model: functional or Sequential, of any layers and of nested models of these kinds. All other weights are
-            copied; layers that are frozen stay so.
-        groups: a divisor of the channels of every norm; -1 is a group for each channel.
-        images: None, and gamma and beta are copied, too, where the norm has them; or [N, ...] inputs of the model, a
-            few hundred, over which match_moments sets them: what a trained network needs.
+        model: functional or Sequential, with any layers and nested models of these kinds. All other weights are copied,
+            and frozen layers stay frozen.
+        groups: a divisor of the channels of every norm; -1 makes one group per channel.
+        images: None to copy the gamma and beta that a norm has, or [N, ...] a few hundred inputs of the model, with
+            which match_moments sets gamma and beta, as a trained network needs.
         group_size: channels per group, instead of groups.
 
+    Returns:
+        A new model.
+
     Raises:
-        ValueError: naming the layer, if the groups do not divide its channels, if it holds a batch norm within (as
-            TimeDistributed does), or if it is a batch norm that `images` cannot set, as the model uses it twice;
-            if the model is of another kind or has no batch norm; if images is no array or empty.
+        ValueError: naming the layer, if the groups do not divide its channels, if it contains a batch norm (as
+            TimeDistributed may), or if it is a batch norm that the model uses twice and `images` are given; if the
+            model is of another kind or has no batch norm; if `images` is not an array or is empty.
     """
     if images is not None and not (getattr(images, "shape", None) and images.shape[0]):
         raise ValueError(
             f"images must be an array [N, ...] of at least one input of the model, not "
-            f"{'an empty one' if hasattr(images, 'shape') else type(images).__name__}: pass a batch of some 256 images"
+            f"{'an empty one' if hasattr(images, 'shape') else type(images).__name__}: pass about 256 images"
         )
 
     def clone(layer):
@@ -44,51 +47,52 @@ def replace_batch_norm(
         for inner in layer._flatten_layers(include_self=False) if isinstance(layer, keras.Layer) else ():
             if isinstance(inner, BATCH_NORMS):
                 raise ValueError(
-                    f"layer {layer.name!r} ({type(layer).__name__}) holds the batch norm {inner.name!r}, which cannot "
-                    f"be replaced there: build this layer with GroupNorm"
+                    f"layer {layer.name!r} ({type(layer).__name__}) contains the batch norm {inner.name!r}, which "
+                    f"cannot be replaced: build this layer with GroupNorm"
                 )
         return layer.__class__.from_config(layer.get_config())
 
-    def call(layer, *inputs, **others):  # batch norm is called with training and mask
-        return layer(*inputs) if isinstance(layer, GroupNorm) else layer(*inputs, **others)
+    def call(layer, *inputs, **options):  # GroupNorm does not take batch norm's training and mask
+        return layer(*inputs) if isinstance(layer, GroupNorm) else layer(*inputs, **options)
 
     def clone_model(model):
         sequential = isinstance(model, keras.Sequential)
         if not model.built or not (sequential or hasattr(model, "operations")):
             raise ValueError(
                 f"model {model.name!r} must be functional, or Sequential and built (keras.Input as its first layer), "
-                f"not {type(model).__name__}: only there every batch norm can be found"
+                f"not {type(model).__name__}: only in these can every batch norm be found"
             )
         return keras.models.clone_model(model, clone_function=clone, call_function=None if sequential else call)
 
     copy = clone_model(model)
     if not any(isinstance(layer, BATCH_NORMS) for _, layer in _named_layers(model)):
         raise ValueError(f"model {model.name!r} has no batch norm to replace")
-    for (_, ours), (_, theirs) in zip(_named_layers(copy), _named_layers(model)):
-        if isinstance(theirs, BATCH_NORMS):
-            for mine, value in ((ours.gamma, theirs.gamma), (ours.beta, theirs.beta)):
+    for (_, new), (_, old) in zip(_named_layers(copy), _named_layers(model)):
+        if isinstance(old, BATCH_NORMS):
+            for variable, value in ((new.gamma, old.gamma), (new.beta, old.beta)):
                 if value is not None:
-                    mine.assign(value)
-        elif not isinstance(theirs, keras.Model):
-            ours.set_weights(theirs.get_weights())
-            if isinstance(ours, keras.layers.Normalization):
-                ours.finalize_state()  # it computes by copies of its weights
+                    variable.assign(value)
+        elif not isinstance(old, keras.Model):
+            new.set_weights(old.get_weights())
+            if isinstance(new, keras.layers.Normalization):
+                new.finalize_state()  # copies its weights to the tensors it computes with
     if images is not None:
         match_moments(copy, model, images)
     return copy
 
 
 def _group_norm_like(layer, groups, group_size, affine):
-    """GroupNorm with the name and settings of a batch norm; `affine`: with gamma and beta, even where that has none."""
+    """GroupNorm with the name and settings of a batch norm; `affine`: with gamma and beta in any case."""
     channels = layer.moving_mean.shape[0]
     if group_size is None:
-        valid, what = groups == -1 or (groups > 0 and channels % groups == 0), f"{groups} groups"
+        valid, wanted = groups == -1 or (groups > 0 and channels % groups == 0), f"{groups} groups"
     else:
-        valid, what = group_size > 0 and channels % group_size == 0, f"groups of {group_size}"
+        valid, wanted = group_size > 0 and channels % group_size == 0, f"groups of {group_size}"
         groups = channels // max(group_size, 1)
     if not valid:
         raise ValueError(
-            f"layer {layer.name!r}: {channels} channels cannot be split into {what}; valid are {divisors(channels)}"
+            f"layer {layer.name!r}: {channels} channels cannot be split into {wanted}; valid numbers are "
+            f"{divisors(channels)}"
         )
     config = layer.get_config()
     names = ["name", "trainable", "dtype", "axis", "center", "scale"]
@@ -98,7 +102,7 @@ def _group_norm_like(layer, groups, group_size, affine):
 
 
 def _named_layers(model, path=""):
-    """(path, layer) of all layers of a model and of the models in it, from the input on."""
+    """Yield (path, layer) for all layers of a model and of its nested models, from input to output."""
     for layer in model.layers:
         yield path + layer.name, layer
         if isinstance(layer, keras.Model):
@@ -106,24 +110,25 @@ def _named_layers(model, path=""):
 
 
 def match_moments(model: keras.Model, source: keras.Model, images: tf.Tensor) -> None:
-    """Set gamma and beta of every GroupNorm so that each channel has, over `images`, the mean and the deviation that
-    the layer of the same name gives it in `source`.
+    """Set gamma and beta of every GroupNorm so that, over `images`, the mean and standard deviation of each channel are
+    those of the layer with the same name in `source`.
 
-    Let xhat be what GroupNorm makes of its input at gamma = 1 and beta = 0, with mean a and standard deviation d over
-    all images and positions, and m and s the mean and deviation wanted. Then y = gamma * xhat + beta has the mean
-    gamma * a + beta and the deviation |gamma| * d, so
+    Let xhat be the output of GroupNorm with gamma = 1 and beta = 0, with mean a and standard deviation d over all images
+    and positions, and let m and s be mean and standard deviation in `source`. Then y = gamma * xhat + beta has the mean
+    gamma * a + beta and the standard deviation |gamma| * d, so
 
         gamma = s / d, with the sign of the source's gamma      (0 where d is 0)
         beta  = m - gamma * a
 
-    Layers are set from the input on, since each changes what the next one sees.
+    Layers are set in order from the input, because each changes the input of the next.
 
     Args:
-        model, source: functional or Sequential models of the same inputs and layer names.
-        images: [N, ...], of which a hundred or more tell moments well.
+        model, source: functional or Sequential models with the same inputs and layer names.
+        images: [N, ...], at least a hundred for accurate moments.
 
     Raises:
-        ValueError: naming the layer, if source uses it more than once: there are several means to keep.
+        ValueError: naming the layer, if source uses it more than once, because one gamma and beta cannot match several
+            means.
     """
     sources = dict(_named_layers(source))
     pairs = [(layer, sources[path]) for path, layer in _named_layers(model) if isinstance(layer, GroupNorm)]
@@ -141,7 +146,7 @@ def match_moments(model: keras.Model, source: keras.Model, images: tf.Tensor) ->
 def _channel_moments(model, layers, images, batch_size=64):
     """Mean and standard deviation [C] in float64 of each layer's output over all images and positions, in inference.
 
-    The layers' calls are recorded while the model runs, as a layer of a nested model is no output of the outer one.
+    Each layer's call is wrapped to record its output, because the outer model cannot return layers of nested models.
     """
     records = [[] for _ in layers]
 
@@ -162,13 +167,13 @@ def _channel_moments(model, layers, images, batch_size=64):
             model(images[start : start + batch_size], training=False)
     finally:
         for layer in layers:
-            del layer.call  # the method of its class again
+            del layer.call  # restores the method of its class
     moments = []
     for layer, record in zip(layers, records):
         if len(record) != len(starts):
             raise ValueError(
-                f"layer {layer.name!r} is used {len(record) // len(starts)} times: one gamma and beta cannot keep the "
-                f"moments of all; use a layer for each, or leave images out"
+                f"layer {layer.name!r} is used {len(record) // len(starts)} times, but one gamma and beta cannot match "
+                f"all their moments: use one layer for each, or call without images"
             )
         sizes, means, variances = zip(*record)
         mean = np.average(means, axis=0, weights=sizes)

@@ -1,4 +1,4 @@
-"""Write a network into files that load without this repo, and check that they compute what it computes.
+"""Export a network to files that load without this repo, and check that their logits equal the network's.
 
 python evaler.py --dataset CIFAR10 --export exported
 """
@@ -18,7 +18,7 @@ from command import UserError, ExternalError, one_line, sync
 from config import flags_given, read_config, versions
 from input_ops import create_input_ops, to_float
 
-TOLERANCE = 1e-5  # largest difference of a logit, times the largest logit where that is above 1: 24 bits round so
+TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit if it exceeds 1: float32 rounding
 CHECKED_IMAGES = 500  # of the test split
 CARD = """\
 # {model} for {dataset}
@@ -26,12 +26,12 @@ CARD = """\
 | | |
 | --- | --- |
 {table}
-Each file was loaded again, and its logits were compared with the network's on {images} test images. The largest is
-{largest:.3g}.
+Each file was loaded again, and its logits were compared with the network's on {images} test images. The largest logit
+is {largest:.3g}.
 
 {from_file}## saved_model
 
-Largest difference of a logit: {saved_model:.1e}. TensorFlow alone loads it; it trains on as the run did.
+Largest difference of a logit: {saved_model:.1e}. It needs only TensorFlow, and further training works as in the run.
 
 ```python
 import tensorflow as tf
@@ -40,11 +40,11 @@ exported = tf.saved_model.load("saved_model")
 class_names = [name.decode() for name in exported.class_names.numpy()]
 
 
-def predict(images):  # {format}; there are "probabilities" too
+def predict(images):  # {format}; serve also returns "probabilities"
     return exported.serve(images)["logits"].numpy()
 
 
-def gradients(images, labels):  # to train on: those of exported.trainable_weights; labels int [N]
+def gradients(images, labels):  # of exported.trainable_weights, for further training; labels int [N]
     with tf.GradientTape() as tape:
         logits = exported.serve(images, training=True)["logits"]
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
@@ -53,8 +53,8 @@ def gradients(images, labels):  # to train on: those of exported.trainable_weigh
 
 ## model.keras
 
-Largest difference of a logit: {keras:.1e}. Of Keras' own layers{folded}. Where their packages are installed,
-`network.export("model.onnx", format="onnx")` and `format="litert"` make further formats.
+Largest difference of a logit: {keras:.1e}. It contains only Keras' own layers{folded}. If their packages are installed,
+`network.export("model.onnx", format="onnx")` and `format="litert"` write other formats.
 
 ```python
 import keras
@@ -66,7 +66,7 @@ def predict(images):  # {format}
     return network.predict({scaled}, verbose=0)
 
 
-def fit(images, labels):  # to train on; labels int [N]
+def fit(images, labels):  # for further training; labels int [N]
     network.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     network.fit({scaled}, labels)
 ```
@@ -95,27 +95,27 @@ image = image.crop((left, top, left + 224, top + 224))"""
 
 
 def check_folder(folder) -> None:
-    """Raise UserError unless `folder` can be made."""
+    """Raise UserError unless `folder` can be created, or is an empty folder."""
     given, folder = folder, Path(os.path.abspath(folder))
     replaceable = folder.is_dir() and not folder.is_symlink() and folder != Path.cwd() and not any(folder.iterdir())
     if os.path.lexists(folder) and not replaceable:
-        raise UserError(f"--export {str(given)!r} is there, and no empty folder: name one that is not there yet")
+        raise UserError(f"--export {str(given)!r} exists and cannot be replaced: give a new folder or an empty one")
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
-        raise UserError(f"--export {folder}: {folder.parent} is no folder to write in: make it, or name another")
+        raise UserError(f"--export {folder}: {folder.parent} is not a writable folder: create it, or give another")
 
 
 def write(model, test, folder, run_dir, step, accuracy) -> None:
-    """Make `folder` with saved_model, model.keras and README.md; complete or not at all.
+    """Create `folder` with saved_model, model.keras and README.md, completely or not at all.
 
     Args:
         model: the network, in float32.
-        test: the test split, a datasets.hdf5.Dataset, on whose first CHECKED_IMAGES images the files are checked.
-        folder: one that check_folder lets pass.
-        run_dir, step: where the weights are from.
+        test: the test split, a datasets.hdf5.Dataset, whose first CHECKED_IMAGES images are used for the check.
+        folder: a path that passes check_folder.
+        run_dir, step: the run and the step of the weights.
         accuracy: of the network on the test split.
 
     Raises:
-        ExternalError: if a file cannot be written, or its logits differ.
+        ExternalError: if a file cannot be written, or its logits differ from the network's.
     """
     folder = Path(os.path.abspath(folder))
     try:
@@ -130,16 +130,18 @@ def write(model, test, folder, run_dir, step, accuracy) -> None:
             for path in [*made.rglob("*"), made]:
                 sync(path)
             os.replace(made, folder)
-    except (OSError, tf.errors.OpError) as error:  # the disk is full, in Python's and in TensorFlow's words
+    except (OSError, tf.errors.OpError) as error:  # a full disk, reported by Python or by TensorFlow
         raise ExternalError(f"--export {folder} could not be written: {error}; nothing was exported") from error
     for name, difference in differences.items():
         print(f"wrote {folder / name}: largest difference of a logit {difference:.1e}")
 
 
 def write_saved_model(model, test, path) -> None:
-    """A SavedModel of the network for images as test stores them, [N, h, w, c]: serve(images, training=False) gives a
-    dict of logits and probabilities, [N, K]; class_names [K] strings, and trainable_weights, which serve has gradients
-    of."""
+    """Write a SavedModel of the network for images [N, h, w, c] as `test` stores them.
+
+    It has serve(images, training=False), which returns a dict of logits and probabilities, [N, K] each, class_names [K]
+    strings, and trainable_weights, for which serve has gradients.
+    """
     module = tf.Module()
     module.class_names = tf.Variable(test.class_names, trainable=False)
     module.trainable_weights = [variable.value for variable in model.trainable_variables]
@@ -162,17 +164,17 @@ def write_saved_model(model, test, path) -> None:
 
 
 def to_keras_layers(model):
-    """The same network of Keras' own layers alone: a file of it is loaded, and trained on, without this repo.
+    """Copy a network with Keras' own layers only, so that its file loads and trains without this repo.
 
-    Weights that are standardized before each use become the kernels, and the scalar of SkipInit goes into the kernel
-    and bias of the convolution before it. Training on is therefore without both, and Keras' batch norm moves the
-    batch's own variance where ops.BatchNorm moves the unbiased one.
+    Standardized weights become the kernels, and the scalar of SkipInit is multiplied into the kernel and bias of the
+    convolution before it. Further training therefore has neither. Keras' batch norm also averages the biased variance
+    of the batch, but ops.BatchNorm the unbiased one.
 
     Args:
         model: a functional Keras model of any layers; those of ops.py and layers.py are replaced.
 
     Returns:
-        A model with weights of its own, from the same inputs to the same outputs in inference but for rounding.
+        A new model with its own weights and the same outputs in inference, except for rounding.
 
     Raises:
         ValueError: if a SkipInit does not follow a linear convolution whose output nothing else uses.
@@ -206,13 +208,13 @@ def to_keras_layers(model):
 
 
 def convolution_before(layer):
-    """The convolution that a SkipInit scales; ValueError if the scalar cannot go into its kernel and bias."""
+    """The convolution before a SkipInit; ValueError if the scalar cannot be multiplied into its kernel and bias."""
     before = layer.input._keras_history.operation
     linear = isinstance(before, keras.layers.Conv2D) and before.activation is keras.activations.linear
     if not linear or len(before._outbound_nodes) != 1:
         raise ValueError(
-            f"{layer.name} follows {before.name}: its scalar can go into a convolution without activation whose "
-            "output nothing else uses"
+            f"{layer.name} follows {before.name}, but its scalar needs a convolution without activation whose output "
+            "nothing else uses"
         )
     return before
 
@@ -220,22 +222,20 @@ def convolution_before(layer):
 def check(model, test, folder) -> tuple[dict, float]:
     """({file: largest difference of a logit}, the largest logit) on test images; ExternalError above TOLERANCE."""
     chosen = test.subset(np.arange(min(len(test), CHECKED_IMAGES)), is_train=False)
-    exported, network = (
-        tf.saved_model.load(str(folder / "saved_model")),
-        keras.models.load_model(folder / "model.keras"),
-    )
+    exported = tf.saved_model.load(str(folder / "saved_model"))
+    network = keras.models.load_model(folder / "model.keras")
     differences, largest = {"saved_model": 0.0, "model.keras": 0.0}, 0.0
     for images, _ in create_input_ops(chosen, 100, is_training=False):
-        if test.dtype == np.uint8:  # as an export takes them: rounded, where they were resized
+        if test.dtype == np.uint8:  # exports take uint8; resized images are rounded
             images = tf.cast(tf.round(images * 255), tf.uint8)
         expected = model(to_float(images), training=False)
-        made = {"saved_model": exported.serve(images)["logits"], "model.keras": network(to_float(images))}
+        found = {"saved_model": exported.serve(images)["logits"], "model.keras": network(to_float(images))}
         largest = max(largest, float(tf.reduce_max(tf.abs(expected))))
-        for name, logits in made.items():
-            found = float(tf.reduce_max(tf.abs(logits - expected)))
-            differences[name] = float(np.maximum(differences[name], found))  # NaN, if there is one
+        for name, logits in found.items():
+            difference = float(tf.reduce_max(tf.abs(logits - expected)))
+            differences[name] = float(np.maximum(differences[name], difference))  # keeps NaN
     for name, difference in differences.items():
-        if not difference <= TOLERANCE * max(1.0, largest):  # nor NaN
+        if not difference <= TOLERANCE * max(1.0, largest):  # also if it is NaN
             raise ExternalError(
                 f"a logit of {name} differs by {difference:.1e} from the network's: nothing was exported"
             )
@@ -243,7 +243,7 @@ def check(model, test, folder) -> tuple[dict, float]:
 
 
 def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
-    """README.md of an export: what it is, how good, where from, and how each file is loaded."""
+    """The README.md of an export: the network, its accuracy and origin, and how to load each file."""
     config, data = read_config(run_dir)
     stored = json.loads((Path(run_dir) / "config.json").read_text())
     shape = ", ".join(map(str, test.network_shape))
@@ -259,16 +259,16 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
         "trained": f"`trainer.py {' '.join(f'--{n}' if v is True else f'--{n} {v}' for n, v in given)}`, {step} steps",
         "run": Path(run_dir).resolve().name,
         "commit": source.get("commit", "unknown") + ", changed" * bool(source.get("changed")),
-        "versions, training": in_words(stored.get("versions", {})),
-        "versions, export": in_words(versions()),
+        "versions, training": format_versions(stored.get("versions", {})),
+        "versions, export": format_versions(versions()),
         "classes, in the order of the logits": ", ".join(test.class_names),
     }
     if test.image_shape[2] in (1, 3):
-        how = "the shorter side to 256 pixels, of which the centre" if test.encoded else "bilinearly to that size"
+        how = "the shorter side to 256 pixels, then cropped to the centre" if test.encoded else "bilinearly"
         colours = "RGB" if test.image_shape[2] == 3 else "luminance"
-        rows["an image file becomes one"] = f"turned upright, {colours}, transparent parts on white, resized: {how}"
-    folded = ["the kernels are the standardized ones"] * config.weight_standardization
-    folded += ["the scalars of SkipInit were multiplied into the kernels"] * (config.norm_type == "none")
+        rows["image files"] = f"turned upright, {colours}, transparent parts on white, resized: {how}"
+    folded = ["the kernels are already standardized"] * config.weight_standardization
+    folded += ["the scalars of SkipInit are multiplied into the kernels"] * (config.norm_type == "none")
     height, width, channels = test.network_shape
     lines = CENTRE_CROP if test.encoded else RESIZE.format(width=width, height=height)
     lines += '\nimage = image.convert("L")' if channels == 1 else ""
@@ -286,19 +286,19 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
         scaled='(images / 255).astype("float32")' if is_uint8 else "images",
         saved_model=differences["saved_model"],
         keras=differences["model.keras"],
-        folded=f": {' and '.join(folded)}; it trains on without that" if folded else "",
+        folded=f": {' and '.join(folded)}, which further training does not repeat" if folded else "",
     )
 
 
 def describe_norm(config) -> str:
-    """The norm of a network with what its name leaves open."""
-    words = [config.norm_type]
+    """The norm of a network with its groups and weight standardization."""
+    parts = [config.norm_type]
     if config.norm_type == "group":
-        words.append(f"{config.group_size} channels per group" if config.group_size else f"{config.groups} groups")
-    return ", ".join(words + ["weight standardization"] * config.weight_standardization)
+        parts.append(f"{config.group_size} channels per group" if config.group_size else f"{config.groups} groups")
+    return ", ".join(parts + ["weight standardization"] * config.weight_standardization)
 
 
-def in_words(versions) -> str:
+def format_versions(versions) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"
 
 
