@@ -106,8 +106,8 @@ class State:
         with self.strategy.scope():  # only the variables that replicas use: each one made here costs a collective
             self.optimizer = Optimizer(config.optimizer, self.weights)
             self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-            self.sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in [0.0, *self.weights]]
-            self.sums = self.sums if config.accumulate else []
+            summed = [0.0, *self.weights] if config.accumulate else []
+            self.sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in summed]
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.recent = tf.Variable(tf.zeros([config.log_step, 3], tf.float64), trainable=False)
         self.window = self.recent.numpy()
