@@ -113,9 +113,9 @@ def match_moments(model: keras.Model, source: keras.Model, images: tf.Tensor) ->
     """Set gamma and beta of every GroupNorm so that, over `images`, the mean and standard deviation of each channel are
     those of the layer with the same name in `source`.
 
-    Let xhat be the output of GroupNorm with gamma = 1 and beta = 0, with mean a and standard deviation d over all images
-    and positions, and let m and s be mean and standard deviation in `source`. Then y = gamma * xhat + beta has the mean
-    gamma * a + beta and the standard deviation |gamma| * d, so
+    Let xhat be the output of GroupNorm with gamma = 1 and beta = 0, with mean a and standard deviation d over all
+    images and positions, and let m and s be the mean and standard deviation in `source`. Then y = gamma * xhat + beta
+    has the mean gamma * a + beta and the standard deviation |gamma| * d, so
 
         gamma = s / d, with the sign of the source's gamma      (0 where d is 0)
         beta  = m - gamma * a
