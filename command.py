@@ -167,7 +167,7 @@ def within(kind, low=None, above=None):
             raise argparse.ArgumentTypeError(f"must be a number above {above}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse says 'invalid int value'
+    parse.__name__ = kind.__name__  # argparse prints it: 'invalid int value'
     return parse
 
 

@@ -354,7 +354,7 @@ def main(flags):
 
     split = test if flags.split == "test" else train
     split_name = "validation" if flags.validation else flags.split
-    weights = model.get_weights()  # as training left them
+    weights = model.get_weights()  # before re-estimation changes the moving statistics
     measured = measure_all(flags, config, model, train, split, f"{config.dataset} {split_name}")
     result = measured["accuracy"]
     with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):

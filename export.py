@@ -1,4 +1,4 @@
-"""Export a network to files that load without this repo, and check that their logits equal the network's.
+"""Export a network to files that load without this repo, and check that they compute the same logits.
 
 python evaler.py --dataset CIFAR10 --export exported
 """
@@ -264,9 +264,9 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
         "classes, in the order of the logits": ", ".join(test.class_names),
     }
     if test.image_shape[2] in (1, 3):
-        how = "the shorter side to 256 pixels, then cropped to the centre" if test.encoded else "bilinearly"
+        how = "to 256 pixels on the shorter side, cropped to the centre" if test.encoded else "bilinearly"
         colours = "RGB" if test.image_shape[2] == 3 else "luminance"
-        rows["image files"] = f"turned upright, {colours}, transparent parts on white, resized: {how}"
+        rows["image files"] = f"turned upright, {colours}, transparent parts on white, resized {how}"
     folded = ["the kernels are already standardized"] * config.weight_standardization
     folded += ["the scalars of SkipInit are multiplied into the kernels"] * (config.norm_type == "none")
     height, width, channels = test.network_shape

@@ -196,7 +196,7 @@ def part(values, parts: int):
 
 def map_parts(strategy, function, *values):
     """Return function(*values) of values [B, ...]: each replica of this process computes a part of the results."""
-    parts = max(1, strategy.num_replicas_in_sync // len(workers().addresses))  # 0 with the default strategy
+    parts = max(1, strategy.num_replicas_in_sync // len(workers().addresses))  # the default strategy has one replica
     if parts == 1:
         return strategy.run(function, values)
     results = strategy.run(lambda *values: function(*(part(value, parts) for value in values)), values)

@@ -309,7 +309,7 @@ class Interruption:
 
 
 def make_test(state, test, interruption):
-    """Make a function that returns {"test_loss/accuracy": ...} of the complete test split, shared by all workers."""
+    """Make a function that tests on the complete test split, shared by all workers: {"test_loss/accuracy": ...}."""
     who = configuration.workers()
     test_here = test.subset(replicas.test_share(who, len(test)), is_train=False)
     batches = create_input_ops(test_here, configuration.EVALUATION_BATCH, is_training=False)
@@ -419,9 +419,9 @@ def print_plan(config, train, test):
         updates = f"one update each, of {config.batches_per_step} batches"
     size, norm = "x".join(map(str, train.network_shape)), config.arm.removesuffix("+acc")
     shown = {
-        "flip+crop": "mirrored and cut at random (--augment crop: not mirrored, for digits and signs; --no_augment)",
+        "flip+crop": "mirrored and cut at random (--augment crop: cut only, as for digits and signs; --no_augment)",
         "crop": "cut at random, not mirrored",
-        None: "unchanged (--augment crop: cut at random; --augment: also mirrored)",
+        None: "unchanged (--augment crop: cut at random; --augment: mirrored and cut at random)",
     }
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
