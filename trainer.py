@@ -511,10 +511,8 @@ def train_and_report(run_dir, state, train, test, interruption):
     else:
         accuracy = runs.read_run(run_dir).accuracies["accuracy"]
         print(
-            f"done: {config.max_training_step} steps, test accuracy {100 * accuracy:.2f} %; for the accuracy by class, the "
-            f"mistakes and the curves, run
-  python evaler.py {run_dir}
-  tensorboard --logdir {run_dir.parent}"
+            f"done: {config.max_training_step} steps, test accuracy {100 * accuracy:.2f} %; for the accuracy by class, "
+            f"the mistakes and the curves, run\n  python evaler.py {run_dir}\n  tensorboard --logdir {run_dir.parent}"
         )
 
 
