@@ -28,7 +28,8 @@ LARGE_RESNETS = {  # arXiv 1512.03385, table 1: whether blocks are bottlenecks, 
 }
 MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
 NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # renorm: arXiv 1702.03275
-NORMS = (*NORM_TYPES[:-1], *(f"{norm}+ws" for norm in NORM_TYPES[:-1]), NORM_TYPES[-1])  # ws: arXiv 1903.10520
+PLAIN_NORMS = tuple(norm for norm in NORM_TYPES if norm != "batch+renorm")
+NORMS = (*PLAIN_NORMS, *(f"{norm}+ws" for norm in PLAIN_NORMS), "batch+renorm")  # ws: arXiv 1903.10520
 ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))  # the values of --norm_type
 AUGMENTATIONS = ("crop", "flip+crop")
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe

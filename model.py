@@ -206,17 +206,18 @@ def print_memory(name, image_shape, num_classes, batch_sizes):
     case = {"model": name, "image_shape": image_shape, "num_classes": num_classes}
     script = str(Path(__file__).parent / "figure" / "speed.py")
     for batch_size in batch_sizes:
-        line = f"{batch_size:>10}"
+        line, failure = f"{batch_size:>10}", ""
         for norm in norms:
             flag = json.dumps(["memory", {**case, "batch_size": batch_size, "norm_type": norm}])
             done = subprocess.run([sys.executable, script, "steps", "--case", flag], capture_output=True, text=True)
             if done.returncode:
-                line += f"{'-':>8}"  # most likely out of memory
+                line += f"{'-':>8}"
+                failure = f"{norm} norm at batch size {batch_size}: {one_line(done.stderr[-300:]) or 'out of memory'}"
             else:
                 line += f"{int(done.stdout.splitlines()[-1]) / 1e9:>8.2f}"
         print(line, flush=True)
-        if done.returncode:
-            raise ExternalError(f"{norm} norm at batch size {batch_size}: {one_line(done.stderr[-300:]) or 'killed'}")
+        if failure:
+            raise ExternalError(failure)
 
 
 def main(flags):

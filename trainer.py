@@ -379,8 +379,8 @@ def end_diverged(state, log, loss):
     log.add({"step": step, "diverged": True})
     log.close()
     raise ExternalError(
-        f"training diverged at step {step}: the loss {loss} or its gradient is not finite at learning rate "
-        f"{float(state.optimizer.learning_rate.numpy()):g}; "
+        f"training diverged at step {step}: the loss {loss} or its gradient is not finite with --learning_rate "
+        f"{state.config.base_learning_rate:g}; "
         + (f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet")
         + "; start a new run with a smaller --learning_rate"
     )
@@ -490,7 +490,7 @@ def train_and_report(run_dir, state, train, test, interruption):
     except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
         # Memory or disk is full, or a file exceeds the size limit.
         raise ExternalError(
-            f"{run_dir}: {error.message}; free memory or disk space, and continue with --resume {run_dir}"
+            f"{shown_dir}: {error.message}; free memory or disk space, and continue with --resume {shown_dir}"
         ) from error
     except tf.errors.OpError as error:
         if len(who.addresses) == 1:

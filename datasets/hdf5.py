@@ -102,7 +102,7 @@ def fill(file, source, bar):
             image[len(image) - sum(lengths[start:]) :] = np.frombuffer(b"".join(images), np.uint8)
         elif images.shape[1:] != tuple(shape) or stop > total:
             raise UserError(
-                f"images {start} to {stop} have the shape {images.shape[1:]}: expected {total} images of {shape}"
+                f"images {start} to {stop - 1} have the shape {images.shape[1:]}: expected {total} images of {shape}"
             )
         else:
             image[start:stop] = images

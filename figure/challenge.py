@@ -37,6 +37,10 @@ def challenge(folder, number, steps, data_dir):
         raise UserError(f"none of the {len(found)} runs of {folder} can be trained here: see the reasons above")
     chosen = random.sample(possible, min(number, len(possible)))
     print(f"{len(chosen)} of {len(possible)} runs, {steps} steps each", flush=True)
+    for run in chosen:
+        there, here = stored_config(run)["data"].get("made_from"), made_from(run, data_dir)
+        if there != here:
+            print(f"note: the images may differ: {run.path.name} was trained on {there}; here are {here}")
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
@@ -45,6 +49,11 @@ def challenge(folder, number, steps, data_dir):
 
 def stored_config(run):
     return json.loads((run.path / "config.json").read_text())
+
+
+def made_from(run, data_dir):
+    """Return what the data of a run were packed from here."""
+    return datasets.create_default_splits(run.config.dataset, data_dir)[0].made_from
 
 
 def find_problem(run, data_dir):

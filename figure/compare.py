@@ -13,6 +13,7 @@ trainer.py. Writes table.md, results.csv, batch_size.png and curves.png to --tra
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import queue
 import signal
@@ -63,7 +64,7 @@ def parse_flags(argv=None):
     parser.add_argument("--groups", type=int, help="number of groups of group norm")
     parser.add_argument("--group_size", type=int, help="channels per group of group norm")
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per cell, with the seeds 0, 1, ...")
-    parser.add_argument("--train_dir", default="studies/comparison", help="folder of the run folders")
+    parser.add_argument("--train_dir", help="folder of the run folders, by default studies/DATASET")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of the datasets")
     jobs = "processes to run at the same time, each on its own cores"
     parser.add_argument("--jobs", type=within(int, low=1), default=len(available_cores()), help=jobs)
@@ -95,6 +96,7 @@ def parse_flags(argv=None):
         if name in passed:
             rest.remove(f"--{name}")
             flags.norm_type = [arm if suffix in arm else with_suffix(arm, suffix) for arm in flags.norm_type]
+    flags.train_dir = flags.train_dir or f"studies/{flags.dataset}"
     if not {"epochs", "max_training_step"} & set(passed):
         rest += ["--epochs", str(EPOCHS)]
     for name in ("log_step", "write_summary_step"):
@@ -339,13 +341,10 @@ def print_plan(cells, flags):
         source = "two trial runs of 12 steps"
         with tempfile.TemporaryDirectory() as folder:
             for cell in {min(cells, key=lambda c: c.batch_size), max(cells, key=lambda c: c.batch_size)}:
-                changed = cell.flags
-                for name in ("--epochs", "--max_training_step"):  # and their values
-                    index = changed.index(name) if name in changed else len(changed)
-                    changed = changed[:index] + changed[index + 2 :]
-                trial = "--max_training_step 12 --log_step 4 --test_sample_step 1000000 --train_dir".split()
-                command = [sys.executable, str(ROOT / "trainer.py"), *changed, *trial, folder]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                short = {"max_training_step": 12, "warmup_steps": 0, "log_step": 4, "test_sample_step": 1_000_000}
+                trial = challenge.flags_of(dataclasses.replace(cell.config, **short))
+                places = ["--train_dir", folder, "--data_dir", flags.data_dir]
+                Processes(flags.jobs).run(["trainer.py", *trial, *places], os.path.join(folder, "log"))
             speeds = images_per_second(read_runs([folder]))
     to_do = [cell for cell in cells if not is_done(cell, runs)]
     seconds = sum(cell.images / speeds[min(speeds, key=lambda size: abs(size - cell.batch_size))] for cell in to_do)
@@ -372,10 +371,12 @@ def report(runs, folder, called=None):
     print(text)
     (folder / "table.md").write_text(text)
     results.write_csv(runs, folder / "results.csv")
+    drawn = ""
     if any(run.state == "finished" for run in runs):
         pictures.draw_batch_sizes(found, folder / "batch_size.png")
         pictures.draw_curves(found, folder / "curves.png")
-    print(f"wrote table.md, results.csv and pictures to {folder}")
+        drawn = " and pictures"
+    print(f"wrote table.md, results.csv{drawn} to {folder}")
 
 
 def main():

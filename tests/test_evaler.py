@@ -3,6 +3,7 @@
 python -m pytest tests/test_evaler.py
 """
 
+import csv
 import json
 import shutil
 
@@ -69,7 +70,11 @@ def test_statistics_are_reestimated_over_training_images_as_the_run_saw_them(bat
 
 def test_summaries_and_mistakes_are_pictures(batch_run):
     run_dir, _ = batch_run
-    assert iio.imread(run_dir / "mistakes.png").shape[:2] == (1100, 1000)
+    assert iio.imread(run_dir / "mistakes.png").shape[:2] == (1200, 1100)
+    assert iio.imread(run_dir / "confusion.png").shape[:2] == (720, 800)
+    with open(run_dir / "classes.csv", newline="") as file:
+        found = [(row["class"], float(row["accuracy"])) for row in csv.DictReader(file)]
+    assert found == list(zip(map(str, range(10)), scripts.results_of(run_dir)["accuracy"]["per_class_accuracy"]))
     assert ("evaluation_test/accuracy", 12) in scripts.scalars(run_dir)
     pictures = {tag: value for tag, _, value in scripts.shown(run_dir, "images")}
     width, height, picture = pictures["evaluation_test/confusion"][:3]
@@ -180,6 +185,7 @@ def test_evaluate_by_hand():
             tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], tf.gather(logits, rows)),
             tf.argmax(tf.gather(logits, rows), axis=1),
             tf.ones([len(rows)], tf.bool),
+            tf.reduce_max(tf.exp(tf.gather(logits, rows)), axis=1),
         )
 
     batches = [(np.array(rows), None) for rows in ([0, 1], [2, 3], [4])]
@@ -188,6 +194,7 @@ def test_evaluate_by_hand():
     assert result["per_class_accuracy"] == [1 / 3, 1 / 2, None]
     assert result["loss"] == pytest.approx(-np.log([0.7, 0.8, 0.3, 0.2, 0.4]).mean())
     assert result["confusion"].tolist() == [[1, 1, 1], [1, 1, 0], [0, 0, 0]]
+    np.testing.assert_allclose(result["probabilities"], [0.7, 0.8, 0.4, 0.6, 0.5])
 
 
 @pytest.mark.parametrize("images, shape", [((3, 4, 5, 3), (1, 8, 10, 3)), ((70, 2, 2, 1), (1, 16, 16, 1))])

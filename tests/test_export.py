@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import scripts
 import tensorflow as tf
+from PIL import Image
 
 import export
 import layers
@@ -101,7 +102,9 @@ def test_the_lines_of_the_readme_run_elsewhere(exported, run_dir, digits, tmp_pa
     np.save(place / "images.npy", images)
     np.save(place / "labels.npy", labels)
     blocks = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)
-    code = blocks[0] + ELSEWHERE + blocks[1] + ELSEWHERE_KERAS
+    Image.fromarray(images[0, ..., 0]).save(place / "a.png")
+    of_file = blocks[0] + '\nassert np.array_equal(images, np.load("images.npy")[:1]) and images.dtype == np.uint8\n'
+    code = of_file + blocks[1] + ELSEWHERE + blocks[2] + ELSEWHERE_KERAS
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(digits[1].class_names)

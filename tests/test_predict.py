@@ -314,7 +314,7 @@ def test_folders_are_searched_and_files_are_taken_as_named(tmp_path, capsys):
     found = folder.find_images([str(tmp_path / "notes.txt"), str(tmp_path)])
     assert [os.path.relpath(path, tmp_path) for path in found] == ["notes.txt", "a.gif", "b/a/y.jpg", "b/x.PNG"]
     said = capsys.readouterr().out
-    assert "2 files" in said and f"{tmp_path}/notes.txt" in said
+    assert "1 .png" in said and f"{tmp_path}/pipe.png" in said and f"{tmp_path}/notes.txt" in said
 
 
 def test_paths_that_cannot_be_predicted(pets, tmp_path):
