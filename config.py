@@ -611,6 +611,12 @@ def read_config(run_dir) -> tuple[Config, dict]:
     return Config(**{name: value for name, value in settings.items() if name in known}), data
 
 
+def data_dir_of(config: Config, given: str) -> str:
+    """Return the data folder of a stored run: `given`, or instead of the default its own folder, if that exists."""
+    stored = config.data_dir
+    return stored if given == datasets.DATA_DIR and stored and os.path.isdir(stored) else given
+
+
 def flags_given(run_dir) -> dict:
     """The flags of a run that differ from their defaults, without local ones such as paths."""
     given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]

@@ -338,9 +338,7 @@ def main(flags):
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, data = configuration.read_config(run_dir)
     check_request(flags, run_dir, config)
-    data_dir = flags.data_dir
-    if data_dir == datasets.DATA_DIR:  # not given: use the run's folder
-        data_dir = config.data_dir or data_dir
+    data_dir = configuration.data_dir_of(config, flags.data_dir)
     train, test = datasets.create_default_splits(config.dataset, data_dir, validation=flags.validation)
     configuration.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
     if flags.predict:

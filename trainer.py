@@ -395,9 +395,7 @@ def reopen(run_dir, flags):
             f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
             f"{configuration.number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
         )
-    data_dir = flags.data_dir
-    if data_dir == datasets.DATA_DIR:  # not given; config.data_dir is None if the run used the default folder
-        data_dir = config.data_dir or data_dir
+    data_dir = configuration.data_dir_of(config, flags.data_dir)
     config = dataclasses.replace(config, data_dir=data_dir, replicas=here, worker_timeout=flags.worker_timeout)
     splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
     configuration.check_data(run_dir, data, *splits)
