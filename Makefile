@@ -13,7 +13,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check --quiet .
-	$(VENV)/python -m pytest
+	folder=$$(mktemp -d) && trap 'rm -rf $$folder' EXIT && TMPDIR=$$folder $(VENV)/python -m pytest  # leaves nothing behind
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
