@@ -8,18 +8,21 @@ Integer images must be in 0 ... 255 and become uint8; float images must be finit
 """
 
 import contextlib
+import hashlib
 import itertools
 import os
+import zipfile
 
 import h5py
 import numpy as np
 
-from command import UserError
+from command import UserError, whole_file
 from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, reading
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
+MANY_IDS, CACHE = 5000, ".cache.npz"
 LARGEST_FLOAT = 20.0  # larger float images were probably not scaled for a network
 
 
@@ -46,8 +49,7 @@ def open_own(folder, name):
         raise UserError(f"dataset {name}: {folder} has {problem}")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
-    with reading(path), h5py.File(path, "r", locking=False) as file:
-        labels, num_classes, images = read_examples(file, ids, len(train_ids))
+    labels, num_classes, images = read_or_reuse(path, ids, len(train_ids))
     if len(set(labels[: len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all training images are of class {labels[0]}: a classifier needs at least 2 classes")
     names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
@@ -97,6 +99,29 @@ def read_splits(folder):
     if both is not None:
         raise UserError(f"{files[1]}: id {both!r} is in id_train.txt too: train and test must not overlap")
     return train, test
+
+
+def read_or_reuse(path, ids, num_train):
+    """Return read_examples() of a file. Of many ids a copy is kept beside the file, which opens a hundred times as
+    fast; it is used as long as the file and the ids are the same."""
+    copy, status = path + CACHE, os.stat(path)
+    names = hashlib.sha256("\n".join([str(num_train), *ids]).encode()).hexdigest()
+    key = f"{status.st_size} {status.st_mtime_ns} {names}"
+    if len(ids) >= MANY_IDS:
+        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile), np.load(copy) as stored:
+            if stored["key"] == key:
+                images = []
+                for part in (stored["train"], stored["test"]):
+                    images.append(empty(part.shape, part.dtype))
+                    images[-1][...] = part
+                return stored["labels"], int(stored["num_classes"]), tuple(images)
+        print(f"reading {len(ids)} examples from {path}, which is fast from the second time on", flush=True)
+    with reading(path), h5py.File(path, "r", locking=False) as file:
+        labels, num_classes, images = read_examples(file, ids, num_train)
+    if len(ids) >= MANY_IDS:
+        with contextlib.suppress(OSError), whole_file(copy) as part, open(part, "wb") as file:
+            np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])
+    return labels, num_classes, images
 
 
 def examples(file, ids):

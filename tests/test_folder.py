@@ -122,3 +122,28 @@ def test_own_floats_of_a_range_that_networks_learn_badly_from_are_named(scale, w
     train, test = datasets.create_default_splits("Mine", str(tmp_path))
     assert sorted(train.ids + test.ids) == ids
     assert ("warning" in capsys.readouterr().out) == warned
+
+
+def test_many_own_ids_are_read_again_only_if_something_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.own, "MANY_IDS", 10)
+    images, ids = np.random.default_rng(0).random((10, 4, 3, 1), np.float32), [str(i) for i in range(10)]
+    folder = tmp_path / "Mine"
+
+    def same_as(images):
+        splits = datasets.create_default_splits("Mine", str(tmp_path))
+        found = {id: image for split in splits for id, image in zip(split.ids, split.images())}
+        return all(np.array_equal(found[id], image) for id, image in zip(ids, images))
+
+    archives.write_own(folder, ids, images, np.eye(2)[np.arange(10) % 2])
+    assert same_as(images)
+    with monkeypatch.context() as patch:
+        patch.delattr(datasets.own, "read_examples")
+        assert same_as(images)
+    archives.write_own(folder, ids, 1 - images, np.eye(2)[np.arange(10) % 2])
+    assert same_as(1 - images)
+    (folder / "id_train.txt").write_text("0\n1\n2\n3\n")
+    (folder / "id_test.txt").write_text("4\n5\n")
+    monkeypatch.setattr(datasets.own, "MANY_IDS", 5)
+    for _ in range(2):
+        assert [len(split) for split in datasets.create_default_splits("Mine", str(tmp_path))] == [4, 2]
+        (folder / "data.hy.cache.npz").write_bytes(b"broken")
