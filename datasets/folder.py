@@ -123,15 +123,11 @@ def first_shape(files):
 
 def warn_of_copies(train, test):
     """Print how many test images are copies of training images, with an example."""
-    sizes = collections.defaultdict(set)
-    for split, files in enumerate((train, test)):
-        for path, _ in files:
-            sizes[os.path.getsize(path)].add(split)
-    digests = [
-        {path: digest(path) for path, _ in files if len(sizes[os.path.getsize(path)]) == 2} for files in (train, test)
-    ]
-    originals = {value: path for path, value in digests[0].items()}
-    copies = [(path, originals[value]) for path, value in digests[1].items() if value in originals]
+    sizes = [{path: os.path.getsize(path) for path, _ in files} for files in (train, test)]
+    in_both = set(sizes[0].values()) & set(sizes[1].values())  # only files of the same size can be copies
+    originals, candidates = ([path for path in of_split if of_split[path] in in_both] for of_split in sizes)
+    originals = {digest(path): path for path in originals}
+    copies = [(path, original) for path in candidates if (original := originals.get(digest(path)))]
     if copies:
         print(
             f"warning: {len(copies)} of {len(test)} test images are copies of training images, which makes the test "

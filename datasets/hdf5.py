@@ -162,10 +162,15 @@ def open_array(file, name):
     data = file[name]
     if not isinstance(data, h5py.Dataset):
         raise UserError(f"{file.filename}: {name} is a group: expected an array")
-    creation = data.id.get_create_plist()
-    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
+    if not is_in_file(data.id):
         raise UserError(f"{file.filename}: {name} is stored in another file: copy the data into this one")
     return data
+
+
+def is_in_file(data):
+    """Return whether the values of an array, an h5py.h5d.DatasetID, are stored in its own file."""
+    creation = data.get_create_plist()
+    return creation.get_layout() != h5py.h5d.VIRTUAL and not creation.get_external_count()
 
 
 def is_packed(folder: str) -> bool:

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from command import UserError, whole_file
-from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, reading
+from datasets.hdf5 import IDS, Dataset, empty, first_repeated, is_in_file, open_array, reading
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
@@ -104,24 +104,29 @@ def read_splits(folder):
 def read_or_reuse(path, ids, num_train):
     """Return read_examples() of a file. Of many ids a copy is kept beside the file, which opens a hundred times as
     fast; it is used as long as the file and the ids are the same."""
+    if len(ids) < MANY_IDS:
+        return read_file(path, ids, num_train)
     copy, status = path + CACHE, os.stat(path)
     names = hashlib.sha256("\n".join([str(num_train), *ids]).encode()).hexdigest()
     key = f"{status.st_size} {status.st_mtime_ns} {names}"
-    if len(ids) >= MANY_IDS:
-        with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile), np.load(copy) as stored:
-            if stored["key"] == key:
-                images = []
-                for part in (stored["train"], stored["test"]):
-                    images.append(empty(part.shape, part.dtype))
-                    images[-1][...] = part
-                return stored["labels"], int(stored["num_classes"]), tuple(images)
-        print(f"reading {len(ids)} examples from {path}, which is fast from the second time on", flush=True)
-    with reading(path), h5py.File(path, "r", locking=False) as file:
-        labels, num_classes, images = read_examples(file, ids, num_train)
-    if len(ids) >= MANY_IDS:
-        with contextlib.suppress(OSError), whole_file(copy) as part, open(part, "wb") as file:
-            np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])
+    with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile), np.load(copy) as stored:
+        if stored["key"] == key:
+            images = []
+            for part in (stored["train"], stored["test"]):
+                images.append(empty(part.shape, part.dtype))
+                images[-1][...] = part
+            return stored["labels"], int(stored["num_classes"]), tuple(images)
+    print(f"reading {len(ids)} examples from {path}, which is fast from the second time on", flush=True)
+    labels, num_classes, images = read_file(path, ids, num_train)
+    with contextlib.suppress(OSError), whole_file(copy) as part, open(part, "wb") as file:
+        np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])
     return labels, num_classes, images
+
+
+def read_file(path, ids, num_train):
+    """Open a file for read_examples()."""
+    with reading(path), h5py.File(path, "r", locking=False) as file:
+        return read_examples(file, ids, num_train)
 
 
 def examples(file, ids):
@@ -145,9 +150,7 @@ def array_in(group, name):
     if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
         return None
     data = h5py.h5d.open(group, name)
-    creation = data.get_create_plist()
-    is_here = creation.get_layout() != h5py.h5d.VIRTUAL and not creation.get_external_count()
-    return data if is_here else None
+    return data if is_in_file(data) else None
 
 
 def values_of(data):

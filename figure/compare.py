@@ -119,12 +119,11 @@ class Cell:
     """One run of the grid: its norm, batch size and seed, its flags, and the settings that identify its folder."""
 
     def __init__(self, flags, rest, arm, batch_size, seed):
-        norm = arm.removesuffix("+acc").removesuffix("+ws")
         self.arm, self.batch_size, self.seed = arm, batch_size, seed
         self.name = f"{arm}, batch size {batch_size}, seed {seed}"
         self.flags = ["--dataset", flags.dataset, "--norm_type", arm, "--batch_size", str(batch_size)]
         self.flags += ["--seed", str(seed), "--train_dir", flags.train_dir, "--data_dir", flags.data_dir, *rest]
-        for name in ("groups", "group_size") if norm == "group" else ():
+        for name in ("groups", "group_size") if arm.startswith("group") else ():
             value = getattr(flags, name)
             self.flags += [f"--{name}", str(value)] if value is not None else []
 

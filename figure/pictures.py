@@ -37,9 +37,14 @@ def plain_title(table):
     """Return a short title: 'CIFAR-10, resnet8, 24 epochs, median and range of 3 seeds'."""
     name, model, *_ = table[0].split(", ")
     epochs = re.search(r"\((\S+) epochs\)", table[0])
-    most = max(len({run.config.seed for run in runs}) for runs in table[3].values())
+    most = most_seeds(table)
     seeds = f"median and range of {most} seeds" if most > 1 else "one seed"
     return ", ".join([name, model, *([f"{round(float(epochs[1]), 1):g} epochs"] if epochs else []), seeds])
+
+
+def most_seeds(table):
+    """Return the largest number of seeds in a cell of a table."""
+    return max(len({run.config.seed for run in runs}) for runs in table[3].values())
 
 
 def finding(table):
@@ -139,7 +144,7 @@ def draw_batch_sizes(found, path):
             part.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         else:
             name_ends(right, ends)
-    if any("range" in plain_title(table) for table in found):
+    if any(most_seeds(table) > 1 for table in found):
         figure.supxlabel("lines: medians; bands: from the smallest to the largest of the seeds", fontsize=8)
     figure.savefig(path, dpi=100)
 

@@ -1,10 +1,8 @@
 """download.py against a real server on the loopback, killed, run twice at once, and on a full disk."""
 
-import contextlib
 import hashlib
 import http.server
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -304,22 +302,11 @@ def big_archives(tmp_path_factory):
     return folder
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """Let no file grow beyond `size` bytes, in processes that are started here too: writing more fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_packing_that_ended_early_is_begun_anew(big_archives, tmp_path):
     """On a disk that is full at the first byte, in the middle, and at the end; or killed with -9."""
     flags = "--dataset", "MNIST", "--archive_dir", big_archives, "--data_dir", tmp_path, "--no_checksum"
     for size in (0, 200_000, 62_000_000):
-        with full_disk(size):
+        with scripts.full_disk(size):
             scripts.run("download.py", *flags, code=1)
         assert os.listdir(tmp_path / "mnist") == [".lock"]
     process, unfinished = start(*flags), tmp_path / "mnist" / "data.hdf5.unfinished"
@@ -336,7 +323,7 @@ def test_packing_that_ended_early_is_begun_anew(big_archives, tmp_path):
 
 def test_a_disk_that_is_full_while_fetching(server, tmp_path, call, fails):
     flags = "--dataset", "CIFAR10", "--data_dir", tmp_path
-    with full_disk(10_000):
+    with scripts.full_disk(10_000):
         fails(1, *flags)
     assert sorted(os.listdir(tmp_path / "cifar10")) == [".lock", FILE + ".part"]
     assert call(*flags)[0] == 0 and server.requests[-1] == ("/" + FILE, 10_000)
