@@ -213,18 +213,23 @@ def start(name, parse):
 def import_tensorflow():
     """Import TensorFlow without its messages about missing GPUs, which no setting suppresses.
 
+    Keras imports scikit-learn if it is installed, which takes a second that no script needs: it is hidden meanwhile.
+
     TF_CPP_MIN_LOG_LEVEL, if set, still controls later messages. TF_ENABLE_ONEDNN_OPTS becomes 1 unless set: on CPUs
     without AVX-512 TensorFlow does not use oneDNN's convolutions by default, but they are up to 5 times as fast.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if platform.machine() in ("x86_64", "AMD64"):
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    hides = sys.modules.setdefault("sklearn") is None  # to import a module that is None raises ImportError
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         import tensorflow  # noqa: F401
     finally:
+        if hides:
+            del sys.modules["sklearn"]
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(null)

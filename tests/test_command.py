@@ -15,9 +15,9 @@ from scripts import REPO, SMALL
 import command
 
 WAITS = """
-import command, signal
+import command, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
-command.run(lambda: (print("ready", flush=True), signal.pause()))
+command.run(lambda: (print("ready", flush=True), [time.sleep(0.1) for _ in range(300)]))
 """
 STARTS = """
 import runpy, sys
