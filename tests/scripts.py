@@ -147,9 +147,9 @@ def metrics(run_dir, without=TIMINGS):
     return [{key: value for key, value in row.items() if key not in without} for row in rows]
 
 
-def checkpoint(run_dir):
-    """All tensors of the newest checkpoint of a run, by name."""
-    reader = tf.train.load_checkpoint(tf.train.latest_checkpoint(run_dir))
+def checkpoint(run_dir, name=None):
+    """All tensors of a checkpoint of a run, by name; of the newest one unless named."""
+    reader = tf.train.load_checkpoint(str(run_dir / name) if name else tf.train.latest_checkpoint(run_dir))
     return {
         name: reader.get_tensor(name)
         for name in reader.get_variable_to_shape_map()
@@ -173,3 +173,17 @@ def scalars(run_dir):
 def events(path):
     """The events of one file of TensorBoard's."""
     return map(tf.compat.v1.Event.FromString, tf.data.TFRecordDataset(str(path)).as_numpy_iterator())
+
+
+def assert_same_runs(run_dir, expected_dir):
+    """Raise AssertionError unless two finished runs agree in all but their timings."""
+    found, expected = checkpoint(run_dir), checkpoint(expected_dir)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert metrics(run_dir) == metrics(expected_dir)
+    # images_per_second is missing where a process made its first step, which it does not time
+    found, expected = (
+        sorted(point for point in scalars(path) if point[0] not in TIMINGS) for path in (run_dir, expected_dir)
+    )
+    assert found == expected, "TensorBoard events lost or doubled"

@@ -1,7 +1,4 @@
-"""What batch_norm does beside the formula that test_group_norm.py tests: inference, and the moving statistics.
-
-python -m pytest tests/test_batch_norm.py
-"""
+"""What batch_norm does beside the formula that test_group_norm.py tests: inference, and the moving statistics."""
 
 import keras
 import numpy as np

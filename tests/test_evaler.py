@@ -1,7 +1,4 @@
-"""evaler.py: the whole split, in inference mode, the same number that the trainer printed; and its pictures.
-
-python -m pytest tests/test_evaler.py
-"""
+"""evaler.py: the whole split, in inference mode, the same number that the trainer printed; and its pictures."""
 
 import csv
 import json

@@ -1,7 +1,4 @@
-"""Every norm against float64 formulas of our own, and what group norm alone promises.
-
-python -m pytest tests/test_group_norm.py
-"""
+"""Every norm against float64 formulas of our own, and what group norm alone promises."""
 
 import itertools
 import os

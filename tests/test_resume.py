@@ -1,22 +1,61 @@
-"""An interrupted run ends exactly like an uninterrupted one."""
+"""A run that was interrupted ends exactly like one left alone. KILLS=20 tries more than two moments."""
 
+import os
 import random
+import subprocess
+import time
 
-import kill_trainer
 import scripts
 
 from config import Config, derive
 import runs
 import summaries
 
+STEPS = 40
+FLAGS = (
+    *"--dataset Digits --max_batch_size 32 --batch_size 16 --max_training_step".split(),
+    STEPS,
+    *"--augment --test_sample_step 25 --log_step 7 --write_summary_step 5 --ckpt_save_step 3 --seed 5".split(),
+)
+
+
+def half_written(folder):
+    """Whether a run folder in `folder` holds a checkpoint that is not complete."""
+    return any(folder.glob("*/model-*temp*"))
+
+
+def kill(process, folder, rng):
+    """Kill a run: while it starts, at some moment after a line of log, or while it writes a checkpoint."""
+    lines = rng.randint(0, 5)
+    for line in process.stdout:
+        lines -= line.startswith(("step", "epoch"))
+        if lines <= 0 and line.startswith(("run folder", "step", "epoch")):
+            break
+    if rng.random() < 0.5:
+        time.sleep(rng.uniform(0, 1))
+    else:
+        while process.poll() is None and not half_written(folder):
+            pass
+    process.kill()
+    return process.wait() < 0  # or else it had finished
+
 
 def test_killed_runs_end_like_the_one_left_alone(data_dir, tmp_path):
-    """SIGKILL at two random moments; dropout, augmentation, moving statistics and Adam are all in play."""
-    flags = ("--norm_type", "batch", "--model", "convnet")
-    scripts.run("trainer.py", *kill_trainer.FLAGS, *flags, "--data_dir", data_dir, "--train_dir", tmp_path / "alone")
-    run_dir, killed_at = kill_trainer.kill_and_continue(data_dir, tmp_path / "killed", flags, 2, random.Random(1))
-    assert len(killed_at) == 2
-    kill_trainer.assert_same_runs(run_dir, scripts.only_run(tmp_path / "alone"))
+    """SIGKILL at random moments; dropout, augmentation, moving statistics and Adam are all in play. Compared are all
+    tensors of the last checkpoint, metrics.jsonl but for its timings, and the steps of every TensorBoard scalar."""
+    kills, rng = int(os.environ.get("KILLS", 2)), random.Random(1)
+    flags = *FLAGS, "--norm_type", "batch", "--model", "convnet", "--data_dir", data_dir, "--train_dir"
+    scripts.run("trainer.py", *flags, tmp_path / "alone")
+    part = 0
+    while kills:  # a run is over after some kills: then another one is started
+        part += 1
+        folder, command = tmp_path / f"killed{part}", scripts.command("trainer.py", *flags, tmp_path / f"killed{part}")
+        for _ in range(min(kills, 5)):
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
+                kills -= kill(process, folder, rng)
+            command = scripts.command("trainer.py", "--resume", scripts.only_run(folder))
+        assert f"done: {STEPS} steps" in scripts.run("trainer.py", "--resume", scripts.only_run(folder))
+        scripts.assert_same_runs(scripts.only_run(folder), scripts.only_run(tmp_path / "alone"))
 
 
 def test_rows_and_events_after_the_checkpoint_are_dropped(digits, tmp_path):

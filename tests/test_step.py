@@ -1,7 +1,4 @@
-"""trainer.py's step: losses, gradients, optimizers and totals against independent formulas.
-
-python -m pytest tests/test_step.py
-"""
+"""trainer.py's step: losses, gradients, optimizers and totals against independent formulas."""
 
 import math
 
