@@ -4,9 +4,11 @@ splits, class_names = archives.make("CIFAR10", folder)
 splits["train"]        (images uint8 [N, h, w, c] or a list of JPEG files, labels [N]), in the archive's order
 """
 
+import functools
 import gzip
 import io
 import os
+import pickle
 import struct
 import tarfile
 import zipfile
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 WNIDS = ("n03000001", "n01000002", "n02000003", "n00500004")  # not sorted: order matters
 
@@ -51,10 +53,6 @@ def make_mnist(folder, per_class, rng, class_names=tuple("0123456789")):
     return splits, list(class_names)
 
 
-def make_fashion(folder, per_class, rng):
-    return make_mnist(folder, per_class, rng, FASHION.split(","))
-
-
 def make_svhn(folder, per_class, rng):
     splits = {}
     for split in ("train", "test"):
@@ -65,73 +63,50 @@ def make_svhn(folder, per_class, rng):
     return splits, list("0123456789")
 
 
-def py2_string(data):
-    """A str of Python 2, pickled."""
-    return (b"U" + struct.pack("<B", len(data)) if len(data) < 256 else b"T" + struct.pack("<i", len(data))) + data
+class Python2Pickler(pickle._Pickler):
+    """Pickles bytes as Python 2 did its strings."""
+
+    def save_bytes(self, data):
+        self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+
+    dispatch = {**pickle._Pickler.dispatch, bytes: save_bytes}
 
 
-def py2_list(items):
-    """A list of already pickled items."""
-    return b"](" + b"".join(items) + b"e"
+def python2_pickle(value):
+    """Return the pickle of a value as Python 2 and the NumPy of its time wrote it."""
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue().replace(b"numpy._core", b"numpy.core")
 
 
-def py2_array(array):
-    """A uint8 matrix as numpy pickled it under Python 2."""
-    return (
-        b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-        + b"".join(b"J" + struct.pack("<i", size) for size in array.shape)
-        + b"\x86"
-        + b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
-        + py2_string(array.tobytes())
-        + b"tb"
-    )
-
-
-def py2_dict(**items):
-    """A pickle, protocol 2, of a dict of already pickled values."""
-    return b"\x80\x02}(" + b"".join(py2_string(key.encode()) + value for key, value in items.items()) + b"u."
-
-
-def add(tar, name, data, **fields):
-    """Add a member to a tar; `fields` overwrite the header's."""
+def add(tar, name, data):
+    """Add a file to a tar."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
     tar.addfile(info, io.BytesIO(data))
 
 
 def cifar10_members(per_class, rng):
     """Return ({member: bytes} of the archive, in the official, unsorted order, splits)."""
-    names, members = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"], {}
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     batches = [pictures(rng, 10, per_class, (32, 32, 3)) for _ in names]
+    pickles = {"batches.meta": {b"num_cases_per_batch": 10000, b"label_names": CIFAR10.encode().split()}}
     for name, (images, labels) in zip(names, batches):
         rows = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
-        members[name] = py2_dict(
-            batch_label=py2_string(name.encode()),
-            data=py2_array(rows),
-            labels=py2_list([b"K" + bytes([label]) for label in labels]),
-            filenames=py2_list([py2_string(b"%05d.png" % i) for i in range(len(labels))]),
-        )
-    members["batches.meta"] = py2_dict(
-        num_cases_per_batch=b"M\x10'",
-        num_vis=b"M\x00\x0c",
-        label_names=py2_list([py2_string(name.encode()) for name in CIFAR10.split()]),
-    )
-    members["readme.html"] = b"<meta HTTP-EQUIV='REFRESH'>"
-    order = (
-        "data_batch_4 readme.html test_batch data_batch_3 batches.meta data_batch_2 data_batch_5 data_batch_1".split()
-    )
-    images, labels = [np.concatenate(arrays) for arrays in zip(*batches[:5])]
-    members = {"cifar-10-batches-py/" + name: members[name] for name in order}
-    return members, {"train": (images, labels), "test": batches[5]}
+        pickles[name] = {b"batch_label": name.encode(), b"data": rows, b"labels": labels.tolist()}
+    members = {name: python2_pickle(value) for name, value in pickles.items()} | {"readme.html": b"<meta>"}
+    order = "data_batch_4 readme.html test_batch data_batch_3 batches.meta data_batch_2 data_batch_5 data_batch_1"
+    train = tuple(np.concatenate(arrays) for arrays in zip(*batches[:5]))
+    members = {"cifar-10-batches-py/" + name: members[name] for name in order.split()}
+    return members, {"train": train, "test": batches[5]}
 
 
 def tar_gz(path, members):
-    """Write {name: bytes} as a tar.gz with the folders of the members."""
+    """Write {name: bytes} as a tar.gz with the folder of the members."""
     with tarfile.open(path, "w:gz") as tar:
-        for name in dict.fromkeys(os.path.dirname(name) for name in members):
-            add(tar, name, b"", type=tarfile.DIRTYPE)
+        folder = tarfile.TarInfo(os.path.dirname(next(iter(members))))
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
         for name, data in members.items():
             add(tar, name, data)
 
@@ -147,12 +122,6 @@ def picture_file(image, mode="RGB", kind="JPEG"):
     buffer, quality = io.BytesIO(), {"quality": 95, "subsampling": 0} if (mode, kind) == ("RGB", "JPEG") else {}
     Image.fromarray(image).convert(mode).save(buffer, kind, **quality)
     return buffer.getvalue()
-
-
-def exif(orientation, *others):
-    """Return EXIF data that holds the orientation of a camera that was turned, and other entries, of 12 bytes each."""
-    entries = [struct.pack("<HHII", 0x0112, 3, 1, orientation), *others]
-    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
 
 
 def cmyk_file(values, is_adobe):
@@ -206,8 +175,6 @@ def devkit(path, wnids, ids, truth):
 
 def make_imagenet(folder, per_class, rng):
     wnids, ids = sorted(WNIDS), rng.permutation(len(WNIDS)) + 1
-    while np.array_equal(ids, np.arange(len(ids)) + 1):
-        ids = rng.permutation(ids)
     train, train_labels = blocks(rng, len(wnids), per_class, 72, 96)
     order = np.argsort(train_labels, kind="stable")
     train, train_labels = train[order], train_labels[order]
@@ -233,7 +200,7 @@ def make_imagenet(folder, per_class, rng):
 
 MAKERS = {
     "MNIST": make_mnist,
-    "Fashion": make_fashion,
+    "Fashion": functools.partial(make_mnist, class_names=FASHION),
     "SVHN": make_svhn,
     "CIFAR10": make_cifar10,
     "TinyImageNet": make_tinyimagenet,

@@ -17,29 +17,26 @@ from PIL import Image
 
 import datasets
 import download
-from command import UserError, run
-from datasets import cifar10, digits, hdf5, mnist
+from command import run
+from datasets import cifar10, mnist
 
 FILE = "cifar-10-python.tar.gz"
 PACKED = [".lock", "data.hdf5", "id.txt"]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files; server.faults[path] is a list of what to do wrong, one a request."""
+    """Serves server.files; server.faults are what to do wrong with the next requests, one each."""
 
     def do_GET(self):
         server, start = self.server, int(self.headers.get("Range", "bytes=0-")[6:-1])
         server.requests.append((self.path, start))
-        fault = server.faults.get(self.path, [])
-        fault = fault.pop(0) if fault else None
-        if isinstance(fault, int):
-            return self.send_error(fault)
-        data = server.files[self.path]
-        if fault == "html":
-            data = b"<html>please accept the cookies</html>"
+        fault = server.faults.pop(0) if server.faults else None
+        data = server.files.get(self.path)
+        if isinstance(fault, int) or data is None:
+            return self.send_error(fault or 404)
         if fault == "wrong":
             data = bytes(len(data))
-        if fault in ("no range", "no range drop"):
+        if fault == "no range":
             start = 0
         if start >= len(data):
             return self.send_error(416)
@@ -47,11 +44,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Type", "text/html" if fault == "html" else "application/octet-stream")
-        if fault != "short":  # then only the end of the connection ends the body
-            self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         body = data[start:]
-        self.wfile.write(body[: len(body) // 2] if fault in ("drop", "stall", "short", "no range drop") else body)
+        self.wfile.write(body[: len(body) // 2] if fault in ("drop", "stall") else body)
         if fault == "stall":
             self.wfile.flush()
             server.released.wait(30)
@@ -73,7 +69,7 @@ def served(tmp_path_factory):
 def server(served, monkeypatch):
     """A server which CIFAR10 and MNIST know as their only two mirrors, with the hashes of its files."""
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.daemon_threads, web.files, web.faults, web.requests, web.released = True, served, {}, [], threading.Event()
+    web.daemon_threads, web.files, web.faults, web.requests, web.released = True, served, [], [], threading.Event()
     web.url = f"http://127.0.0.1:{web.server_port}"
     threading.Thread(target=web.serve_forever, args=(0.02,), daemon=True).start()
     for module in (cifar10, mnist):
@@ -131,35 +127,22 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(
-    "faults, requests",
-    [
-        ([], 1),
-        ([404], 2),
-        ([500], 2),
-        (["html"], 2),
-        (["wrong"], 2),
-        (["drop", "drop", "drop", "drop"], 5),
-        (["short"], 2),
-        (["drop", 500], 3),
-        (["drop", "no range"], 2),
-        (["no range drop", "wrong", "no range"], 3),
-    ],
-)
-def test_the_right_file_in_the_end(server, tmp_path, faults, requests):
-    server.faults["/" + FILE] = list(faults)
+@pytest.mark.parametrize("faults", [[404], [500], ["html"], ["wrong"], ["drop"] * 4])
+def test_the_right_file_in_the_end(server, tmp_path, faults):
+    server.faults = list(faults)
     download.prepare("CIFAR10", tmp_path, keep_archives=True)
     assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
-    assert len(server.requests) == requests
+    assert len(server.requests) == len(faults) + 1
     assert sorted(os.listdir(tmp_path / "cifar10")) == sorted([*PACKED, FILE])
 
 
-@pytest.mark.parametrize("fault", ["drop", "stall"])
-def test_a_lost_connection_continues_where_it_stopped(server, tmp_path, fault):
-    server.faults["/" + FILE] = [fault]
-    download.prepare("CIFAR10", tmp_path, timeout=0.3)
+@pytest.mark.parametrize("faults", [["drop"], ["stall"], ["drop", "no range"]])
+def test_a_lost_connection_continues_where_it_stopped(server, tmp_path, faults):
+    server.faults = faults
+    download.prepare("CIFAR10", tmp_path, timeout=0.3, keep_archives=True)
     (_, first), (_, second) = server.requests
     assert first == 0 and 0 < second <= len(server.files["/" + FILE]) // 2
+    assert (tmp_path / "cifar10" / FILE).read_bytes() == server.files["/" + FILE]
 
 
 def test_a_slow_mirror_is_left_for_the_next_but_taken_if_there_is_no_other(server, tmp_path, monkeypatch):
@@ -169,17 +152,14 @@ def test_a_slow_mirror_is_left_for_the_next_but_taken_if_there_is_no_other(serve
     download.prepare("CIFAR10", tmp_path / "1")
     assert [start for _, start in server.requests] == [0, 4096]
     server.requests.clear()
-    server.faults["/gone/" + FILE] = [404] * 9
     monkeypatch.setattr(cifar10, "MIRRORS", (server.url, server.url + "/gone/"))
     download.prepare("CIFAR10", tmp_path / "2")
     assert server.requests == [("/" + FILE, 0), ("/gone/" + FILE, 4096), ("/" + FILE, 4096)]
 
 
-@pytest.mark.parametrize(
-    "fault, said", [(404, "404"), (500, "500"), ("html", "text/html"), ("wrong", "sha256"), ("no range drop", "http")]
-)
+@pytest.mark.parametrize("fault, said", [(404, "404"), (500, "500"), ("html", "text/html"), ("wrong", "sha256")])
 def test_no_mirror_has_it(server, tmp_path, fault, said, capsys):
-    server.faults["/" + FILE] = [fault] * 1000
+    server.faults = [fault] * 1000
     with pytest.raises(ConnectionError) as error:
         download.prepare("CIFAR10", tmp_path)
     assert FILE in str(error.value) and "--archive_dir" in str(error.value)
@@ -220,7 +200,7 @@ def test_archives_go_unless_kept_and_a_second_run_does_nothing(server, tmp_path,
 def test_a_fetch_that_is_ended_is_continued_by_one_of_those_that_wait(server, tmp_path):
     """Ctrl-C ends a fetch at once, however long the server takes, and the waiting for another process. After a kill -9
     one of those that wait continues with the bytes that have come, and the other finds its work done."""
-    server.faults["/" + FILE] = ["stall", "stall"]
+    server.faults = ["stall", "stall"]
     flags = "--dataset", "CIFAR10", "--mirror", server.url, "--no_checksum", "--keep_archives", "--data_dir", tmp_path
     folder, part = tmp_path / "cifar10", tmp_path / "cifar10" / (FILE + ".part")
 
@@ -264,13 +244,11 @@ def test_archive_dir_with_another_hash(tmp_path, call, fails):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ("", "--dataset"),
         ("--dataset Digits cifar10", "CIFAR10"),
         ("--dataset Flowers", "--image_dir"),
         ("--dataset Digits --mirror http://x", "--mirror"),
         ("--dataset MNIST --mirror ftp://x", "http://"),
         ("--dataset MNIST --archive_dir none", "train-images-idx3-ubyte.gz"),
-        ("--dataset MNIST --archive_dir . --mirror http://x", "--archive_dir"),
         ("--dataset ImageNet", "https://image-net.org"),
         ("--dataset A --image_size 8 8", "--image_dir"),
         ("--dataset A B --image_dir .", "A B"),
@@ -278,7 +256,6 @@ def test_archive_dir_with_another_hash(tmp_path, call, fails):
         ("--dataset A --image_dir . --no_checksum", "--no_checksum"),
         ("--dataset A --image_dir none", "none"),
         ("--dataset A --image_dir . --image_size 0 8", "not 0"),
-        ("--dataset Digits --timeout -1", "-1"),
         ("--dataset Digits --data_dir /dev/null/data", "/dev/null/data"),
     ],
 )
@@ -287,9 +264,6 @@ def test_mistakes_of_the_user(flags, said, tmp_path, monkeypatch, fails):
     given = flags.split() if "--data_dir" in flags else [*flags.split(), "--data_dir", tmp_path]
     assert said in fails(2, *given)
     assert not any("data.hdf5" in files for _, _, files in os.walk(tmp_path))
-
-
-# packing
 
 
 @pytest.fixture(scope="module")
@@ -302,22 +276,19 @@ def big_archives(tmp_path_factory):
     return folder
 
 
-def test_packing_that_ended_early_is_begun_anew(big_archives, tmp_path):
+def test_packing_that_ended_early_is_begun_anew(big_archives, tmp_path, call, fails):
     """On a disk that is full at the first byte, in the middle, and at the end; or killed with -9."""
     flags = "--dataset", "MNIST", "--archive_dir", big_archives, "--data_dir", tmp_path, "--no_checksum"
     for size in (0, 200_000, 62_000_000):
         with scripts.full_disk(size):
-            scripts.run("download.py", *flags, code=1)
+            fails(1, *flags)
         assert os.listdir(tmp_path / "mnist") == [".lock"]
     process, unfinished = start(*flags), tmp_path / "mnist" / "data.hdf5.unfinished"
     wait_for(lambda: download.size_of(unfinished) > 1000)
     process.kill()
     process.communicate()
     assert unfinished.exists() and not datasets.is_prepared("MNIST", tmp_path)
-    with pytest.raises(UserError, match="download.py"):
-        datasets.create_default_splits("MNIST", tmp_path)
-    scripts.run("download.py", *flags)
-    assert sorted(os.listdir(tmp_path / "mnist")) == PACKED
+    assert call(*flags)[0] == 0 and sorted(os.listdir(tmp_path / "mnist")) == PACKED
     assert len(datasets.create_default_splits("MNIST", tmp_path)[0]) == 40000
 
 
@@ -329,37 +300,19 @@ def test_a_disk_that_is_full_while_fetching(server, tmp_path, call, fails):
     assert call(*flags)[0] == 0 and server.requests[-1] == ("/" + FILE, 10_000)
 
 
-def test_a_failure_while_packing_keeps_the_old_file(tmp_path):
-    download.prepare("Digits", tmp_path)
-    before = (tmp_path / "digits" / "data.hdf5").read_bytes()
-
-    def parts():
-        yield next(digits.read().parts)
-        raise UserError("the archive is broken")
-
-    with pytest.raises(UserError, match="the archive is broken"):
-        hdf5.write(tmp_path / "digits", digits.read()._replace(parts=parts()))
-    assert (tmp_path / "digits" / "data.hdf5").read_bytes() == before
-    assert sorted(os.listdir(tmp_path / "digits")) == PACKED
-
-
 def test_a_folder_of_class_folders(tmp_path, call, fails):
-    """Packed by the flags of the command line, with images of many kinds and sizes, and a file that is none."""
-    kinds = [("png", "L"), ("png", "RGBA"), ("png", "P"), ("bmp", "RGB"), ("jpg", "CMYK")]
+    """Packed by the flags of the command line, with images of several sizes."""
     for i, name in enumerate(("train/cat", "train/dog", "test/cat", "test/dog")):
         os.makedirs(tmp_path / name)
-        for k, (suffix, mode) in enumerate(kinds):
-            image = Image.new("RGB", (12, 10 + k), (40 + 80 * (i % 2),) * 3)
-            image = image.quantize() if mode == "P" else image.convert(mode)
-            image.save(tmp_path / name / f"{k}.{suffix}")
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+        for height in (10, 11):
+            Image.new("RGB", (12, height), (40 + 80 * (i % 2),) * 3).save(tmp_path / name / f"{height}.png")
     flags = ["--image_dir", tmp_path / "train", "--test_image_dir", tmp_path / "test", "--data_dir", tmp_path]
     assert "--image_size" in fails(2, "--dataset", "Pets", *flags)
     flags += ["--image_size", 8, 6]
     code, stdout, _ = call("--dataset", "Pets", *flags)
-    assert code == 0 and "Pets: 10 train + 10 test images of 8x6x3 in 2 classes" in stdout and "notes.txt" in stdout
+    assert code == 0 and "Pets: 4 train + 4 test images of 8x6x3 in 2 classes" in stdout
     for split in datasets.create_default_splits("Pets", tmp_path):
-        assert split.class_names == ["cat", "dog"] and split.images().shape == (10, 8, 6, 3)
-        assert np.abs(split.images().astype(int) - (40 + 80 * split.labels[:, None, None, None])).max() <= 2
+        assert split.class_names == ["cat", "dog"] and split.images().shape == (4, 8, 6, 3)
+        assert (split.images() == 40 + 80 * split.labels[:, None, None, None]).all()
     (tmp_path / "test" / "cow").mkdir()
     assert "cow" in fails(2, "--dataset", "Cattle", *flags)

@@ -3,78 +3,98 @@
 import os
 import shutil
 
+import archives
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import refused
 
-import archives
 import datasets
 from config import derive, parse_training
 from datasets import folder, hdf5
 from download import prepare_folder
-from command import UserError
+
+
+def write_photos(folder, numbers):
+    """Write numbers[i] images of 12 by 10 pixels, all different, into the class folder i."""
+    rng = np.random.default_rng(0)
+    for label, number in enumerate(numbers):
+        os.makedirs(folder / f"class{label}")
+        for i in range(number):
+            pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{i:03d}.png")
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """photos/{cat,dog}/0.png ... 9.png of 12 by 10 pixels, all different."""
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        os.makedirs(tmp_path / "photos" / name)
-        for i in range(10):
-            pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    """photos/{class0,class1}/000.png ... 009.png."""
+    write_photos(tmp_path / "photos", (10, 10))
     return tmp_path / "photos"
 
 
 def pack(photos, **kwargs):
-    prepare_folder("Pets", photos, data_dir=str(photos.parent / "data"), **kwargs)
-    return datasets.create_default_splits("Pets", str(photos.parent / "data"))
+    data_dir = photos.parent / "data"
+    prepare_folder("Pets", photos, data_dir=data_dir, **kwargs)
+    return datasets.create_default_splits("Pets", data_dir)
+
+
+def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
+    numbers = (50, 2, 3, 10, 1, 7, 8)
+    write_photos(tmp_path / "photos", numbers)
+    train, test = pack(tmp_path / "photos")
+    assert "class4" in capsys.readouterr().out  # its single image is in train
+    assert np.bincount(test.labels, minlength=7).tolist() == [10, 1, 1, 2, 0, 1, 2]
+    assert (np.bincount(train.labels) + np.bincount(test.labels, minlength=7)).tolist() == list(numbers)
+    assert {id.split("/", 1)[1] for id in train.ids} & {id.split("/", 1)[1] for id in test.ids} == set()
+    assert test.labels.tolist() == sorted(test.labels) and train.ids == sorted(train.ids)
+    positions = (0, 8, 10, 12, 13, 18, 29, 30, 40, 46)  # in every run and every version
+    assert [id for id in test.ids if "class0" in id] == [f"test/class0/{position:03d}.png" for position in positions]
+
+
+@pytest.mark.parametrize("numbers, said", [((1, 1, 1), "2 images"), ((3, 0, 4), "class1"), ((5,), "1 class")])
+def test_folders_that_are_no_dataset(tmp_path, numbers, said):
+    write_photos(tmp_path / "photos", numbers)
+    with refused(said, tmp_path / "photos"):
+        pack(tmp_path / "photos")
+    assert not datasets.is_prepared("Pets", tmp_path / "data")
 
 
 def test_subfolders_of_a_class_belong_to_it(photos):
-    os.makedirs(photos / "dog" / "puppies" / "small")
-    shutil.copy(photos / "cat" / "0.png", photos / "dog" / "puppies" / "small" / "a.png")
-    train, test = pack(photos)
-    assert len(train) + len(test) == 21
-    label = {id.partition("/")[2]: n for split in (train, test) for id, n in zip(split.ids, split.labels)}
-    assert label["dog/puppies/small/a.png"] == 1
+    os.makedirs(photos / "class1" / "puppies" / "small")
+    shutil.copy(photos / "class0" / "000.png", photos / "class1" / "puppies" / "small" / "a.png")
+    splits = pack(photos)
+    labels = {id.partition("/")[2]: label for split in splits for id, label in zip(split.ids, split.labels)}
+    assert len(labels) == 21 and labels["class1/puppies/small/a.png"] == 1
 
 
 def test_suffixes_are_read_or_counted(photos, capsys):
-    pixels = Image.open(photos / "cat" / "0.png")
-    for suffix, kind in (
-        (".jfif", "JPEG"),
-        (".jpe", "JPEG"),
-        (".pjpeg", "JPEG"),
-        (".jp2", "JPEG2000"),
-        (".tga", "TGA"),
-    ):
-        pixels.save(photos / "cat" / f"more{suffix}", kind)
+    pixels = Image.open(photos / "class0" / "000.png")
+    for name, kind in (("0.jfif", "JPEG"), ("1.pjpeg", "JPEG"), ("2.jp2", "JPEG2000"), ("3.tga", "TGA")):
+        pixels.save(photos / "class0" / name, kind)
     for name in ("a.HEIC", "b.heic", "c.heif", "notes.txt"):
-        (photos / "dog" / name).write_bytes(b"no image")
+        (photos / "class1" / name).write_bytes(b"no image")
     train, test = pack(photos)
     said = capsys.readouterr().out
-    assert len(train) + len(test) == 25 and "2 .heic, 1 .heif" in said and "notes.txt" in said
+    assert len(train) + len(test) == 24 and "2 .heic, 1 .heif" in said and "notes.txt" in said
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("test", "train", "val")])
 def test_a_folder_of_splits_is_refused_with_the_flags(photos, names):
     for name in names:
         shutil.copytree(photos, photos.parent / "splits" / name)
-    with pytest.raises(UserError) as error:
-        folder.list_splits(photos.parent / "splits")
     top = photos.parent / "splits"
-    assert f"--image_dir {top}/train --test_image_dir {top}/val" in str(error.value)
+    with refused(f"--image_dir {top}/train --test_image_dir {top}/val"):
+        folder.list_splits(top)
 
 
 def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys):
-    for name in ("cat/3.png", "dog/7.png"):
+    for name in ("class0/003.png", "class1/007.png"):
         (photos / name).write_bytes(b"broken")
-    with pytest.raises(UserError, match="2 of 20.*--skip_broken"):
+    with refused("2 of 20", "--skip_broken"):
         pack(photos)
     said = capsys.readouterr().out
-    assert "cat/3.png" in said and "dog/7.png" in said
+    assert "class0/003.png" in said and "class1/007.png" in said
     assert not os.path.exists(photos.parent / "data" / "Pets" / hdf5.DATA)
     train, test = pack(photos, skip_broken=True)
     assert len(train) + len(test) == 18
@@ -82,20 +102,49 @@ def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys):
 
 
 def test_images_in_both_splits_are_counted(photos, capsys):
-    with pytest.raises(UserError, match="--test_image_dir"):
+    with refused("--test_image_dir"):
         pack(photos, test_image_dir=photos / ".." / "photos")
     shutil.copytree(photos, photos.parent / "test")
-    (photos.parent / "test" / "cat" / "0.png").unlink()
+    (photos.parent / "test" / "class0" / "000.png").unlink()
     pack(photos, test_image_dir=photos.parent / "test")
     assert "19 of 19" in capsys.readouterr().out
 
 
 def test_a_folder_that_changed_is_named(photos):
     pack(photos)
-    pack(photos)
-    shutil.copytree(photos / "dog", photos / "wolf")
-    (photos / "cat" / "5.png").unlink()
-    with pytest.raises(UserError, match="10 more.*wolf/.*1 fewer.*cat/5.png.*delete"):
+    shutil.copytree(photos / "class1", photos / "wolf")
+    (photos / "class0" / "005.png").unlink()
+    with refused("10 more", "wolf/", "1 fewer", "class0/005.png", "delete"):
+        pack(photos)
+
+
+def test_another_way_of_packing_is_refused(photos, monkeypatch):
+    write_photos(photos.parent / "others", (5, 5))
+    packed, others = photos.parent / "data" / "Pets" / "data.hdf5", photos.parent / "others"
+    first = pack(photos, image_size=[8, 6])[0].image_shape
+    monkeypatch.chdir(photos.parent)
+    prepare_folder("Pets", "others/../photos/", image_size=(8, 6), data_dir="data")  # the same folder
+    for args, said in (
+        ((photos, None, [16, 6]), "--image_size 8 6, not 16 6"),
+        ((photos, None, None), "--image_size 8 6, not none"),
+        ((others, None, [8, 6]), f"--image_dir {photos}, not {others}"),
+        ((photos, "others", [8, 6]), f"--test_image_dir none, not {others}"),
+    ):
+        with refused(said, f"delete {packed}"):
+            prepare_folder("Pets", *args, data_dir=photos.parent / "data")
+    with h5py.File(packed, "r+") as file:  # as it was written before
+        del file.attrs["recipe"]
+    assert pack(photos, image_size=[16, 6])[0].image_shape == first == (8, 6, 3)
+    os.remove(packed)
+    assert pack(photos, image_size=[16, 6])[0].image_shape == (16, 6, 3)
+
+
+@pytest.mark.parametrize("place", ["class1/caf\udce9.png", "caf\udce9/0.png", "class1/a\nb.png"])
+def test_a_name_that_cannot_be_an_id(photos, place):
+    (photos / place).parent.mkdir(exist_ok=True)
+    os.rename(photos / "class0" / "000.png", photos / place)
+    name = place.removeprefix("class1/").removesuffix("/0.png")
+    with refused("rename", repr(os.fsencode(name))[2:-1]):
         pack(photos)
 
 

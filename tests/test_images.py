@@ -1,17 +1,13 @@
-"""Image files of many kinds as RGB of 8 bits, and folders of class folders of them as a dataset."""
+"""Image files of many kinds as RGB of 8 bits."""
 
-import os
 import struct
 
 import archives
-import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
-import datasets
-import download
 from command import UserError
 from datasets.images import load_image
 
@@ -33,9 +29,7 @@ def loaded(path, image=None, **saved):
 
 DEEP = {
     "png": Image.fromarray(np.full((3, 4), 300, np.uint16)),
-    "tif": Image.fromarray(np.full((3, 4), 300, np.int32)),
     "tiff": Image.fromarray(np.full((3, 4), 0.5, np.float32)),
-    "pgm": b"P5 1 1 4095\n\1\1",
     "PNG": tf.io.encode_png(np.full((3, 4, 3), 300, np.uint16)).numpy(),
 }
 
@@ -54,8 +48,10 @@ def test_a_bitmap_of_5_6_and_5_bits_a_color_is_not_one_of_16(tmp_path):
 
 
 STROKE = Image.fromarray(np.array([[[0, 0, 0, alpha] for alpha in (0, 255, 128, 255)]], np.uint8))
-PALETTE = Image.fromarray(np.array([[0, 1, 2, 1]], np.uint8)).convert("P")
-PALETTE.putpalette([0, 0, 0, 0, 0, 0, 0, 0, 0])
+BLACK = Image.fromarray(np.array([[0, 1, 2, 1]], np.uint8)).convert("P")
+BLACK.putpalette([0, 0, 0, 0, 0, 0, 0, 0, 0])
+COLOURS = BLACK.copy()
+COLOURS.putpalette([0, 10, 20, 30, 40, 50, 60, 70, 80])
 ON_WHITE = gray([[255, 0, 127, 0]])
 
 
@@ -64,12 +60,14 @@ ON_WHITE = gray([[255, 0, 127, 0]])
     [
         (STROKE, None, ON_WHITE),
         (STROKE.convert("LA"), None, ON_WHITE),
-        (PALETTE, bytes([0, 255, 128]), ON_WHITE),
-        (PALETTE, 0, gray([[255, 0, 0, 0]])),
+        (BLACK, bytes([0, 255, 128]), ON_WHITE),
+        (BLACK, 0, gray([[255, 0, 0, 0]])),
         (np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8), (1, 2, 3), [[[255, 255, 255], [4, 5, 6]]]),
+        (COLOURS, None, [[[0, 10, 20], [30, 40, 50], [60, 70, 80], [30, 40, 50]]]),
+        (Image.fromarray(np.array([[0, 100, 255]], np.uint8)), None, gray([[0, 100, 255]])),
     ],
 )
-def test_transparent_images_lie_on_white(tmp_path, image, transparency, shown):
+def test_every_mode_becomes_rgb_with_transparent_parts_on_white(tmp_path, image, transparency, shown):
     saved = {} if transparency is None else {"transparency": transparency}
     np.testing.assert_array_equal(loaded(tmp_path / "0.png", image, **saved), shown)
 
@@ -102,7 +100,8 @@ def test_images_are_upright(tmp_path, orientation, suffix):
 @pytest.mark.parametrize("orientation, exif", [(6, None), (1, b"Exif\0\0no table")])
 def test_broken_exif_spoils_no_photograph(tmp_path, orientation, exif):
     """A tag that Pillow cannot write again beside the orientation, and EXIF that it cannot read."""
-    exif = exif or archives.exif(orientation, struct.pack("<HHII", 0x0100, 9, 1, 0xFFFFFFFF))
+    entries = struct.pack("<HHIIHHII", 0x0112, 3, 1, orientation, 0x0100, 9, 1, 0xFFFFFFFF)
+    exif = exif or b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
     found = loaded(tmp_path / "0.jpg", CORNER, exif=exif, dpi=(72, 72), quality=95)
     np.testing.assert_allclose(found, SHOWN[orientation](CORNER), atol=3)
 
@@ -116,80 +115,15 @@ def test_cmyk_is_the_ink_that_lets_white_through(tmp_path, is_adobe):
     np.testing.assert_allclose(found, left[..., :3] * left[..., 3:] / 255, rtol=0, atol=3)
 
 
-# folders
-
-
-def many_images(folder, numbers):
-    """Write numbers[i] images of the gray value i, 4 by 5 pixels, into a class folder each."""
-    for label, number in enumerate(numbers):
-        os.makedirs(folder / f"class{label}")
-        for i in range(number):
-            Image.new("L", (5, 4), label).save(folder / f"class{label}" / f"{i:03d}.png")
-
-
-def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
-    numbers = (50, 2, 3, 10, 1, 7, 8)
-    many_images(tmp_path / "images", numbers)
-    download.prepare_folder("Many", tmp_path / "images", data_dir=tmp_path)
-    assert "class4" in capsys.readouterr().out  # its single image is in train
-    train, test = datasets.create_default_splits("Many", tmp_path)
-    assert np.bincount(test.labels, minlength=7).tolist() == [10, 1, 1, 2, 0, 1, 2]
-    assert (np.bincount(train.labels) + np.bincount(test.labels, minlength=7)).tolist() == list(numbers)
-    assert {id.split("/", 1)[1] for id in train.ids} & {id.split("/", 1)[1] for id in test.ids} == set()
-    assert test.labels.tolist() == sorted(test.labels) and train.ids == sorted(train.ids)
-    positions = (0, 8, 10, 12, 13, 18, 29, 30, 40, 46)  # in every run and every version
-    assert [id for id in test.ids if "class0" in id] == [f"test/class0/{position:03d}.png" for position in positions]
-
-
-@pytest.mark.parametrize(
-    "numbers, said", [((1, 1, 1), "2 images"), ((3, 0, 4), "class1"), ((5,), "1 class"), ((0, 0), "class0")]
-)
-def test_folders_that_are_no_dataset(tmp_path, numbers, said):
-    many_images(tmp_path / "images", numbers)
-    with pytest.raises(UserError) as error:
-        download.prepare_folder("Few", tmp_path / "images", data_dir=tmp_path)
-    assert said in str(error.value) and str(tmp_path / "images") in str(error.value)
-    assert not datasets.is_prepared("Few", tmp_path)
-
-
-def test_another_way_of_packing_is_refused(tmp_path, monkeypatch):
-    many_images(tmp_path / "images", (5, 5))
-    many_images(tmp_path / "others", (5, 5))
-    packed = tmp_path / "Pets" / "data.hdf5"
-
-    def again(*args):
-        download.prepare_folder("Pets", *args, data_dir=tmp_path)
-        return packed.stat().st_ino, datasets.create_default_splits("Pets", tmp_path)[0].image_shape
-
-    first = again(tmp_path / "images", None, [8, 6])
-    monkeypatch.chdir(tmp_path)
-    assert again("others/../images/", None, (8, 6)) == first  # the same folder
-    for args, said in (
-        ((tmp_path / "images", None, [16, 6]), "--image_size 8 6, not 16 6"),
-        ((tmp_path / "images", None, None), "--image_size 8 6, not none"),
-        ((tmp_path / "others", None, [8, 6]), f"--image_dir {tmp_path}/images, not {tmp_path}/others"),
-        ((tmp_path / "images", "others", [8, 6]), f"--test_image_dir none, not {tmp_path}/others"),
-    ):
-        with pytest.raises(UserError) as error:
-            again(*args)
-        assert said in str(error.value) and f"delete {packed}" in str(error.value)
-    with h5py.File(packed, "r+") as file:  # as it was written before
-        del file.attrs["recipe"]
-    assert again(tmp_path / "others", None, [16, 6]) == first
-    os.remove(packed)
-    assert again(tmp_path / "others", None, [16, 6])[1] == (16, 6, 3)
-
-
-@pytest.mark.parametrize("place", ["class1/caf\udce9.png", "caf\udce9/0.png", "class1/a\nb.png"])
-def test_a_name_that_cannot_be_an_id(tmp_path, place):
-    many_images(tmp_path / "images", (5, 5))
-    path = tmp_path / "images" / place
-    path.parent.mkdir(exist_ok=True)
-    os.rename(tmp_path / "images" / "class0" / "000.png", path)
-    with pytest.raises(UserError, match="rename") as error:
-        download.prepare_folder("Pets", tmp_path / "images", data_dir=tmp_path)
-    name = path.name if path.parent.name == "class1" else path.parent.name
-    assert repr(os.fsencode(name))[2:-1] in str(error.value)
+def test_resizing_keeps_a_ramp(tmp_path):
+    """Red along the columns, green along the rows, blue level."""
+    row, column = np.meshgrid(np.arange(36), np.arange(50), indexing="ij")
+    Image.fromarray(np.stack([4 * column, 6 * row, 0 * row + 90], -1).astype(np.uint8)).save(tmp_path / "ramp.png")
+    made = load_image(tmp_path / "ramp.png", "ramp.png", (12, 10))
+    assert made.shape == (12, 10, 3)
+    row, column = np.meshgrid(np.arange(12) * 3 + 1, np.arange(10) * 5 + 2, indexing="ij")  # middles of 3 by 5 pixels
+    expected = np.stack([4 * column, 6 * row, 0 * row + 90], -1)
+    np.testing.assert_allclose(made[1:-1, 1:-1], expected[1:-1, 1:-1], rtol=0, atol=1)  # rounded
 
 
 @pytest.mark.parametrize("name", ["0.bmp", "0.tif"])

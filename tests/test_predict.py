@@ -1,7 +1,4 @@
-"""evaler.py --predict: image files are treated as the dataset's images were, and predicted as in evaluation.
-
-python -m pytest tests/test_predict.py
-"""
+"""evaler.py --predict: image files are treated as the dataset's images were, and predicted as in evaluation."""
 
 import csv
 import io
@@ -20,8 +17,8 @@ import datasets
 import download
 import evaler
 from config import EVALUATION_BATCH, describe_data, write_config
-from datasets import folder, hdf5
-from input_ops import centre_crop, create_input_ops, image_of_file
+from datasets import folder
+from input_ops import create_input_ops, image_of_file
 
 CLASSES = ("ant", "bee", "cat, or kitten", "dog", "eel", "fox")
 
@@ -40,9 +37,9 @@ def make_run(train_dir, name, data_dir, scale=100):
     return run_dir
 
 
-def probabilities(run_dir, images):
-    """The softmax in float64 of the logits that the run gives images [N, h, w, c]: [N, classes]."""
-    logits = scripts.network_of(run_dir)(images, training=False).numpy().astype(np.float64)
+def probabilities(network, images):
+    """The softmax in float64 of the logits that a network gives images [N, h, w, c]: [N, classes]."""
+    logits = network(images, training=False).numpy().astype(np.float64)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
@@ -107,34 +104,26 @@ def pets(tmp_path_factory):
 
 
 def test_files_that_a_folder_was_packed_of_are_predicted_as_evaluated(pets, capsys):
-    """The same pixels, the same classes as the evaluation's, and the softmax of its logits; the run stays as it is."""
+    """The same pixels, and in batches of 7 the same classes as the evaluation's of 30, and the softmax of its logits.
+    The run stays as it is."""
     run_dir, data_dir, images = pets
     before = sorted(os.listdir(run_dir))
-    found = predicted(run_dir, data_dir, images)
+    found = predicted(run_dir, data_dir, images, "--batch_size", 7)
     printed = capsys.readouterr().out
     assert sorted(os.listdir(run_dir)) == before
-    expected, classes = {}, {}
-    for split in datasets.create_default_splits("Pets", data_dir):
-        pictures, predict_batch = evaluated(split), evaler.make_predictor(scripts.network_of(run_dir))
-        _, predictions, *_ = evaler.predict_all(predict_batch, create_input_ops(split, 250, False))
-        rows = zip(split.ids, pictures, probabilities(run_dir, pictures), predictions, strict=True)
-        for id, picture, chances, best in rows:
-            file = os.path.join(images, *id.split("/")[1:])
-            np.testing.assert_array_equal(image_of_file(file, split), picture)
-            expected[file], classes[file] = chances, CLASSES[best]
-    check(found, CLASSES, {file: expected[file] for file in sorted(expected)})
-    assert len(found) == 30 and {file: rows[0][0] for file, rows in found.items()} == classes
+    splits, network = datasets.create_default_splits("Pets", data_dir), scripts.network_of(run_dir)
+    files = [os.path.join(images, *id.split("/")[1:]) for split in splits for id in split.ids]
+    pictures = np.concatenate([evaluated(split) for split in splits])
+    for file, picture in zip(files, pictures, strict=True):
+        np.testing.assert_array_equal(image_of_file(file, splits[0]), picture)
+    batch = pictures, np.concatenate([split.labels for split in splits])
+    _, predictions, *_ = evaler.predict_all(evaler.make_predictor(network), [batch])
+    assert {file: rows[0][0] for file, rows in found.items()} == dict(zip(files, np.take(CLASSES, predictions)))
+    expected = dict(zip(files, probabilities(network, pictures)))
+    check(found, CLASSES, {file: expected[file] for file in sorted(files)})
     first, lines = str(images / "ant" / "00.png"), printed.splitlines()
     start = lines.index(first)
     assert lines[start + 1 : start + 6] == [f"  {100 * chance:6.2f} %  {name}" for name, chance in found[first]]
-
-
-def test_results_do_not_depend_on_the_batch(pets):
-    run_dir, data_dir, images = pets
-    whole, parts = (predicted(run_dir, data_dir, images, "--batch_size", size) for size in (250, 7))
-    for file, rows in parts.items():
-        assert [name for name, _ in rows] == [name for name, _ in whole[file]]
-        np.testing.assert_allclose([p for _, p in rows], [p for _, p in whole[file]], rtol=1e-4)
 
 
 def test_of_classes_that_are_as_likely_the_lower_comes_first():
@@ -159,56 +148,13 @@ def test_of_classes_that_are_as_likely_the_lower_is_named_first(data_dir, tmp_pa
     np.testing.assert_allclose([chance for _, chance in rows], 0.1, rtol=1e-6)
 
 
-def rgb(values):
-    """[h, w] as [h, w, 3]."""
-    return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
-
-
-@pytest.fixture(scope="module")
-def small():
-    """A dataset of images of 12 by 10 pixels, in RGB."""
-    image = np.zeros((1, 12, 10, 3), np.uint8)
-    return hdf5.Dataset(["0"], "Small", labels=np.array([0]), class_names=["a", "b"], image=image, rows=[0])
-
-
-def test_every_mode_becomes_rgb_from_0_to_1(small, tmp_path):
-    rng = np.random.default_rng(1)
-    values, palette = rng.integers(0, 256, (12, 10), np.uint8), rng.integers(0, 256, (256, 3), np.uint8)
-    holes = rng.random((12, 10)) < 0.5
-    indexed = Image.fromarray(values, "L").convert("P")
-    indexed.putpalette(palette.tobytes())
-    colours = rng.integers(0, 256, (12, 10, 3), np.uint8)
-    transparent = np.dstack([colours, np.where(holes, 0, 255).astype(np.uint8)])
-    for name, image, expected in (
-        ("gray.png", Image.fromarray(values), rgb(values)),
-        ("palette.png", indexed, palette[values]),
-        ("palette.gif", indexed, palette[values]),
-        ("transparent.png", Image.fromarray(transparent), np.where(holes[..., None], 255, colours)),
-    ):
-        image.save(tmp_path / name)
-        made = image_of_file(tmp_path / name, small).numpy()
-        assert made.dtype == np.float32
-        np.testing.assert_array_equal(made, expected.astype(np.float32) / np.float32(255), name)
-
-
-def test_other_sizes_are_resized_to_height_and_width(small, tmp_path):
-    """A ramp stays a ramp: red along the columns, green along the rows, blue level."""
-    row, column = np.meshgrid(np.arange(36), np.arange(50), indexing="ij")
-    Image.fromarray(np.stack([4 * column, 6 * row, 0 * row + 90], -1).astype(np.uint8)).save(tmp_path / "ramp.png")
-    made = 255 * image_of_file(tmp_path / "ramp.png", small).numpy()
-    assert made.shape == (12, 10, 3)
-    row, column = np.meshgrid(np.arange(12) * 3 + 1, np.arange(10) * 5 + 2, indexing="ij")  # middles of 3 by 5 pixels
-    expected = np.stack([4 * column, 6 * row, 0 * row + 90], -1)
-    np.testing.assert_allclose(made[1:-1, 1:-1], expected[1:-1, 1:-1], rtol=0, atol=1.01)  # rounded twice
-
-
 def test_gray_data_sees_the_luminance(data_dir, digits, tmp_path):
     test = digits[1].subset(np.arange(12), False)
     for i, image in enumerate(test.images()[..., 0]):
         Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
     run_dir = make_run(tmp_path / "runs", "Digits", data_dir)
     files = [str(tmp_path / f"{i:02d}.png") for i in range(12)]
-    expected = dict(zip(files, probabilities(run_dir, evaluated(test))))
+    expected = dict(zip(files, probabilities(scripts.network_of(run_dir), evaluated(test))))
     check(predicted(run_dir, data_dir, *files), [str(digit) for digit in range(10)], expected)
     colours = np.random.default_rng(2).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(colours).save(tmp_path / "colours.png")
@@ -226,7 +172,9 @@ def of_a_kind(number, jpeg):
         image.save(file, "PNG")
     else:
         image = image if number < 8 else image.convert("L")
-        image.save(file, "JPEG", quality=90, subsampling=0, exif=archives.exif(number % 8 + 1))
+        exif = Image.Exif()
+        exif[0x0112] = number % 8 + 1  # the orientation
+        image.save(file, "JPEG", quality=90, subsampling=0, exif=exif)
     return file.getvalue()
 
 
@@ -252,7 +200,7 @@ def test_photographs_are_predicted_as_they_are_packed_and_evaluated(imagenet):
     for file, image in zip(files, images, strict=True):
         np.testing.assert_array_equal(image_of_file(file, test), image, file.name)
     found = predicted(run_dir, data_dir, folder_of_files)
-    check(found, test.class_names, dict(zip(map(str, files), probabilities(run_dir, images))))
+    check(found, test.class_names, dict(zip(map(str, files), probabilities(scripts.network_of(run_dir), images))))
     assert all(len(rows) == 4 for rows in found.values())  # there are no more classes
 
 
@@ -265,44 +213,23 @@ def test_photographs_are_packed_upright_and_as_they_are_where_that_will_do(image
         np.testing.assert_allclose(np.asarray(packed, int), np.asarray(shown, int), rtol=0, atol=8, err_msg=file.name)
 
 
-def test_other_files_are_cut_like_jpeg_files(imagenet, tmp_path):
-    """The crop is that of evaluation, of photographs that have to be made smaller too, and of their pixels as PNG."""
-    pixels = (np.sin(np.arange(375 * 501).reshape(375, 501, 1) / 997 + np.arange(3)) * 100 + 128).astype(np.uint8)
-    (tmp_path / "0.jpg").write_bytes(archives.picture_file(pixels))
-    Image.fromarray(pixels).save(tmp_path / "0.png")
-    for name in ("0.jpg", "0.png"):
-        expected = centre_crop((tmp_path / "0.jpg").read_bytes()) / 255
-        np.testing.assert_array_equal(image_of_file(tmp_path / name, imagenet[3]), expected)
-
-
-def test_a_broken_file_is_one_line_and_the_others_go_on(pets, tmp_path):
-    """Through the script: exit code 1, and the table has the good ones."""
-    run_dir, data_dir, images = pets
-    good = [images / "bee" / "01.png", images / "ant" / "00.png"]
-    (tmp_path / "bad.png").write_bytes(good[0].read_bytes()[:60])
-    flags = ("--dataset", "Pets", "--data_dir", data_dir, "--checkpoint", run_dir / "model-7")
-    flags += ("--output", tmp_path / "out.csv", "--predict", good[0], tmp_path / "bad.png", good[1])
-    assert f"{tmp_path}/bad.png" in scripts.run("evaler.py", *flags, code=1)
-    assert list(table(tmp_path / "out.csv")) == [str(file) for file in good]
-
-
 @pytest.mark.parametrize(
     "name, words", [("deep.png", ["I;16", "-depth 8"]), ("cut.jpg", []), ("new\nline.png", ["rename"])]
 )
-def test_each_kind_of_broken_file_is_a_line(name, words, pets, imagenet, tmp_path, capsys):
+def test_each_kind_of_broken_file_is_a_line_and_the_others_go_on(name, words, pets, imagenet, tmp_path, capsys):
     """Of 16 bits, cut off, of a name that no line of a table can hold."""
     run_dir, data_dir, images = pets
-    good, bad = images / "ant" / "00.png", tmp_path / name
+    good, last, bad = images / "ant" / "00.png", images / "bee" / "01.png", tmp_path / name
     if name == "deep.png":
         Image.fromarray(np.zeros((12, 10), np.uint16)).save(bad)
     else:
         whole = (imagenet[2] / "00.JPEG" if name == "cut.jpg" else good).read_bytes()
         bad.write_bytes(whole[: len(whole) // 2] if name == "cut.jpg" else whole)
     with pytest.raises(SystemExit, match="^1$"):
-        predict(run_dir, data_dir, tmp_path, good, "--output", tmp_path / "out.csv")
+        predict(run_dir, data_dir, good, tmp_path, last, "--output", tmp_path / "out.csv")
     (line,) = capsys.readouterr().err.splitlines()
     assert all(word in line for word in [bad.stem.split()[-1], *words]), line
-    assert list(table(tmp_path / "out.csv")) == [str(good)]
+    assert list(table(tmp_path / "out.csv")) == [str(good), str(last)]
 
 
 def test_folders_are_searched_and_files_are_taken_as_named(tmp_path, capsys):
@@ -356,7 +283,7 @@ def test_own_float_data_sees_floats_from_0_to_1(tmp_path):
     run_dir = own_run(tmp_path, np.float32, 3, 1 / 255)
     values = np.random.default_rng(3).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(values).save(tmp_path / "0.png")
-    chances = probabilities(run_dir, values[None].astype(np.float32) / 255)[0]
+    chances = probabilities(scripts.network_of(run_dir), values[None].astype(np.float32) / 255)[0]
     (rows,) = predicted(run_dir, tmp_path, tmp_path / "0.png").values()
     assert [name for name, _ in rows] == [str(i) for i in np.argsort(-chances)]
     np.testing.assert_allclose([chance for _, chance in rows], np.sort(chances)[::-1], rtol=1e-4)
@@ -370,9 +297,3 @@ def test_images_that_no_file_can_be_made_into(tmp_path, dtype, channels, said):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     with scripts.refused("Mine", *said):
         predict(run_dir, tmp_path, tmp_path / "0.png")
-
-
-def test_the_dataset_has_to_be_there(pets, tmp_path):
-    run_dir, _, images = pets
-    with scripts.refused("Pets", "data.hdf5"):
-        predict(run_dir, tmp_path, images)
