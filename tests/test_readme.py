@@ -39,6 +39,24 @@ def test_the_tables_are_those_of_the_logs(name):
             assert line in RESULTS, f"figure/studies/README.md lacks or changes this line of {name}: {line}"
 
 
+def test_each_norm_has_its_best_rate():
+    """The page's table of rates is that of results.csv, with the best of a row in bold, which is not the last one."""
+    with open(scripts.REPO / "figure" / "studies" / "rates" / "results.csv", newline="") as file:
+        rows = {
+            (row["norm"], row["batch_size"], row["rate"]): 100 * float(row["accuracy"]) for row in csv.DictReader(file)
+        }
+    head, *lines = [line for line in RESULTS.splitlines() if re.match(r"\| (norm, batch size|\S+, \d+) \|", line)]
+    rates = head.strip("| ").split(" | ")[1:]
+    assert len(lines) == 6
+    for line in lines:
+        name, *cells = line.strip("| ").split(" | ")
+        found = [rows.pop((*name.split(", "), rate)) for rate in rates[: len(cells)]]
+        best = max(found)
+        assert cells == [f"**{value:.1f}**" if value == best else f"{value:.1f}" for value in found]
+        assert best not in (found[0], found[-1])
+    assert not rows
+
+
 def test_the_front_page_has_the_medians():
     """Of results.csv, and the bold number of a column is ahead of the next by more than two standard errors."""
     with open(scripts.REPO / "figure" / "studies" / "cifar10" / "results.csv", newline="") as file:
