@@ -1,7 +1,4 @@
-"""Wrong arguments of ops.py are named, with the value and what would be right.
-
-python -m pytest tests/test_arguments.py
-"""
+"""Wrong arguments of ops.py are named, with the value and what would be right."""
 
 import keras
 import pytest
@@ -14,12 +11,8 @@ def image(channels=12):
     return tf.ones([2, 4, 4, channels])
 
 
-def unknown_channels(function):
-    tf.function(function, input_signature=[tf.TensorSpec([None, 4, 4, None])]).get_concrete_function()
-
-
-def unknown_rank(function):
-    tf.function(function, input_signature=[tf.TensorSpec(None)]).get_concrete_function()
+def trace(function, shape):
+    tf.function(function, input_signature=[tf.TensorSpec(shape)]).get_concrete_function()
 
 
 def batch(x, training=True, channels=12, gamma=None, beta=None, **kwargs):
@@ -33,41 +26,30 @@ def group(x, groups=4, gamma=None, beta=None, **kwargs):
 @pytest.mark.parametrize(
     "call, words",
     [
-        # groups that do not divide: neither clamped nor an error of a reshape
         (lambda: group(image(), 5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
-        (lambda: group(image(), 24), ["12", "24", "1, 2, 3, 4, 6, 12"]),
         (lambda: group(image(), -1), ["12", "-1", "1, 2, 3, 4, 6, 12"]),
-        (lambda: ops.check_groups((None, 12, None, None), 1, 7), ["12", "7", "1, 2, 3, 4, 6, 12"]),
         (lambda: ops.GroupNorm(5)(image()), ["12", "5", "1, 2, 3, 4, 6, 12"]),
         # a group of one value would always be 0 (pytorch#19250)
         (lambda: group(tf.ones([2, 1, 1, 12]), 12), ["single value", "12"]),
-        (lambda: group(tf.ones([2, 12, 1]), 12, data_format="channels_first"), ["single", "12"]),
         (lambda: ops.instance_norm(tf.ones([2, 12]), None, None), ["single value", "12"]),
         (lambda: ops.layer_norm(tf.ones([2, 1]), None, None), ["single value"]),
-        (lambda: ops.check_groups((None, 1, 1, 6), 3, 6), ["single value", "6"]),
-        (lambda: ops.GroupNorm(-1)(tf.ones([2, 12])), ["single value", "12"]),
-        # one value a channel has no variance
         (lambda: batch(tf.ones([1, 12])), ["1", "(1, 12)", "larger batch"]),
         (lambda: batch(tf.ones([1, 12, 1, 1]), data_format="channels_first"), ["(1, 12, 1, 1)", "larger batch"]),
-        # channels must be known
-        (lambda: unknown_channels(group), ["channels"]),
-        (lambda: unknown_channels(lambda x: ops.layer_norm(x, None, None)), ["channels"]),
-        (lambda: unknown_channels(lambda x: batch(x)[0]), ["channels"]),
+        (lambda: trace(group, [None, 4, 4, None]), ["channels"]),
+        (lambda: trace(batch, [None, 4, 4, None]), ["channels"]),
         (lambda: ops.GroupNorm(4)(keras.Input([4, 4, None])), ["channels"]),
         (lambda: ops.BatchNorm()(keras.Input([4, 4, None])), ["channels"]),
-        # layout, rank, type, lengths
         (lambda: group(image(), data_format="NHWC"), ["NHWC", "channels_last", "channels_first"]),
         (lambda: batch(image(), data_format="NCHW"), ["NCHW", "channels_last", "channels_first"]),
         (lambda: group(tf.ones([12])), ["rank 2 to 5", "(12,)"]),
         (lambda: batch(tf.ones([1, 1, 1, 2, 2, 12])), ["rank 2 to 5", "(1, 1, 1, 2, 2, 12)"]),
-        (lambda: unknown_rank(group), ["rank 2 to 5", "unknown"]),
-        (lambda: unknown_rank(lambda x: batch(x)[0]), ["rank 2 to 5", "unknown"]),
+        (lambda: trace(group, None), ["rank 2 to 5", "unknown"]),
+        (lambda: trace(batch, None), ["rank 2 to 5", "unknown"]),
         (lambda: group(tf.ones([2, 4, 4, 12], tf.int32)), ["float", "int32"]),
         (lambda: batch(tf.ones([2, 4, 4, 12], tf.uint8)), ["float", "uint8"]),
         (lambda: group(image(), gamma=tf.ones(11)), ["gamma", "12", "11"]),
         (lambda: group(image(), beta=tf.ones(1)), ["beta", "12", "(1,)"]),
         (lambda: batch(image(), gamma=tf.ones([1, 12])), ["gamma", "12", "(1, 12)"]),
-        (lambda: batch(image(), beta=tf.ones(13)), ["beta", "12", "13"]),
         (lambda: ops.GroupNorm(4, axis=2)(image()), ["axis", "2"]),
         (lambda: ops.BatchNorm(axis=2)(image()), ["axis", "2"]),
     ],

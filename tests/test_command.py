@@ -1,7 +1,4 @@
-"""What command.py does for every script: how it starts, and how it ends.
-
-python -m pytest tests/test_command.py
-"""
+"""What command.py does for every script: how it starts, and how it ends."""
 
 import os
 import platform

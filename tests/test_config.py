@@ -1,9 +1,5 @@
-"""config.py: what follows from flags and data, which flags are refused, and config.json.
+"""config.py: what follows from flags and data, which flags are refused, and config.json."""
 
-python -m pytest tests/test_config.py
-"""
-
-import json
 import math
 
 import pytest
@@ -12,7 +8,7 @@ import scripts
 import checkpoints
 import trainer
 from command import UserError
-from config import Workers, derive, describe_data, parse_evaluation, parse_training, read_config, workers, write_config
+from config import Workers, derive, parse_evaluation, parse_training, workers
 
 STEPS_PER_EPOCH = 23  # of the 1,437 images of Digits, 64 a step
 SMALL = "--dataset Digits --model resnet8 --max_batch_size 32"
@@ -46,32 +42,26 @@ def test_imagenet_is_trained_as_in_the_paper(digits):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        # the rate at max_batch_size becomes one for the images of an update
         (f"{SMALL} --batch_size 2", {"learning_rate_scaling": "linear", "peak_learning_rate": 0.2 * 2 / 32}),
         (f"{SMALL} --batch_size 2 --learning_rate 0.5", {"peak_learning_rate": 0.5 * 2 / 32}),
         (f"{SMALL} --batch_size 2 --no_adjust_learning_rate", {"peak_learning_rate": 0.2}),
         (f"{SMALL} --batch_size 2 --accumulate", {"peak_learning_rate": 0.2, "updates_per_step": 1}),
         (f"{SMALL} --batch_size 2 --optimizer adam", {"peak_learning_rate": 1e-3 / 4, "weight_decay": 0}),
         (f"{SMALL} --model convnet", {"optimizer": "adam", "learning_rate_scaling": "square root"}),
-        # batch norm's moving statistics forget a tenth in a step, in however many batches
         (f"{SMALL} --batch_size 2", {"updates_per_step": 16, "batch_norm_momentum": 0.9 ** (2 / 32)}),
         (f"{SMALL} --replicas 2 --batch_size 8", {"updates_per_step": 2, "batch_norm_momentum": 0.9**0.5}),
         (f"{SMALL} --replicas 2 --batch_size 8", {"num_replicas": 2, "peak_learning_rate": 0.2 * 16 / 32}),
         (f"{SMALL} --norm_type group", {"groups": 16}),
         (f"{SMALL} --norm_type group --groups 4", {"groups": 4}),
-        (f"{SMALL} --norm_type group --model resnet18", {"groups": 32}),
-        (f"{SMALL} --epochs 2", {"max_training_step": 90}),
-        (f"{SMALL} --augment", {"augment": "flip+crop"}),
+        (f"{SMALL} --epochs 2 --augment", {"max_training_step": 90, "augment": "flip+crop"}),
         (f"{SMALL} --augment crop", {"augment": "crop"}),
-        # flags win over the recipe of a dataset
         ("--dataset ImageNet --batch_size 2", {"max_batch_size": 256, "peak_learning_rate": 0.1 * 2 / 256}),
         ("--dataset ImageNet --max_batch_size 64", {"batch_size": 32, "base_learning_rate": 0.025}),
         ("--dataset ImageNet --max_batch_size 48", {"batch_size": 48, "peak_learning_rate": 0.1 * 48 / 256}),
         ("--dataset ImageNet --learning_rate 0.3", {"peak_learning_rate": 0.3 * 32 / 256}),
         ("--dataset ImageNet --optimizer adam", {"base_learning_rate": 1e-3, "weight_decay": 0}),
-        ("--dataset ImageNet --lr_schedule cosine", {"lr_schedule": "cosine"}),
-        ("--dataset ImageNet --max_training_step 7", {"max_training_step": 7}),
-        ("--dataset ImageNet --no_augment --weight_decay 0", {"augment": None, "weight_decay": 0}),
+        ("--dataset ImageNet --lr_schedule cosine --no_augment", {"lr_schedule": "cosine", "augment": None}),
+        ("--dataset ImageNet --max_training_step 7 --weight_decay 0", {"max_training_step": 7, "weight_decay": 0}),
     ],
 )
 def test_what_follows_from_flags(flags, expected, digits):
@@ -85,7 +75,6 @@ def test_schedules(digits):
         return [trainer.learning_rate_at(step, config) for step in range(100)]
 
     assert rates("constant") == [2.0] * 100
-    assert rates("step") == pytest.approx([2.0] * 30 + [0.2] * 30 + [0.02] * 30 + [0.002] * 10)
     cosine = rates("cosine --warmup_steps 10")
     assert cosine[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
     assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.001
@@ -95,23 +84,21 @@ def test_schedules(digits):
     "flags, words",
     [
         ("--batch_size 3", ["--batch_size 3", "--max_batch_size 33"]),
-        ("--batch_size 64", ["--batch_size 64", "--max_batch_size 64"]),
         ("--dataset ImageNet --batch_size 48", ["--batch_size 48", "--max_batch_size 48"]),
         ("--batch_size 0", ["at least 1", "0"]),
         ("--learning_rate nan", ["above 0", "nan"]),
         ("--warmup_steps 20 --max_training_step 10", ["20", "10"]),
-        ("--norm_type grupo", ["grupo", "group"]),
         ("--batch 2", ["--batch"]),
         ("--groups 8", ["--groups 8", "--norm_type group"]),
-        ("--norm_type group --groups 4 --group_size 4", ["--groups", "--group_size"]),
         ("--accumulate", ["--accumulate", "32"]),
         ("--augment flip", ["flip", "crop"]),
         ("--augment --no_augment", ["--augment", "--no_augment"]),
         ("--prefix a/b", ["a/b"]),
         ("--prefix lr[1]", ["lr[1]", "* ? [ ]"]),
-        ("--train_dir runs*", ["runs*", "* ? [ ]"]),
         ("--prefix \udcff", ["UTF-8"]),
         ("--replicas 3 --batch_size 4", ["3 replicas", "4 images", "--max_batch_size 36"]),
+        ("--freeze_batch_norm", ["--freeze_batch_norm", "--norm_type batch", "--checkpoint"]),
+        ("--freeze_batch_norm --norm_type group --checkpoint RUN", ["--freeze_batch_norm", "--norm_type batch"]),
         ("--sync_batch_norm", ["--sync_batch_norm", "one replica"]),
         ("--replicas 2 --sync_batch_norm --norm_type group", ["--sync_batch_norm", "--norm_type group"]),
         ("--replicas 2 --jit_compile", ["--jit_compile", "2"]),
@@ -124,7 +111,7 @@ def test_wrong_flags_are_one_line(flags, words, capsys):
     assert len(text.splitlines()) == 1 and all(word in text for word in words), text
 
 
-@pytest.mark.parametrize("flag", ["--norm_type batch", "--seed 0", "--augment flip+crop", "--max_training_step 8"])
+@pytest.mark.parametrize("flag", ["--norm_type batch", "--augment flip+crop", "--max_training_step 8"])
 def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flag):
     """With a longer schedule the first steps would have had other rates; --checkpoint starts a new run."""
     with scripts.refused(flag, "--checkpoint RUN"):
@@ -153,18 +140,6 @@ def test_the_checkpoint_of_another_network_is_refused(flags, words, digits):
     other = derived(digits, f"{SMALL} --norm_type group --weight_standardization")
     with scripts.refused("RUN/model-9", *words):
         checkpoints.check_convertible(derived(digits, f"{SMALL} {flags}"), other, "RUN/model-9")
-
-
-def test_a_run_folder_of_before_recipes_is_read_as_it_was(digits, tmp_path):
-    """Then the flags alone had max_batch_size and lr_schedule."""
-    flags = parse_training(SMALL.split())[0]
-    write_config(tmp_path, flags, derive(flags, digits[0]), describe_data(*digits))
-    stored = json.loads((tmp_path / "config.json").read_text())
-    whole = read_config(tmp_path)[0]
-    for name in ("max_batch_size", "lr_schedule"):
-        stored["flags"][name] = stored["derived"].pop(name)
-    (tmp_path / "config.json").write_text(json.dumps(stored))
-    assert read_config(tmp_path)[0] == whole and (whole.max_batch_size, whole.lr_schedule) == (32, "cosine")
 
 
 @pytest.mark.parametrize(

@@ -41,26 +41,22 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_a_step_and_its_memory_are_measured_in_processes_of_their_own():
-    case = {"model": "resnet8", "size": 8, "batch_size": 8}
-    times = speed.in_own_process("step", **case, rounds=2, variants=["batch", "group"])
-    assert set(times) == {"batch", "group"}
-    assert all(len(of_rounds) == 2 and 0 < min(of_rounds) for of_rounds in times.values())
-
-
-def test_model_py_prints_the_memory_of_a_step():
-    lines = run("model.py", "--model", "resnet8", "--image_size", 64, "--memory", 64)
+    times = speed.in_own_process("step", model="resnet8", size=8, batch_size=16, rounds=2, variants=["none"])
+    assert set(times) == {"none"} and len(times["none"]) == 2 and 0 < min(times["none"])
+    lines = run("model.py", "--model", "resnet8", "--memory", 32)
     size, *peaks = lines.splitlines()[-1].split()
-    assert size == "64" and len(peaks) == 3 and all(0.01 < float(peak) < 10 for peak in peaks)
+    assert size == "32" and len(peaks) == 3 and all(0.01 < float(peak) < 10 for peak in peaks)
 
 
-def test_the_input_is_measured_beside_decoding_alone(tmp_path):
+def test_the_input_is_measured_beside_decoding_alone(tmp_path, capsys):
     rng, size = np.random.default_rng(0), (90, 120, 3)
     jpegs = [archives.picture_file(rng.integers(0, 256, size, dtype=np.uint8)) for _ in range(70)]
     parts = ((split, jpegs[a:b], [0, 1] * ((b - a) // 2), None) for split, (a, b) in enumerate(((0, 2), (2, 70))))
     (tmp_path / "imagenet").mkdir()
     hdf5.write(str(tmp_path / "imagenet"), hdf5.Source(["a", "b"], None, None, parts))
     assert len(datasets.create_default_splits("ImageNet", str(tmp_path))[1]) == 68
-    printed = run("figure/speed.py", "imagenet", "--quick", "--data_dir", tmp_path)
+    speed.main(speed.parse_flags(["imagenet", "--quick", "--data_dir", str(tmp_path)]))
+    printed = capsys.readouterr().out
     for name in ("training", "testing"):
         ((alone, both, ratio),) = re.findall(rf"^{name} +(\d+) +(\d+)  ([\d.]+) \[", printed, re.MULTILINE)
         assert int(alone) > 0 and float(ratio) == pytest.approx(int(both) / int(alone), abs=0.3)

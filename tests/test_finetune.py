@@ -78,9 +78,8 @@ def test_the_table_is_that_of_the_logs():
     """Fifteen runs on the test split, and one per way and rate on held-out images; the page has the first table."""
     found = runs.read_runs([STUDY / finetune.AFTER])
     tested = [run for run in found if not run.config.validation]
-    assert sorted((finetune.way_of(run), run.config.seed) for run in tested) == sorted(
-        (way, seed) for way in finetune.WAYS for seed in range(3)
-    )
+    expected = [(way, seed) for way in finetune.WAYS for seed in range(3)]
+    assert sorted((finetune.way_of(run), run.config.seed) for run in tested) == sorted(expected)
     assert {run.config.base_learning_rate for run in found if run.config.validation} == set(finetune.RATES)
     rates = finetune.best_rates(found)
     assert all(run.config.base_learning_rate == rates[finetune.way_of(run)] for run in tested)
