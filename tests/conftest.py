@@ -1,5 +1,7 @@
 """Data that several files of tests share; TensorFlow starts here as the scripts start it."""
 
+import contextlib
+import io
 import signal
 
 import pytest
@@ -34,12 +36,12 @@ def main_of(monkeypatch):
 
 @pytest.fixture(scope="session")
 def group_run(data_dir, tmp_path_factory):
-    """(folder, what it printed) of a run by trainer.py of 9 steps, which logged, tested and saved at intervals that do
-    not divide 9."""
+    """(folder, what it printed) of a run of 9 steps that logged, tested and saved at intervals that do not divide 9."""
     train_dir = tmp_path_factory.mktemp("group_run")
     flags = (
         "--norm_type group --weight_standardization --batch_size 8 --max_training_step 9 --log_step 2 "
-        "--write_summary_step 4 --test_sample_step 5 --ckpt_save_step 4 --learning_rate 0.01 --prefix mine --data_dir"
+        "--write_summary_step 4 --test_sample_step 5 --ckpt_save_step 4 --learning_rate 0.01 --prefix mine"
     )
-    printed = scripts.run("trainer.py", *scripts.SMALL, *flags.split(), data_dir, "--train_dir", train_dir)
-    return scripts.only_run(train_dir), printed
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run_dir = scripts.train(data_dir, train_dir, *flags.split())
+    return run_dir, printed.getvalue()

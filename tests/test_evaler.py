@@ -1,6 +1,8 @@
 """evaler.py: the whole split, in inference mode, the same number that the trainer printed; and its pictures."""
 
+import contextlib
 import csv
+import io
 import json
 import shutil
 
@@ -30,7 +32,9 @@ def batch_run(data_dir, tmp_path_factory):
     training = "--norm_type batch --augment crop --seed 3 --batch_size 4 --max_training_step 12 --ckpt_save_step 5"
     run_dir = scripts.train(data_dir, train_dir, *training.split())
     flags = ("--dataset", "Digits", "--data_dir", data_dir, "--train_dir", train_dir, "--batch_statistics")
-    return run_dir, scripts.run("evaler.py", *flags, "reestimate", "reestimate_small")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        scripts.evaluate([*flags, "reestimate", "reestimate_small"])
+    return run_dir, printed.getvalue()
 
 
 @pytest.fixture

@@ -195,10 +195,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run_dir, data_d
     assert not (tmp_path / "new").exists() and (tmp_path / "full" / "file").read_text() == "mine"
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_nothing(run_dir, data_dir, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(run_dir, digits, tmp_path):
     """The SavedModel does not fit."""
     with scripts.full_disk(200_000), scripts.refused(tmp_path / "taken", "too large", kind=ExternalError):
-        scripts.evaluate(flags_of(run_dir, data_dir, tmp_path / "taken"))
+        export.write(scripts.network_of(run_dir), digits[1], tmp_path / "taken", run_dir, 9, 0.5)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -226,9 +226,9 @@ def read_until(process, start_of_line):
 
 
 def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, tmp_path):
-    flags = "--max_training_step 100000 --ckpt_save_step 100 --test_sample_step 101".split()
+    flags = "--max_training_step 100000 --ckpt_save_step 10 --test_sample_step 11".split()
     process = start(data_dir, tmp_path, *flags)
-    read_until(process, "step    101/")
+    read_until(process, "step     11/")
     run_dir = scripts.only_run(tmp_path)
     assert scripts.evaluate_digits(data_dir, run_dir)["accuracy"]["images"] == 360
     process.send_signal(signal.SIGTERM)
