@@ -479,7 +479,7 @@ def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, 
 
 
 def test_a_published_run_of_digits_is_trained_again(main, data_dir):
-    """Its first 10 steps, bitwise or to within the tolerance of another processor."""
+    """Its first 20 steps, bitwise or to within the tolerance of another processor."""
     study = scripts.REPO / "figure" / "studies" / "digits"
     printed = main("--challenge", study, "--runs", 1, "--steps", 20, "--data_dir", data_dir)
     assert re.search("[01] of 1 are bitwise equal", printed)

@@ -72,7 +72,7 @@ on_linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no p
 def test_two_workers_are_measured(tmp_path):
     (network,) = scaling.QUICK_NETWORKS
     scaling.pack(network, tmp_path)
-    cores = list(os.sched_getaffinity(0))[:2]
+    cores = scaling.available_cores()[:2]
     assert scaling.train(network, network.batch_sizes[0], "2 workers", True, cores, tmp_path) > 0
 
 

@@ -19,11 +19,6 @@ FLAGS = (
 )
 
 
-def half_written(folder):
-    """Whether a run folder in `folder` holds a checkpoint that is not complete."""
-    return any(folder.glob("*/model-*temp*"))
-
-
 def kill(process, folder, rng):
     """Kill a run: while it starts, at some moment after a line of log, or while it writes a checkpoint."""
     lines = rng.randint(0, 5)
@@ -34,7 +29,7 @@ def kill(process, folder, rng):
     if rng.random() < 0.5:
         time.sleep(rng.uniform(0, 1))
     else:
-        while process.poll() is None and not half_written(folder):
+        while process.poll() is None and not any(folder.glob("*/model-*temp*")):
             pass
     process.kill()
     return process.wait() < 0  # or else it had finished
@@ -49,7 +44,8 @@ def test_killed_runs_end_like_the_one_left_alone(data_dir, tmp_path):
     part = 0
     while kills:  # a run is over after some kills: then another one is started
         part += 1
-        folder, command = tmp_path / f"killed{part}", scripts.command("trainer.py", *flags, tmp_path / f"killed{part}")
+        folder = tmp_path / f"killed{part}"
+        command = scripts.command("trainer.py", *flags, folder)
         for _ in range(min(kills, 5)):
             with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
                 kills -= kill(process, folder, rng)
