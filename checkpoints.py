@@ -1,18 +1,20 @@
-"""Read the weights of a network from a checkpoint, and start a network from the weights of another run."""
+"""Checkpoints: the state of training that they hold, and starting a network from the weights of another run."""
 
 import itertools
 import os
+import time
 
 import tensorflow as tf
 
 import runs
 from command import UserError
-from config import read_config
 from convert import match_moments
 from input_ops import create_input_ops
 from model import create_model
 
 CONVERSION_IMAGES = 256  # training images for converting the norms of --checkpoint
+CHECKPOINTS_KEPT = 3
+CHECKPOINT_SECONDS = 600  # save after a step if the last checkpoint is older than this
 
 
 def weights_of(model) -> dict:
@@ -28,6 +30,70 @@ def weights_of(model) -> dict:
             name = f"seed_generator{f'_{number}' if number else ''}/seed_generator_state"
         found[name] = variable.value
     return found
+
+
+class State:
+    """The state of training, as saved in a checkpoint: weights, optimizer, number of steps done, and recent metrics.
+
+    `totals` [3] holds the sums of losses, correct predictions and images over the current step, in training mode.
+    `window` [log_step, 3] holds the totals of the last log_step steps, and `recent` is its copy for the checkpoint.
+    `sums` accumulates the mean loss and gradients of a step for --accumulate.
+    """
+
+    def __init__(self, model, weights, optimizer, config, strategy):
+        self.model, self.weights, self.optimizer = model, weights, optimizer
+        self.config, self.strategy = config, strategy
+        with strategy.scope():  # only the variables that replicas use: each one made here costs a collective
+            self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+            summed = [0.0, *weights] if config.accumulate else []
+            self.sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in summed]
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.recent = tf.Variable(tf.zeros([config.log_step, 3], tf.float64), trainable=False)
+        self.window = self.recent.numpy()
+
+    def open(self, run_dir, writes):
+        """Restore the newest checkpoint of a run folder, if any. `writes`: whether this process saves checkpoints."""
+        parts = {"learning_rate": self.optimizer.learning_rate, "slots": self.optimizer.slots}
+        checkpoint = tf.train.Checkpoint(
+            model=weights_of(self.model),
+            optimizer=parts | {"beta_powers": self.optimizer.beta_powers},
+            recent=self.recent,
+            step=self.step,
+        )
+        self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
+        if newest := self.manager.latest_checkpoint:
+            restored = checkpoint.restore(newest)
+            if any(name.startswith("recent/") for name, _ in tf.train.list_variables(newest)):
+                restored.assert_consumed()  # older checkpoints have no fixed window
+            self.window = self.recent.numpy()
+        self.writes, self.saved_step, self.saved_at = writes, int(self.step), time.monotonic()
+
+    def batches_done(self):
+        """The number of finished batches in the current step. Another thread may call this while the step runs."""
+        return int(self.totals.numpy()[2]) // self.config.batch_size
+
+    def finish_step(self):
+        self.step.assign_add(1)
+        self.window[int(self.step) % len(self.window)] = self.totals.numpy()
+
+    def save_due(self):
+        return int(self.step) % self.config.ckpt_save_step == 0 or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+
+    def save(self):
+        self.recent.assign(self.window)
+        if self.writes:
+            self.manager.save(checkpoint_number=self.step)
+        self.saved_step, self.saved_at = int(self.step), time.monotonic()
+
+    def row(self):
+        """The log row of this step: means over the window, and the learning rate that the optimizer used."""
+        loss, correct, images = self.window.sum(axis=0)
+        return {
+            "step": int(self.step),
+            "loss/accuracy": correct / images,
+            "loss/loss": loss / images,
+            "learning_rate": float(self.optimizer.learning_rate.numpy()),
+        }
 
 
 def load_weights(model, checkpoint) -> tuple[str, int]:
@@ -71,7 +137,7 @@ def start_from(checkpoint, model, config, train) -> str | None:
     Norms of another type are converted by match_moments over CONVERSION_IMAGES training images. Other classes get a new
     last layer. Returns None if no norm was converted.
     """
-    other, data = read_config(runs.run_dir_of(checkpoint))
+    other, data = runs.read_config(runs.run_dir_of(checkpoint))
     converted = check_convertible(config, other, checkpoint)
     source = create_model(other, train.network_shape, data["num_classes"])
     path, _ = load_weights(source, checkpoint)

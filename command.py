@@ -16,6 +16,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 import typing
 
 # The user can fix a path that is missing, of the wrong kind or not permitted, but not ENOSPC or EIO.
@@ -29,6 +30,7 @@ USER_ERRNO = (
     errno.EEXIST,
     errno.ENAMETOOLONG,
 )
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to here, one thread per operation was faster
 
 
@@ -70,6 +72,54 @@ def run(main):
         code, message = 143, "terminated"
     complain(message)
     sys.exit(code)
+
+
+class Stopped(Exception):
+    """A signal arrived during a test."""
+
+
+class Interruption:
+    """Remembers a signal to stop, so that the run can save first. A second signal, or one that arrives before there is
+    anything to save, ends the process at once.
+
+    Python runs signal handlers only between calls into TensorFlow, which may take minutes. A thread therefore reads the
+    signal numbers from a pipe, where they arrive at once.
+    """
+
+    def __init__(self, alone):
+        self.signal, self.worth_saving, self.alone = None, False, alone
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, lambda *_: None)
+
+    def watch(self, pipe):
+        while True:
+            number = os.read(pipe, 1)[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if not self.worth_saving or (self.signal and number != signal.SIGHUP):  # SIGHUP may arrive twice
+                print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+                os._exit(128 + number)
+            self.signal = number
+            print(
+                f"{signal.Signals(number).name}: stopping after this step is saved; send it again to stop at once",
+                flush=True,
+            )
+
+    def check(self, batches):
+        """Yield the batches; raise Stopped if a signal arrives between two. Several workers always finish the test."""
+        for batch in batches:
+            if self.signal and self.alone:
+                raise Stopped
+            yield batch
+
+    def stops(self, agreed):
+        """Whether to stop after this step. Several workers stop only when all have `agreed` to it within the step."""
+        return agreed or (self.alone and self.signal)
 
 
 def complain(message):

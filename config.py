@@ -1,23 +1,18 @@
-"""The flags of trainer.py, evaler.py and model.py, the settings derived from them, and config.json. No TensorFlow.
+"""The flags of trainer.py, evaler.py and model.py, and the settings derived from them. Imports no TensorFlow.
 
 flags, run_dir = config.parse_training()    # the flags alone
 config = config.derive(flags, train)        # with the settings derived from flags and data
-config, data = config.read_config("train_dir/RUN")
 """
 
 import dataclasses
 import json
 import math
 import os
-import platform
-import subprocess
-import time
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-from command import ArgumentParser, UserError, flag, within, write_whole
+from command import ArgumentParser, UserError, flag, within
 
 SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if n != 8)  # arXiv 1512.03385, section 4.2
 LARGE_RESNETS = {  # arXiv 1512.03385, table 1: whether blocks are bottlenecks, and the blocks of each stage
@@ -28,14 +23,13 @@ LARGE_RESNETS = {  # arXiv 1512.03385, table 1: whether blocks are bottlenecks, 
 }
 MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
 NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # renorm: arXiv 1702.03275
-PLAIN_NORMS = tuple(norm for norm in NORM_TYPES if norm != "batch+renorm")
-NORMS = (*PLAIN_NORMS, *(f"{norm}+ws" for norm in PLAIN_NORMS), "batch+renorm")  # ws: arXiv 1903.10520
-ARMS = (*NORMS, *(f"{norm}+acc" for norm in NORMS))  # the values of --norm_type
+STANDARDIZED = tuple(f"{norm}+ws" for norm in NORM_TYPES[:5])  # ws: arXiv 1903.10520
+NORM_NAMES = tuple(f"{norm}{acc}" for acc in ("", "+acc") for norm in NORM_TYPES + STANDARDIZED)  # for --norm_type
 AUGMENTATIONS = ("crop", "flip+crop")
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
 SCALING = {"adam": "square root", "momentum": "linear"}  # by images per update: arXiv 2205.10287, 1706.02677
 WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
-MAX_BATCH_SIZE = 64  # images per step, unless the dataset has its own recipe
+MAX_BATCH_SIZE = 64  # images per step, unless the dataset has its own default
 MEMORY_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SMALL_DATASET = 10_000  # a user's folders with fewer images get a smaller default network
 CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
@@ -64,9 +58,9 @@ class Network:
     )
     norm_type: str = flag(
         "batch",
-        f"the normalization: {', '.join(NORMS)}. +ws stands for --weight_standardization, and +acc at the end for "
-        "--accumulate",
-        choices=ARMS,
+        f"the normalization: {', '.join(NORM_TYPES)}; all but the last also with +ws for --weight_standardization, and "
+        "all with +acc at the end for --accumulate",
+        choices=NORM_NAMES,
         metavar="NORM",
     )
     groups: int | None = flag(
@@ -219,7 +213,7 @@ class Config(Network):
         return self.max_batch_size // (self.num_replicas * self.batch_size)
 
     @property
-    def arm(self) -> str:
+    def norm(self) -> str:
         """The norm as written in --norm_type, such as group+ws+acc."""
         return self.norm_type + "+ws" * self.weight_standardization + "+acc" * self.accumulate
 
@@ -485,17 +479,17 @@ def parse_network(argv=None):
 
 
 def batch_sizes(flags: Config) -> tuple[int, int]:
-    """(images per update and replica, images per step): from the flags, or the dataset's recipe if it fits them."""
-    recipe = datasets.recipe_of(flags.dataset)
-    most = flags.max_batch_size or recipe.get("max_batch_size", MAX_BATCH_SIZE)
+    """(images per update and replica, images per step): from the flags, or the dataset's defaults if they fit."""
+    own = datasets.defaults_of(flags.dataset)
+    most = flags.max_batch_size or own.get("max_batch_size", MAX_BATCH_SIZE)
     number = number_of_replicas(flags.replicas)
-    usual = recipe.get("batch_size", most)
+    usual = own.get("batch_size", most)
     return flags.batch_size or (max(1, most // number) if most % (usual * number) else usual), most
 
 
 def derive(flags: Config, train) -> Config:
     """The configuration of a run: the flags, and the settings derived from them and the training images."""
-    facts, recipe = datasets.module_of(flags.dataset), datasets.recipe_of(flags.dataset)
+    facts, own = datasets.module_of(flags.dataset), datasets.defaults_of(flags.dataset)
     is_small = train.from_folder and len(train) < SMALL_DATASET
     model = flags.model or default_model(train.network_shape, is_small)
     check_network(flags, model)
@@ -506,8 +500,8 @@ def derive(flags: Config, train) -> Config:
     batch_share = number * batch_size / max_batch_size
     update_share = 1.0 if flags.accumulate else batch_share
     learning_rate = flags.learning_rate or LEARNING_RATES[optimizer]
-    if "momentum_rate" in recipe and optimizer == "momentum" and flags.learning_rate is None:
-        learning_rate = recipe["momentum_rate"] * max_batch_size / recipe["max_batch_size"]  # arXiv 1706.02677
+    if "momentum_rate" in own and optimizer == "momentum" and flags.learning_rate is None:
+        learning_rate = own["momentum_rate"] * max_batch_size / own["max_batch_size"]  # arXiv 1706.02677
     scaling = "none" if flags.no_adjust_learning_rate else SCALING[optimizer]
     scale = {"none": 1.0, "linear": update_share, "square root": math.sqrt(update_share)}[scaling]
     epoch = math.ceil(len(train) / max_batch_size)
@@ -523,7 +517,7 @@ def derive(flags: Config, train) -> Config:
         updates_per_step=1 if flags.accumulate else max_batch_size // (number * batch_size),
         num_replicas=number,
         optimizer=optimizer,
-        lr_schedule=flags.lr_schedule or recipe.get("lr_schedule", "cosine"),
+        lr_schedule=flags.lr_schedule or own.get("lr_schedule", "cosine"),
         base_learning_rate=learning_rate,
         learning_rate_scaling=scaling,
         peak_learning_rate=learning_rate * scale,
@@ -535,135 +529,3 @@ def derive(flags: Config, train) -> Config:
         max_training_step=steps,
         test_sample_step=flags.test_sample_step or epoch,
     )
-
-
-def describe_data(train, test) -> dict:
-    """The description of the data in config.json."""
-    return {
-        "train": len(train),
-        "test": len(test),
-        "image_shape": list(train.network_shape),
-        "num_classes": train.num_classes,
-        "class_names": list(train.class_names),
-        "made_from": train.made_from,
-    }
-
-
-def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
-    """Raise UserError unless the splits match `data`, the description of a run's data in config.json.
-
-    counts: whether to compare the numbers of images, which differ if other images are held out now.
-    """
-    here = describe_data(train, test)
-    for name in here.keys() & data.keys() - (set() if counts else {"train", "test"}):
-        there, now = data[name], here[name]
-        if there == now:
-            continue
-        if name == "class_names" and len(there) == len(now):
-            number = next(i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1])
-            name, there, now = f"class {number}", there[number], now[number]
-        raise UserError(
-            f"{run_dir} was trained on other data: its {name} is {there!r}, but that of {train.name} is now {now!r}; "
-            f"give the old data with --data_dir, or train a new run"
-        )
-
-
-def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
-    """Write config.json: flags, derived settings, data, versions, machine and commit."""
-    given = {field.name: getattr(flags, field.name) for field in FIELDS if "help" in field.metadata}
-    given["data_dir"] = None if flags.data_dir == datasets.DATA_DIR else str(Path(flags.data_dir).resolve())
-    derived = [field.name for field in FIELDS if "help" not in field.metadata or field.metadata.get("derived")]
-    stored = {
-        "flags": given,
-        "derived": {name: getattr(config, name) for name in derived},
-        "data": data,
-        "versions": versions(),
-        "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
-        "source": source(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    write_whole(run_dir / "config.json", json.dumps(stored, indent=1) + "\n")
-
-
-def read_config(run_dir) -> tuple[Config, dict]:
-    """(configuration, data) from config.json; UserError if it is missing or damaged."""
-    path = Path(run_dir) / "config.json"
-    check_path(run_dir)
-    try:
-        stored = json.loads(path.read_text())
-        settings, data = {**stored["flags"], **stored["derived"]}, stored["data"]
-        for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
-            settings[name]
-        data["train"], data["test"]
-    except FileNotFoundError:
-        runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
-        raise UserError(
-            f"{run_dir} is not a run folder: it has no config.json, which trainer.py writes"
-            + (f"; give one of its {len(runs)} runs: {', '.join(str(r.parent) for r in runs[:5])}" if runs else "")
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): restore the JSON object that trainer.py wrote"
-        ) from None
-    if isinstance(settings["augment"], bool):  # the run is older than the choices of --augment
-        settings["augment"] = "flip+crop" if settings["augment"] else None
-    known = {field.name for field in FIELDS}
-    return Config(**{name: value for name, value in settings.items() if name in known}), data
-
-
-def data_dir_of(config: Config, given: str) -> str:
-    """Return the data folder of a stored run: `given`, or instead of the default its own folder, if that exists."""
-    stored = config.data_dir
-    return stored if given == datasets.DATA_DIR and stored and os.path.isdir(stored) else given
-
-
-def flags_given(run_dir) -> dict:
-    """The flags of a run that differ from their defaults, without local ones such as paths."""
-    given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]
-    return {
-        field.name: given[field.name]
-        for field in FIELDS
-        if field.name in given and given[field.name] not in (field.default, None) and not field.metadata.get("local")
-    }
-
-
-def settings_of(config: Config, data: dict) -> dict:
-    """The settings that are equal in runs that differ only in their seed: without local and ignored ones."""
-    settings = {
-        field.name: getattr(config, field.name)
-        for field in FIELDS
-        if not (field.metadata.get("local") or field.metadata.get("ignored"))
-    }
-    if config.norm_type != "group":
-        settings |= {"groups": None, "group_size": None}
-    elif config.group_size is not None:
-        settings["groups"] = None
-    return settings | {name: value for name, value in data.items() if name != "class_names"}
-
-
-def versions() -> dict:
-    """The versions of Python and of the packages that affect results."""
-    packages = ("tensorflow", "keras", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-
-
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):  # not Linux
-        return platform.processor()
-
-
-def source() -> dict | None:
-    """The git commit of this code, and whether tracked files differ from it; None without git."""
-
-    def git(*words):
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-        return subprocess.run(command, text=True, check=True, capture_output=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

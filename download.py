@@ -222,7 +222,7 @@ def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, t
     module = datasets.module_of(name)
     archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
     made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
-    pack(name, folder, lambda: module.read(archives)._replace(recipe={"made_from": made_from}))
+    pack(name, folder, lambda: module.read(archives)._replace(origin={"made_from": made_from}))
     # Only delete archives that can be fetched again, and none of --archive_dir.
     done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
     for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
@@ -237,7 +237,7 @@ def prepare_folder(
     from datasets.folder import read
 
     folder = datasets.folder_of(name, data_dir)
-    recipe = {
+    origin = {
         "made_from": f"images in {image_dir}",
         "--image_dir": os.path.realpath(image_dir),
         "--test_image_dir": os.path.realpath(test_image_dir) if test_image_dir is not None else None,
@@ -247,7 +247,7 @@ def prepare_folder(
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
     with locked(folder):
         if hdf5.is_packed(folder):
-            check_recipe(name, folder, recipe)
+            check_origin(name, folder, origin)
             check_files(name, folder, image_dir, test_image_dir)
             print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
             return
@@ -257,7 +257,7 @@ def prepare_folder(
 
         def read_source():
             source = read(image_dir, test_image_dir, image_size, skip_broken)
-            return source._replace(recipe=recipe | source.recipe)
+            return source._replace(origin=origin | source.origin)
 
         pack(name, folder, read_source)
         print(
@@ -273,7 +273,7 @@ def check_files(name, folder, image_dir, test_image_dir):
     if not os.path.isdir(image_dir):  # the original images were deleted
         return
     packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
-    skipped = hdf5.read_recipe(folder).get("skipped", [])
+    skipped = hdf5.read_origin(folder).get("skipped", [])
     _, train, test = list_splits(image_dir, test_image_dir)
     now = collections.Counter(
         id_of(path, image_dir if files is train or test_image_dir is None else test_image_dir)
@@ -290,14 +290,14 @@ def check_files(name, folder, image_dir, test_image_dir):
         )
 
 
-def check_recipe(name, folder, recipe):
-    """Raise UserError if `folder` was packed with other flags; a file without a recipe is accepted."""
+def check_origin(name, folder, origin):
+    """Raise UserError if `folder` was packed with other flags; a file that does not store them is accepted."""
 
     def words(value):
         return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else value
 
-    packed = hdf5.read_recipe(folder)
-    for flag, value in recipe.items():
+    packed = hdf5.read_origin(folder)
+    for flag, value in origin.items():
         if flag.startswith("--") and flag in packed and packed[flag] != value:
             raise UserError(
                 f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "

@@ -19,16 +19,15 @@ import itertools
 import os
 import sys
 
-import config as configuration
 from command import UserError, complain, run, start, write_whole
+from config import parse_evaluation
 
-FLAGS = start(__name__, configuration.parse_evaluation)  # flags first: TensorFlow takes seconds to import
+FLAGS = start(__name__, parse_evaluation)  # flags first: TensorFlow takes seconds to import
 
 import numpy as np
 import tensorflow as tf
 
 import checkpoints
-import datasets
 import export
 import ops
 import replicas
@@ -336,11 +335,9 @@ def main(flags):
     if flags.export is not None:
         export.check_folder(flags.export)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
-    config, data = configuration.read_config(run_dir)
+    config, data = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
-    data_dir = configuration.data_dir_of(config, flags.data_dir)
-    train, test = datasets.create_default_splits(config.dataset, data_dir, validation=flags.validation)
-    configuration.check_data(run_dir, data, train, test, counts=flags.validation == config.validation)
+    train, test = runs.open_data(run_dir, config, data, flags.data_dir, flags.validation)
     if flags.predict:
         check_images(train)
     model = create_model(config, train.network_shape, train.num_classes)

@@ -15,7 +15,7 @@ import tensorflow as tf
 import layers
 import ops
 from command import UserError, ExternalError, one_line, sync
-from config import flags_given, read_config, versions
+from runs import flags_given, read_config, versions
 from input_ops import create_input_ops, to_float
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit if it exceeds 1: float32 rounding

@@ -6,14 +6,12 @@ python model.py --model resnet50 --image_size 224 --memory      # also the memor
 """
 
 import functools
-import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import config
-from command import ExternalError, UserError, one_line, run, start
+from command import UserError, run, start
 
 FLAGS = start(__name__, config.parse_network)  # flags first: TensorFlow takes seconds to import
 
@@ -198,33 +196,14 @@ def residual_block(x, conv, filters, strides, name, bottleneck=False):
     return keras.layers.ReLU(name=f"{name}_relu")(keras.layers.Add(name=f"{name}_add")([x, y]))
 
 
-def print_memory(name, image_shape, num_classes, batch_sizes):
-    """Print the peak memory of a training step; figure/speed.py measures each in its own process."""
-    norms = ("batch", "group", "none")
-    print(f"peak memory of a training step of {name} in GB, without TensorFlow itself, by norm:")
-    print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in norms))
-    case = {"model": name, "image_shape": image_shape, "num_classes": num_classes}
-    script = str(Path(__file__).parent / "figure" / "speed.py")
-    for batch_size in batch_sizes:
-        line, failure = f"{batch_size:>10}", ""
-        for norm in norms:
-            flag = json.dumps(["memory", {**case, "batch_size": batch_size, "norm_type": norm}])
-            done = subprocess.run([sys.executable, script, "steps", "--case", flag], capture_output=True, text=True)
-            if done.returncode:
-                line += f"{'-':>8}"
-                failure = f"{norm} norm at batch size {batch_size}: {one_line(done.stderr[-300:]) or 'out of memory'}"
-            else:
-                line += f"{int(done.stdout.splitlines()[-1]) / 1e9:>8.2f}"
-        print(line, flush=True)
-        if failure:
-            raise ExternalError(failure)
-
-
 def main(flags):
-    config, image_shape, num_classes, memory = flags
+    config, image_shape, num_classes, batch_sizes = flags
     create_model(config, image_shape, num_classes).summary(line_length=110)
-    if memory:
-        print_memory(config.model, image_shape, num_classes, memory)
+    if batch_sizes:
+        sys.path.append(str(Path(__file__).resolve().parent / "figure"))
+        import speed  # not at the top: it measures a step of trainer.py, which imports this file
+
+        speed.print_memory(config.model, image_shape, num_classes, batch_sizes)
 
 
 if __name__ == "__main__":

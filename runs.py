@@ -8,15 +8,18 @@ import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 import statistics
+import subprocess
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 from command import UserError, write_whole
-from config import Config, check_path, read_config, settings_of
+from config import FIELDS, Config, check_path
 
 MEASURES = {
     "accuracy": "",
@@ -30,7 +33,7 @@ MEASURES = {
 def make_run_dir(config: Config) -> Path:
     """Create train_dir/<prefix>-<dataset>_<norm>_bs_<batch size>_<model>_s<seed>-<time>, and return its path."""
     name = (
-        f"{config.prefix}-{config.dataset}_{config.arm}_bs_{config.batch_size}_{config.model}_s{config.seed}"
+        f"{config.prefix}-{config.dataset}_{config.norm}_bs_{config.batch_size}_{config.model}_s{config.seed}"
         f"-{time.strftime('%Y%m%d-%H%M%S')}"
     )
     for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
@@ -42,6 +45,145 @@ def make_run_dir(config: Config) -> Path:
             if not path.is_dir():
                 raise
     raise UserError(f"{config.train_dir} has 999 run folders named {name}: use another --train_dir")
+
+
+def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
+    """Write config.json: flags, derived settings, data, versions, machine and commit."""
+    given = {field.name: getattr(flags, field.name) for field in FIELDS if "help" in field.metadata}
+    given["data_dir"] = None if flags.data_dir == datasets.DATA_DIR else str(Path(flags.data_dir).resolve())
+    derived = [field.name for field in FIELDS if "help" not in field.metadata or field.metadata.get("derived")]
+    stored = {
+        "flags": given,
+        "derived": {name: getattr(config, name) for name in derived},
+        "data": data,
+        "versions": versions(),
+        "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
+        "source": source(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_whole(run_dir / "config.json", json.dumps(stored, indent=1) + "\n")
+
+
+def read_config(run_dir) -> tuple[Config, dict]:
+    """(configuration, data) from config.json; UserError if it is missing or damaged."""
+    path = Path(run_dir) / "config.json"
+    check_path(run_dir)
+    try:
+        stored = json.loads(path.read_text())
+        settings, data = {**stored["flags"], **stored["derived"]}, stored["data"]
+        for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
+            settings[name]
+        data["train"], data["test"]
+    except FileNotFoundError:
+        runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
+        raise UserError(
+            f"{run_dir} is not a run folder: it has no config.json, which trainer.py writes"
+            + (f"; give one of its {len(runs)} runs: {', '.join(str(r.parent) for r in runs[:5])}" if runs else "")
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({type(error).__name__}: {error}): restore the JSON object that trainer.py wrote"
+        ) from None
+    if isinstance(settings["augment"], bool):  # the run is older than the choices of --augment
+        settings["augment"] = "flip+crop" if settings["augment"] else None
+    known = {field.name for field in FIELDS}
+    return Config(**{name: value for name, value in settings.items() if name in known}), data
+
+
+def describe_data(train, test) -> dict:
+    """The description of the data in config.json."""
+    return {
+        "train": len(train),
+        "test": len(test),
+        "image_shape": list(train.network_shape),
+        "num_classes": train.num_classes,
+        "class_names": list(train.class_names),
+        "made_from": train.made_from,
+    }
+
+
+def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
+    """Raise UserError unless the splits match `data`, the description of a run's data in config.json.
+
+    counts: whether to compare the numbers of images, which differ if other images are held out now.
+    """
+    here = describe_data(train, test)
+    for name in here.keys() & data.keys() - (set() if counts else {"train", "test"}):
+        there, now = data[name], here[name]
+        if there == now:
+            continue
+        if name == "class_names" and len(there) == len(now):
+            number = next(i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1])
+            name, there, now = f"class {number}", there[number], now[number]
+        raise UserError(
+            f"{run_dir} was trained on other data: its {name} is {there!r}, but that of {train.name} is now {now!r}; "
+            f"give the old data with --data_dir, or train a new run"
+        )
+
+
+def open_data(run_dir: Path, config: Config, data: dict, data_dir: str, validation: int | None) -> tuple:
+    """(train, test) of a stored run, with `validation` images held out; UserError if they differ from `data`.
+
+    data_dir: the folder of the datasets; if it is the default, the run's own folder is used if that exists.
+    """
+    stored = config.data_dir
+    if data_dir == datasets.DATA_DIR and stored and os.path.isdir(stored):
+        data_dir = stored
+    train, test = datasets.create_default_splits(config.dataset, data_dir, validation=validation)
+    check_data(run_dir, data, train, test, counts=validation == config.validation)
+    return train, test
+
+
+def flags_given(run_dir) -> dict:
+    """The flags of a run that differ from their defaults, without local ones such as paths."""
+    given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]
+    return {
+        field.name: given[field.name]
+        for field in FIELDS
+        if field.name in given and given[field.name] not in (field.default, None) and not field.metadata.get("local")
+    }
+
+
+def settings_of(config: Config, data: dict) -> dict:
+    """The settings that are equal in runs that differ only in their seed: without local and ignored ones."""
+    settings = {
+        field.name: getattr(config, field.name)
+        for field in FIELDS
+        if not (field.metadata.get("local") or field.metadata.get("ignored"))
+    }
+    if config.norm_type != "group":
+        settings |= {"groups": None, "group_size": None}
+    elif config.group_size is not None:
+        settings["groups"] = None
+    return settings | {name: value for name, value in data.items() if name != "class_names"}
+
+
+def versions() -> dict:
+    """The versions of Python and of the packages that affect results."""
+    packages = ("tensorflow", "keras", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def processor() -> str:
+    """The CPU's name."""
+    try:
+        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):  # not Linux
+        return platform.processor()
+
+
+def source() -> dict | None:
+    """The git commit of this code, and whether tracked files differ from it; None without git."""
+
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, text=True, check=True, capture_output=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @contextlib.contextmanager
@@ -120,8 +262,8 @@ class Run(NamedTuple):
     commit: str | None = None  # of the code that trained it
 
     @property
-    def arm(self) -> str:
-        return self.config.arm
+    def norm(self) -> str:
+        return self.config.norm
 
     @property
     def training_accuracy(self) -> float | None:
@@ -149,8 +291,8 @@ def read_run(path: Path) -> Run:
 
 
 def last_epochs(config: Config, data: dict, rows: list) -> dict:
-    """{"last_epochs": median test accuracy of the last epochs}; {} if the dataset's recipe has no reported_epochs."""
-    epochs = datasets.recipe_of(config.dataset).get("reported_epochs")
+    """{"last_epochs": median test accuracy of the last epochs}; {} if the dataset has no reported_epochs."""
+    epochs = datasets.defaults_of(config.dataset).get("reported_epochs")
     if epochs is None:
         return {}
     start = config.max_training_step - epochs * math.ceil(data["train"] / config.max_batch_size)

@@ -189,6 +189,27 @@ def mark_start(writer, first_step):
     tf.raw_ops.ImportEvent(writer=writer._resource, event=event.SerializeToString())
 
 
+def print_plan(config, train, test):
+    """Print the data, the network and the length of a run."""
+    tests = -(-config.max_training_step // config.test_sample_step)
+    updates = f"{config.updates_per_step} updates each"
+    if config.accumulate:
+        updates = f"one update each, of {config.batches_per_step} batches"
+    size, norm = "x".join(map(str, train.network_shape)), config.norm.removesuffix("+acc")
+    shown = {
+        "flip+crop": "mirrored and cut at random (--augment crop: cut only, as for digits and signs; --no_augment)",
+        "crop": "cut at random, not mirrored",
+        None: "unchanged (--augment crop: cut at random; --augment: mirrored and cut at random)",
+    }
+    print(
+        f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
+        f"training images: {shown[config.augment]}\n"
+        f"{config.model}, {norm} norm: {config.max_training_step} steps of {config.max_batch_size} images, "
+        f"in {updates}; {tests} tests",
+        flush=True,
+    )
+
+
 def duration(seconds: float) -> str:
     """The seconds as h:mm:ss."""
     seconds = int(seconds)
@@ -202,7 +223,7 @@ def write_hparams(config, trial):
     alphabetical order, hence the numbers.
     """
     settings = {
-        "1 norm": config.arm,
+        "1 norm": config.norm,
         "2 batch size": config.batch_size,
         "3 model": config.model,
         "4 rate": config.base_learning_rate,

@@ -12,34 +12,28 @@ share an axis. batch_size is the number of images that batch norm sees.
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import sys
-import threading
-import time
 
-import config as configuration
-from command import UserError, ExternalError, run, set_threads, start
+from command import ExternalError, Interruption, Stopped, UserError, run, set_threads, start
+from config import parse_training
 
-FLAGS = start(__name__, configuration.parse_training)  # flags first: TensorFlow takes seconds to import
+FLAGS = start(__name__, parse_training)  # flags first: TensorFlow takes seconds to import
 
 import keras
 import tensorflow as tf
 
 import checkpoints
-import datasets
 import download
 import evaler
 import replicas
 import runs
-from config import CLIP_NORM, derive, describe_data
+from checkpoints import State
+from config import CLIP_NORM, EVALUATION_BATCH, derive, number_of_replicas, workers
 from input_ops import create_input_ops
 from model import create_model
-from summaries import Log
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
-CHECKPOINTS_KEPT = 3
-CHECKPOINT_SECONDS = 600  # save after a step if the last checkpoint is older than this
+from runs import describe_data
+from summaries import Log, print_plan
 
 
 def learning_rate_at(step, config):
@@ -92,69 +86,13 @@ class Optimizer:
         power2.assign(power2 * 0.999)
 
 
-class State:
-    """The state of training, as saved in a checkpoint: weights, optimizer, number of steps done, and recent metrics.
-
-    `totals` [3] holds the sums of losses, correct predictions and images over the current step, in training mode.
-    `window` [log_step, 3] holds the totals of the last log_step steps, and `recent` is its copy for the checkpoint.
-    `sums` accumulates the mean loss and gradients of a step for --accumulate.
-    """
-
-    def __init__(self, model, config, strategy=None):
-        self.model, self.config, self.strategy = model, config, strategy or tf.distribute.get_strategy()
-        self.weights = [variable.value for variable in model.trainable_variables]
-        with self.strategy.scope():  # only the variables that replicas use: each one made here costs a collective
-            self.optimizer = Optimizer(config.optimizer, self.weights)
-            self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-            summed = [0.0, *self.weights] if config.accumulate else []
-            self.sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in summed]
-        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.recent = tf.Variable(tf.zeros([config.log_step, 3], tf.float64), trainable=False)
-        self.window = self.recent.numpy()
-
-    def open(self, run_dir, writes):
-        """Restore the newest checkpoint of a run folder, if any. `writes`: whether this process saves checkpoints."""
-        parts = {"learning_rate": self.optimizer.learning_rate, "slots": self.optimizer.slots}
-        checkpoint = tf.train.Checkpoint(
-            model=checkpoints.weights_of(self.model),
-            optimizer=parts | {"beta_powers": self.optimizer.beta_powers},
-            recent=self.recent,
-            step=self.step,
-        )
-        self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
-        if newest := self.manager.latest_checkpoint:
-            restored = checkpoint.restore(newest)
-            if any(name.startswith("recent/") for name, _ in tf.train.list_variables(newest)):
-                restored.assert_consumed()  # older checkpoints have no fixed window
-            self.window = self.recent.numpy()
-        self.writes, self.saved_step, self.saved_at = writes, int(self.step), time.monotonic()
-
-    def batches_done(self):
-        """The number of finished batches in the current step. Another thread may call this while the step runs."""
-        return int(self.totals.numpy()[2]) // self.config.batch_size
-
-    def finish_step(self):
-        self.step.assign_add(1)
-        self.window[int(self.step) % len(self.window)] = self.totals.numpy()
-
-    def save_due(self):
-        return int(self.step) % self.config.ckpt_save_step == 0 or time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
-
-    def save(self):
-        self.recent.assign(self.window)
-        if self.writes:
-            self.manager.save(checkpoint_number=self.step)
-        self.saved_step, self.saved_at = int(self.step), time.monotonic()
-
-    def row(self):
-        """The log row of this step: means over the window, and the learning rate that the optimizer used."""
-        loss, correct, images = self.window.sum(axis=0)
-        return {
-            "step": int(self.step),
-            "loss/accuracy": correct / images,
-            "loss/loss": loss / images,
-            "learning_rate": float(self.optimizer.learning_rate.numpy()),
-        }
+def make_state(model, config, strategy=None):
+    """The state of training before its first step, with the variables that each replica of `strategy` needs."""
+    strategy = strategy or tf.distribute.get_strategy()
+    weights = [variable.value for variable in model.trainable_variables]
+    with strategy.scope():
+        optimizer = Optimizer(config.optimizer, weights)
+    return State(model, weights, optimizer, config, strategy)
 
 
 def loss_and_gradients(state, images, labels):
@@ -260,59 +198,11 @@ def make_train_step(state):
     return train_step
 
 
-class Stopped(Exception):
-    """A signal arrived during a test."""
-
-
-class Interruption:
-    """Remembers a signal to stop, so that the run can save first. A second signal, or one that arrives before there is
-    anything to save, ends the process at once.
-
-    Python runs signal handlers only between calls into TensorFlow, which may take minutes. A thread therefore reads the
-    signal numbers from a pipe, where they arrive at once.
-    """
-
-    def __init__(self, alone):
-        self.signal, self.worth_saving, self.alone = None, False, alone
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing)
-        threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, lambda *_: None)
-
-    def watch(self, pipe):
-        while True:
-            number = os.read(pipe, 1)[0]
-            if number not in STOP_SIGNALS:
-                continue
-            if not self.worth_saving or (self.signal and number != signal.SIGHUP):  # SIGHUP may arrive twice
-                print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-                os._exit(128 + number)
-            self.signal = number
-            print(
-                f"{signal.Signals(number).name}: stopping after this step is saved; send it again to stop at once",
-                flush=True,
-            )
-
-    def check(self, batches):
-        """Yield the batches; raise Stopped if a signal arrives between two. Several workers always finish the test."""
-        for batch in batches:
-            if self.signal and self.alone:
-                raise Stopped
-            yield batch
-
-    def stops(self, agreed):
-        """Whether to stop after this step. Several workers stop only when all have `agreed` to it within the step."""
-        return agreed or (self.alone and self.signal)
-
-
 def make_test(state, test, interruption):
     """Make a function that tests on the complete test split, shared by all workers: {"test_loss/accuracy": ...}."""
-    who = configuration.workers()
+    who = workers()
     test_here = test.subset(replicas.test_share(who, len(test)), is_train=False)
-    batches = create_input_ops(test_here, configuration.EVALUATION_BATCH, is_training=False)
+    batches = create_input_ops(test_here, EVALUATION_BATCH, is_training=False)
     predict = evaler.make_predictor(state.model, state.strategy)
     join = replicas.make_join(state.strategy, who, len(test))
 
@@ -326,7 +216,7 @@ def make_test(state, test, interruption):
 
 def train_run(state, train, test, log, interruption):
     """Train from the step of `state` until the last step or a signal; returns whether the last step was reached."""
-    config, who = state.config, configuration.workers()
+    config, who = state.config, workers()
     train_step, test_now = make_train_step(state), make_test(state, test, interruption)
     batches = create_input_ops(
         train,
@@ -388,50 +278,26 @@ def end_diverged(state, log, loss):
 
 def reopen(run_dir, flags):
     """(configuration, train, test) of a run to resume; UserError if its data or its number of replicas changed."""
-    config, data = configuration.read_config(run_dir)
+    config, data = runs.read_config(run_dir)
     here = flags.replicas or config.replicas
-    if configuration.number_of_replicas(here) != config.num_replicas:
+    if number_of_replicas(here) != config.num_replicas:
         raise UserError(
             f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
-            f"{configuration.number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
+            f"{number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
         )
-    data_dir = configuration.data_dir_of(config, flags.data_dir)
-    config = dataclasses.replace(config, data_dir=data_dir, replicas=here, worker_timeout=flags.worker_timeout)
-    splits = datasets.create_default_splits(config.dataset, data_dir, validation=config.validation)
-    configuration.check_data(run_dir, data, *splits)
-    return config, *splits
+    splits = runs.open_data(run_dir, config, data, flags.data_dir, config.validation)
+    return dataclasses.replace(config, replicas=here, worker_timeout=flags.worker_timeout), *splits
 
 
 def identity(config, train, test, run_dir):
     """The settings that all workers of a run must share."""
-    settings = dataclasses.asdict(config) | describe_data(train, test) | {"source": configuration.source()}
-    settings |= {"--resume": run_dir and run_dir.resolve().name, "TF_CONFIG": configuration.workers().addresses}
+    settings = dataclasses.asdict(config) | describe_data(train, test) | {"source": runs.source()}
+    settings |= {"--resume": run_dir and run_dir.resolve().name, "TF_CONFIG": workers().addresses}
     return {name: value for name, value in settings.items() if name not in ("data_dir", "train_dir", "worker_timeout")}
 
 
-def print_plan(config, train, test):
-    """Print the data, the network and the length of a run."""
-    tests = -(-config.max_training_step // config.test_sample_step)
-    updates = f"{config.updates_per_step} updates each"
-    if config.accumulate:
-        updates = f"one update each, of {config.batches_per_step} batches"
-    size, norm = "x".join(map(str, train.network_shape)), config.arm.removesuffix("+acc")
-    shown = {
-        "flip+crop": "mirrored and cut at random (--augment crop: cut only, as for digits and signs; --no_augment)",
-        "crop": "cut at random, not mirrored",
-        None: "unchanged (--augment crop: cut at random; --augment: mirrored and cut at random)",
-    }
-    print(
-        f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
-        f"training images: {shown[config.augment]}\n"
-        f"{config.model}, {norm} norm: {config.max_training_step} steps of {config.max_batch_size} images, "
-        f"in {updates}; {tests} tests",
-        flush=True,
-    )
-
-
 def main(flags, run_dir):
-    resuming, who = run_dir is not None, configuration.workers()
+    resuming, who = run_dir is not None, workers()
     if resuming:
         config, train, test = reopen(run_dir, flags)
     else:
@@ -450,9 +316,9 @@ def main(flags, run_dir):
         start_from_checkpoint(model, config, train, test)
     if not resuming and who.is_chief:
         run_dir = runs.make_run_dir(config)
-        configuration.write_config(run_dir, flags, config, describe_data(train, test))
+        runs.write_config(run_dir, flags, config, describe_data(train, test))
     with runs.lock(run_dir) if who.is_chief else contextlib.nullcontext():
-        state = State(model, config, strategy)
+        state = make_state(model, config, strategy)
         state.open(run_dir, who.is_chief)
         if resuming and who.is_chief:
             runs.drop_after(run_dir, int(state.step))
@@ -463,7 +329,7 @@ def start_from_checkpoint(model, config, train, test):
     """Load the weights of --checkpoint; if this converts the norms, print the accuracy after the conversion."""
     before = checkpoints.start_from(config.checkpoint, model, config, train)
     if before:
-        batches = create_input_ops(test, configuration.EVALUATION_BATCH, is_training=False)
+        batches = create_input_ops(test, EVALUATION_BATCH, is_training=False)
         result = evaler.evaluate(evaler.make_predictor(model), batches, test.labels, test.num_classes)
         print(
             f"{before} norm became {config.norm_type} norm: accuracy {100 * result['accuracy']:.2f} % before training",
@@ -473,7 +339,7 @@ def start_from_checkpoint(model, config, train, test):
 
 def train_and_report(run_dir, state, train, test, interruption):
     """Train to the last step, and print the result; exit code 128 + number of the signal if one arrived."""
-    config, who = state.config, configuration.workers()
+    config, who = state.config, workers()
     shown_dir = run_dir or "RUN_FOLDER_OF_WORKER_0"
     together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""
     print(

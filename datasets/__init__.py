@@ -53,13 +53,13 @@ def module_of(name: str):
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own
 
 
-def recipe_of(name: str) -> dict:
-    """Return the RECIPE of dataset `name`, which overrides defaults of trainer.py; {} if it has none.
+def defaults_of(name: str) -> dict:
+    """Return the DEFAULTS of dataset `name`, which replace those of trainer.py; {} if it has none.
 
     Keys: batch_size, max_batch_size, momentum_rate (at max_batch_size images per update), lr_schedule,
     reported_epochs.
     """
-    return getattr(module_of(name), "RECIPE", {})
+    return getattr(module_of(name), "DEFAULTS", {})
 
 
 def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:

@@ -13,6 +13,7 @@ The file is written under another name, synced and renamed. Files without the ma
 """
 
 import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -44,7 +45,7 @@ class Source(NamedTuple):
     image_shape: tuple | None  # (h, w, c), None for JPEG files
     num_images: int | None  # None if unknown (JPEG files)
     parts: Iterator
-    recipe: dict | None = None  # the attribute `recipe`
+    origin: dict | None = None  # the attribute `recipe`
 
 
 @contextlib.contextmanager
@@ -73,8 +74,8 @@ def write(folder: str, source: Source, bar=None) -> None:
         with whole_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
             with h5py.File(part, "w") as file:
                 names = fill(file, source, bar)
-                if source.recipe is not None:
-                    file.attrs["recipe"] = np.bytes_(json.dumps(source.recipe))
+                if source.origin is not None:
+                    file.attrs["recipe"] = np.bytes_(json.dumps(source.origin))
                 file.flush()
                 file.attrs["packed"] = FORMAT
             write_whole(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
@@ -155,22 +156,19 @@ def remove_unfinished(folder):
 def open_array(file, name):
     """Return the array `name`, or "group/name", of an open HDF5 file. Raises UserError if it is not in this file."""
     for link in (name.partition("/")[0].encode(), name.encode()):
-        if not file.id.links.exists(link):
-            raise UserError(f"{file.filename} has no {link.decode()!r}")
-        if file.id.links.get_info(link).type != h5py.h5l.TYPE_HARD:
+        try:
+            kind = file.id.links.get_info(link).type
+        except (KeyError, RuntimeError):
+            raise UserError(f"{file.filename} has no {link.decode()!r}") from None
+        if kind != h5py.h5l.TYPE_HARD:
             raise UserError(f"{file.filename}: {link.decode()} is a soft or external link: copy the data into the file")
     data = file[name]
     if not isinstance(data, h5py.Dataset):
         raise UserError(f"{file.filename}: {name} is a group: expected an array")
-    if not is_in_file(data.id):
+    creation = data.id.get_create_plist()
+    if creation.get_layout() == h5py.h5d.VIRTUAL or creation.get_external_count():
         raise UserError(f"{file.filename}: {name} is stored in another file: copy the data into this one")
     return data
-
-
-def is_in_file(data):
-    """Return whether the values of an array, an h5py.h5d.DatasetID, are stored in its own file."""
-    creation = data.get_create_plist()
-    return creation.get_layout() != h5py.h5d.VIRTUAL and not creation.get_external_count()
 
 
 def is_packed(folder: str) -> bool:
@@ -182,8 +180,8 @@ def is_packed(folder: str) -> bool:
         return False
 
 
-def read_recipe(folder: str) -> dict:
-    """Return the recipe of folder/data.hdf5, {} if it has none."""
+def read_origin(folder: str) -> dict:
+    """Return the origin of the images in folder/data.hdf5, {} if it is not stored."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK), h5py.File(path, "r", locking=False) as file:
         return json.loads(file.attrs.get("recipe", "{}"))
@@ -203,12 +201,12 @@ def open_packed(folder, name):
         check(labels, splits, ids, class_names, len(offset) - 1 if encoded else len(image))
     except UserError as error:
         raise UserError(f"{path} is broken ({error}): {REPACK}") from error
-    recipe = read_recipe(folder)
+    origin = read_origin(folder)
     num_train = np.count_nonzero(splits == 0)
     columns = {"class_names": class_names, "image": image, "offset": offset}
-    columns |= {"made_from": recipe.get("made_from"), "from_folder": "--image_dir" in recipe}
+    columns |= {"made_from": origin.get("made_from"), "from_folder": "--image_dir" in origin}
     return tuple(
-        Dataset(ids[a:b], name, is_train, labels=labels[a:b], rows=np.arange(a, b), **columns)
+        Dataset(ids[a:b], name, is_train, labels[a:b], rows=np.arange(a, b), **columns)
         for a, b, is_train in ((0, num_train, True), (num_train, len(ids), False))
     )
 
@@ -221,67 +219,66 @@ def empty(shape: tuple, dtype) -> np.ndarray:
     return block[start : start + size].view(dtype).reshape(shape)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class Dataset:
     """One split of a dataset.
 
     Attributes:
         ids: [N] strings.
-        name, is_train, class_names, num_classes: of the dataset and the split.
+        name, is_train: of the dataset and the split.
         labels: int32 [N].
-        encoded: whether the images are JPEG files.
-        dtype: np.uint8, or np.float32 for a user's float images.
-        image_shape: (h, w, c), or (None, None, 3) if encoded.
-        nbytes: of the images of this split.
+        class_names: [num_classes] strings.
+        image: uint8 or float32 [rows, h, w, c], an array or an h5py dataset, or with `offset` the bytes `jpeg`.
+        rows: int64 [N], the row of `image` of each id.
+        offset: int64 [rows + 1], the first byte of each JPEG file in `image`, or None.
         made_from: the origin of the images in words, None if unknown.
         from_folder: whether they were packed from a user's image folders.
-
-    Args:
-        image: uint8 or float32 [rows, h, w, c], an array or an h5py dataset, or with `offset` the bytes `jpeg`.
-        rows: int [N], the row of `image` of each id.
-        offset: int64 [rows + 1], the first byte of each JPEG file in `image`, or None.
     """
 
-    def __init__(
-        self,
-        ids,
-        name,
-        is_train=True,
-        *,
-        labels,
-        class_names,
-        image,
-        rows,
-        offset=None,
-        made_from=None,
-        from_folder=False,
-    ):
-        self.ids, self.name, self.is_train = ids, name, is_train
-        self.made_from, self.from_folder = made_from, from_folder
-        self.labels, self.class_names = np.ascontiguousarray(labels, np.int32), list(class_names)
-        self.num_classes, self.encoded = len(self.class_names), offset is not None
-        self.image_shape = (None, None, 3) if self.encoded else tuple(int(size) for size in image.shape[1:])
-        self.dtype = np.uint8 if image.dtype == np.uint8 else np.float32
-        self._image, self._rows, self._offset = image, np.asarray(rows, np.int64), offset
-        self._images = self._position = None
-        if self.encoded:
-            self.nbytes = int((offset[self._rows + 1] - offset[self._rows]).sum())
-        else:
-            self.nbytes = len(ids) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
+    ids: list
+    name: str
+    is_train: bool
+    labels: np.ndarray
+    class_names: list
+    image: np.ndarray | h5py.Dataset
+    rows: np.ndarray
+    offset: np.ndarray | None = None
+    made_from: str | None = None
+    from_folder: bool = False
+
+    def __post_init__(self):
+        self._images = self._position = None  # all images, and the position of each id, once they are needed
 
     def subset(self, positions, is_train):
         """Return the Dataset of the images at `positions` (int [n]), in that order."""
-        return Dataset(
-            [self.ids[i] for i in positions],
-            self.name,
-            is_train,
-            labels=self.labels[positions],
-            class_names=self.class_names,
-            image=self._image,
-            rows=self._rows[positions],
-            offset=self._offset,
-            made_from=self.made_from,
-            from_folder=self.from_folder,
-        )
+        ids, labels, rows = [self.ids[i] for i in positions], self.labels[positions], self.rows[positions]
+        return dataclasses.replace(self, ids=ids, is_train=is_train, labels=labels, rows=rows)
+
+    @property
+    def num_classes(self):
+        return len(self.class_names)
+
+    @property
+    def encoded(self):
+        """Whether the images are JPEG files."""
+        return self.offset is not None
+
+    @property
+    def image_shape(self):
+        """(h, w, c), or (None, None, 3) if encoded."""
+        return (None, None, 3) if self.encoded else tuple(int(size) for size in self.image.shape[1:])
+
+    @property
+    def dtype(self):
+        """np.uint8, or np.float32 for a user's float images."""
+        return np.uint8 if self.image.dtype == np.uint8 else np.float32
+
+    @property
+    def nbytes(self):
+        """Bytes of the images of this split."""
+        if self.encoded:
+            return int((self.offset[self.rows + 1] - self.offset[self.rows]).sum())
+        return len(self) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
 
     @property
     def network_shape(self):
@@ -302,8 +299,8 @@ class Dataset:
         if self.encoded:
             raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
         if self._images is None:
-            in_memory = isinstance(self._image, np.ndarray)
-            self._images = self.read(np.arange(len(self))) if in_memory else self._read_rows(self._rows)
+            in_memory = isinstance(self.image, np.ndarray)
+            self._images = self.read(np.arange(len(self))) if in_memory else self._read_rows(self.rows)
         return self._images
 
     def _read_rows(self, rows):
@@ -312,7 +309,7 @@ class Dataset:
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
         for a, b in zip([0, *breaks], [*breaks, len(rows)]):
             if b > a:
-                self._image.read_direct(images, np.s_[rows[a] : rows[b - 1] + 1], np.s_[a:b])
+                self.image.read_direct(images, np.s_[rows[a] : rows[b - 1] + 1], np.s_[a:b])
         return images
 
     def read(self, positions):
@@ -323,13 +320,13 @@ class Dataset:
         positions = np.asarray(positions, np.int64).reshape(-1)
         if self._images is not None:
             return self._images[positions]
-        rows = self._rows[positions]
-        if isinstance(self._image, np.ndarray):
+        rows = self.rows[positions]
+        if isinstance(self.image, np.ndarray):
             in_order = len(rows) > 0 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows)))
-            return self._image[rows[0] : rows[-1] + 1] if in_order else self._image[rows]
+            return self.image[rows[0] : rows[-1] + 1] if in_order else self.image[rows]
         unique, inverse = np.unique(rows, return_inverse=True)
         if self.encoded:
-            jpegs = [self._image[self._offset[row] : self._offset[row + 1]].tobytes() for row in unique]
+            jpegs = [self.image[self.offset[row] : self.offset[row + 1]].tobytes() for row in unique]
             return [jpegs[i] for i in inverse]
         images = self._read_rows(unique)
         return images if np.array_equal(unique, rows) else images[inverse]

@@ -16,7 +16,7 @@ from datasets.hdf5 import Source, reading
 from datasets.images import as_jpeg
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 100, True, False
-RECIPE = {  # of arXiv 1803.08494, section 4.1
+DEFAULTS = {  # of arXiv 1803.08494, section 4.1
     "batch_size": 32,
     "max_batch_size": 256,
     "momentum_rate": 0.1,  # at max_batch_size images per update

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from command import UserError, whole_file
-from datasets.hdf5 import IDS, Dataset, empty, first_repeated, is_in_file, open_array, reading
+from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, reading
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
@@ -54,7 +54,7 @@ def open_own(folder, name):
         raise UserError(f"{path}: all training images are of class {labels[0]}: a classifier needs at least 2 classes")
     names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
     return tuple(
-        Dataset(split_ids, name, is_train, labels=found, class_names=names, image=image, rows=np.arange(len(image)))
+        Dataset(split_ids, name, is_train, found, names, image, rows=np.arange(len(image)))
         for split_ids, is_train, found, image in zip((train_ids, test_ids), (True, False), splits, images)
     )
 
@@ -129,44 +129,14 @@ def read_file(path, ids, num_train):
         return read_examples(file, ids, num_train)
 
 
-def examples(file, ids):
-    """Yield (id, image, label) of an open file, as h5py.h5d.DatasetIDs; raise UserError as open_array does.
-
-    h5py's low-level functions are ten times as fast as file[name].
-    """
-    for id in ids:
-        arrays = []
-        with contextlib.suppress(KeyError, RuntimeError, TypeError, ValueError):
-            if file.id.links.get_info(id.encode()).type == h5py.h5l.TYPE_HARD:
-                group = h5py.h5g.open(file.id, id.encode())
-                arrays = [array_in(group, name) for name in (b"image", b"label")]
-        if not arrays or None in arrays:  # open_array raises the error
-            arrays = [open_array(file, f"{id}/{name}").id for name in ("image", "label")]
-        yield id, *arrays
-
-
-def array_in(group, name):
-    """Return the DatasetID of an array in a group, an h5py.h5g.GroupID; None if it is stored elsewhere."""
-    if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
-        return None
-    data = h5py.h5d.open(group, name)
-    return data if is_in_file(data) else None
-
-
-def values_of(data):
-    """Return the values of a DatasetID."""
-    values = np.empty(data.shape, data.dtype)
-    data.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-    return values
-
-
 def read_examples(file, ids, num_train):
     """Return (labels int32 [N], number of classes, (train images, test images)); the first `num_train` ids are train.
 
     Images are uint8 or float32 [n, h, w, c].
     """
     labels, num_classes, images = np.empty(len(ids), np.int32), None, None
-    for i, (id, image, label) in enumerate(examples(file, ids)):
+    for i, id in enumerate(ids):
+        image, label = (open_array(file, f"{id}/{name}") for name in ("image", "label"))
         labels[i], num_classes = read_label(f"{file.filename}: label of id {id!r}", label, num_classes)
         title = f"{file.filename}: image of id {id!r}"
         found = image_type(title, image)
@@ -187,11 +157,11 @@ def read_examples(file, ids, num_train):
 
 
 def read_label(title, data, num_classes):
-    """Return (label, number of classes) of a one-hot label, a DatasetID; num_classes: of the other labels, or None."""
+    """Return (label, number of classes) of a one-hot label; num_classes: of the other labels, or None."""
     if len(data.shape) != 1 or data.shape[0] != (num_classes or data.shape[0]):
         expected = f"[{num_classes}] like the other labels" if num_classes else "[classes]"
         raise UserError(f"{title} has the shape {data.shape}: expected one-hot {expected}")
-    label = values_of(data)
+    label = data[()]
     if np.count_nonzero(label) != 1 or label.max() != 1:
         raise UserError(f"{title} is {label[:20].tolist()}: expected one-hot, a single 1 among zeros")
     return label.argmax(), len(label)
@@ -221,7 +191,7 @@ def warn_of_range(path, images):
 
 
 def image_type(title, data):
-    """Return (np.uint8 or np.float32, (h, w, c)), the type and shape to read an image, a DatasetID, as."""
+    """Return (np.uint8 or np.float32, (h, w, c)), the type and shape to read an image, an h5py array, as."""
     shape, dtype = data.shape, data.dtype
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
         raise UserError(f"{title} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
@@ -233,8 +203,8 @@ def image_type(title, data):
 
 
 def read_image(title, data, into):
-    """Read an image, a DatasetID, into the array `into`, and check its values."""
-    image = values_of(data).reshape(into.shape)
+    """Read an image, an h5py array, into the array `into`, and check its values."""
+    image = data[()].reshape(into.shape)
     if into.dtype == np.uint8 and image.dtype != np.uint8 and (image.min() < 0 or image.max() > 255):
         raise UserError(f"{title} has values from {image.min()} to {image.max()}: expected 0 to 255, or float numbers")
     with np.errstate(over="ignore"):

@@ -16,7 +16,8 @@ from pathlib import Path
 import datasets
 import runs
 from command import UserError, ExternalError, one_line
-from config import FIELDS, check_data, processor, versions
+from config import FIELDS
+from runs import check_data, processor, versions
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainer.py"
 TOLERANCE = 0.05  # of a loss or an accuracy: another processor rounds differently, and training amplifies that

@@ -35,8 +35,8 @@ import download
 import pictures
 import results
 from command import ArgumentParser, UserError, ExternalError, one_line, run, within
-from config import ARMS, NORMS, derive, describe_data, parse_training, settings_of, training_parser
-from runs import MEASURES, read_runs
+from config import NORM_NAMES, derive, parse_training, training_parser
+from runs import MEASURES, describe_data, read_runs, settings_of
 
 FIRST_BATCH_SIZES = (2, 32)  # trained first, because they show most of the result
 SMALL = 2  # up to this batch size, batch norm is also evaluated with statistics re-estimated at that batch size
@@ -53,11 +53,10 @@ def parse_flags(argv=None):
     parser.add_argument(
         "--norm_type",
         nargs="+",
-        choices=ARMS,
+        choices=NORM_NAMES,
         metavar="NORM",
         default=["batch", "group", "group+ws"],
-        help=f"norms to compare: {', '.join(NORMS)} (ws: weight standardization), each also with +acc appended "
-        "(accumulate: one update per step)",
+        help="norms to compare, as in trainer.py: +ws is weight standardization, and +acc one update per step",
     )
     sizes = [1, 2, 4, 8, 16, 32]
     parser.add_argument("--batch_size", nargs="+", type=int, default=sizes, help="batch sizes to compare")
@@ -95,7 +94,7 @@ def parse_flags(argv=None):
     for name, suffix in (("weight_standardization", "+ws"), ("accumulate", "+acc")):
         if name in passed:
             rest.remove(f"--{name}")
-            flags.norm_type = [arm if suffix in arm else with_suffix(arm, suffix) for arm in flags.norm_type]
+            flags.norm_type = [norm if suffix in norm else with_suffix(norm, suffix) for norm in flags.norm_type]
     flags.train_dir = flags.train_dir or f"studies/{flags.dataset}"
     if not {"epochs", "max_training_step"} & set(passed):
         rest += ["--epochs", str(EPOCHS)]
@@ -104,9 +103,9 @@ def parse_flags(argv=None):
     return flags, rest
 
 
-def with_suffix(arm, suffix):
+def with_suffix(norm, suffix):
     """Append a suffix before '+acc': 'group+acc' and '+ws' make 'group+ws+acc'."""
-    plain, acc, _ = arm.partition("+acc")
+    plain, acc, _ = norm.partition("+acc")
     return plain + suffix + acc
 
 
@@ -118,12 +117,12 @@ def available_cores():
 class Cell:
     """One run of the grid: its norm, batch size and seed, its flags, and the settings that identify its folder."""
 
-    def __init__(self, flags, rest, arm, batch_size, seed):
-        self.arm, self.batch_size, self.seed = arm, batch_size, seed
-        self.name = f"{arm}, batch size {batch_size}, seed {seed}"
-        self.flags = ["--dataset", flags.dataset, "--norm_type", arm, "--batch_size", str(batch_size)]
+    def __init__(self, flags, rest, norm, batch_size, seed):
+        self.norm, self.batch_size, self.seed = norm, batch_size, seed
+        self.name = f"{norm}, batch size {batch_size}, seed {seed}"
+        self.flags = ["--dataset", flags.dataset, "--norm_type", norm, "--batch_size", str(batch_size)]
         self.flags += ["--seed", str(seed), "--train_dir", flags.train_dir, "--data_dir", flags.data_dir, *rest]
-        for name in ("groups", "group_size") if arm.startswith("group") else ():
+        for name in ("groups", "group_size") if norm.startswith("group") else ():
             value = getattr(flags, name)
             self.flags += [f"--{name}", str(value)] if value is not None else []
 
@@ -147,10 +146,10 @@ def make_grid(flags, rest):
     first = [size for size in FIRST_BATCH_SIZES if size in flags.batch_size]
     sizes = first + [size for size in dict.fromkeys(flags.batch_size) if size not in first]
     cells = [
-        Cell(flags, rest, arm, size, seed)
+        Cell(flags, rest, norm, size, seed)
         for seed in range(flags.seeds)
         for size in sizes
-        for arm in dict.fromkeys(flags.norm_type)
+        for norm in dict.fromkeys(flags.norm_type)
     ]
     for cell in cells:
         cell.derive(train, test)
@@ -164,7 +163,7 @@ def check_train_dir(train_dir, cells, runs):
     """
     free = results.DERIVED | {"norm_type", "weight_standardization", "accumulate", "batch_size"}
     for found in runs:
-        alike = next((cell.settings for cell in cells if cell.arm == found.arm), None)
+        alike = next((cell.settings for cell in cells if cell.norm == found.norm), None)
         settings = alike or cells[0].settings
         of_norm = {"groups", "group_size", "base_learning_rate"} if alike is None else set()
         for name in sorted((settings.keys() | found.settings.keys()) - free - of_norm):
@@ -370,10 +369,11 @@ def report(runs, folder, called=None):
     print(text)
     (folder / "table.md").write_text(text)
     results.write_csv(runs, folder / "results.csv")
+    of_norms = [table for table in found if not any(settings for (_, settings), _ in table[1])]  # not of settings
     drawn = ""
-    if any(run.state == "finished" for run in runs):
-        pictures.draw_batch_sizes(found, folder / "batch_size.png")
-        pictures.draw_curves(found, folder / "curves.png")
+    if of_norms and any(run.state == "finished" for run in runs):
+        pictures.draw_batch_sizes(of_norms, folder / "batch_size.png")
+        pictures.draw_curves(of_norms, folder / "curves.png")
         drawn = " and pictures"
     print(f"wrote table.md, results.csv{drawn} to {folder}")
 

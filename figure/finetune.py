@@ -54,8 +54,9 @@ def make_task(name, data_dir):
     names = [splits[0].class_names[label] for label in classes]
     folder = Path(datasets.folder_of(name, data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = {"made_from": made_from}
-    hdf5.write(str(folder), hdf5.Source(names, splits[0].image_shape, sum(map(len, rows)), parts, recipe))
+    hdf5.write(
+        str(folder), hdf5.Source(names, splits[0].image_shape, sum(map(len, rows)), parts, {"made_from": made_from})
+    )
 
 
 class Task:
@@ -69,9 +70,9 @@ class Task:
             lambda held_out: datasets.create_default_splits(name, flags.data_dir, validation=held_out)
         )
 
-    def cell(self, arm, seed, *more, held_out=None):
+    def cell(self, norm, seed, *more, held_out=None):
         rest = [*self.rest, *more, *(("--validation", str(held_out)) if held_out else ())]
-        cell = compare.Cell(self.flags, rest, arm, BATCH_SIZES[self.name], seed)
+        cell = compare.Cell(self.flags, rest, norm, BATCH_SIZES[self.name], seed)
         cell.derive(*self.splits(held_out))
         return cell
 
@@ -85,7 +86,7 @@ def way_of(found):
     """Return the name in WAYS of a run, from its norm and the norm of the run that it started from."""
     source = found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name
     more = ["--freeze_batch_norm"] * found.config.freeze_batch_norm
-    return next(name for name, way in WAYS.items() if way == (read_run(source).arm, found.arm, more))
+    return next(name for name, way in WAYS.items() if way == (read_run(source).norm, found.norm, more))
 
 
 def best_rates(runs):

@@ -99,40 +99,18 @@ def name_ends(axes, ends):
         axes.text(1.02, y, name, color=colour, fontsize=8, va="center", transform=axes.transAxes)
 
 
-def draw_heat_map(axes, table):
-    """Draw the median accuracies of rows that differ in settings."""
-    _, rows, batch_sizes, _ = table
-    rows = [row for row, measure in rows if measure == "accuracy"]
-    medians = [{size: median for size, _, median, _ in points_of(table, row, "accuracy")} for row in rows]
-    image = axes.imshow(
-        [[found.get(size, math.nan) for size in batch_sizes] for found in medians], aspect="auto", cmap="Blues"
-    )
-    for y, found in enumerate(medians):
-        for size, value in found.items():
-            colour = "white" if image.norm(value) > 0.6 else "black"
-            axes.text(batch_sizes.index(size), y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(len(batch_sizes)), [str(size) for size in batch_sizes])
-    axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=8)
-    axes.set_xlabel("batch size (images that batch norm sees)")
-
-
 def draw_batch_sizes(found, path):
     """Draw accuracy against batch size, two panels per table: all accuracies, and the upper NARROW points.
 
-    Rows that differ in settings make a heat map. A table with one batch size and one setting is skipped.
+    A table with one batch size is skipped.
     """
-    found = [table for table in found if len(table[2]) > 1 or differ_in_settings(table)]
-    path.unlink(missing_ok=True)
+    found = [table for table in found if len(table[2]) > 1]
     if not found:
         return
-    heights = [0.25 * len(table[1]) + 1.5 if differ_in_settings(table) else 4.4 for table in found]
-    figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    figure = Figure(figsize=(9.5, 4.4 * len(found)), layout="constrained")
+    parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, table in zip(parts, found):
         part.suptitle("\n".join(filter(None, (finding(table), plain_title(table)))), fontsize=10)
-        if differ_in_settings(table):
-            draw_heat_map(part.add_subplot(), table)
-            continue
         left, right = part.subplots(1, 2)
         draw_rows(left, table)
         ends = draw_rows(right, table)
@@ -147,10 +125,6 @@ def draw_batch_sizes(found, path):
     if any(most_seeds(table) > 1 for table in found):
         figure.supxlabel("lines: medians; bands: from the smallest to the largest of the seeds", fontsize=8)
     figure.savefig(path, dpi=100)
-
-
-def differ_in_settings(table):
-    return any(settings for (_, settings), _ in table[1])
 
 
 def draw_curves(found, path):

@@ -58,8 +58,8 @@ def as_key(settings):
 def differing(runs):
     """Return the settings, other than norm and batch size, in which runs of one norm, dataset and model differ."""
     names = set()
-    for key in {(run.arm, run.config.dataset, run.config.model) for run in runs}:
-        alike = [run.settings for run in runs if (run.arm, run.config.dataset, run.config.model) == key]
+    for key in {(run.norm, run.config.dataset, run.config.model) for run in runs}:
+        alike = [run.settings for run in runs if (run.norm, run.config.dataset, run.config.model) == key]
         for name in alike[0].keys() | set().union(*alike):
             if name not in DERIVED | {"batch_size"} and len({as_key(s.get(name)) for s in alike}) > 1:
                 names.add(name)
@@ -67,9 +67,9 @@ def differing(runs):
 
 
 def row_of(run, names):
-    """Return the row of a run, (arm, text of the settings `names`)."""
+    """Return the row of a run, (norm name, text of the settings `names`)."""
     given = [name for name in names if run.settings.get(name) is not None]
-    return run.arm, ", ".join(f"{SHORT_NAMES.get(name, name)} {run.settings[name]}" for name in given)
+    return run.norm, ", ".join(f"{SHORT_NAMES.get(name, name)} {run.settings[name]}" for name in given)
 
 
 def label(row, measure="accuracy"):
@@ -133,8 +133,10 @@ def shared_settings(runs, names):
             f"{settings['max_training_step']} steps of {settings['max_batch_size']} images ({epochs:.3g} epochs)"
         )
     if not {"optimizer", "base_learning_rate"} & set(names):
-        rates = {run.arm: f"{run.config.optimizer} at {run.config.base_learning_rate:g}" for run in runs}
-        words += [rates[runs[0].arm]] if len(set(rates.values())) == 1 else [f"{arm}: {rates[arm]}" for arm in rates]
+        rates = {run.norm: f"{run.config.optimizer} at {run.config.base_learning_rate:g}" for run in runs}
+        words += (
+            [rates[runs[0].norm]] if len(set(rates.values())) == 1 else [f"{norm}: {rates[norm]}" for norm in rates]
+        )
     words.append(f"{settings['test']} {'training images held out' if settings.get('validation') else 'test images'}")
     made_from = settings.get("made_from") if "made_from" not in names else None
     return "".join(f", {word}" for word in words) + (f"; data: {made_from}" if made_from else "")
@@ -195,7 +197,7 @@ def sentences(table):
         return [run.accuracies["accuracy"] for run in cells.get((row, "accuracy", size), []) if run.accuracies]
 
     names = [row for row, measure in rows if measure == "accuracy"]
-    if len({arm for arm, _ in names}) < len(names):  # rows also differ in settings: no claim about norms
+    if len({norm for norm, _ in names}) < len(names):  # rows also differ in settings: no claim about norms
         return []
     found = []
     for size in sorted({batch_sizes[0], min(batch_sizes, key=lambda b: abs(b - 2)), batch_sizes[-1]}):
@@ -216,7 +218,7 @@ def as_row(run):
     return {
         "dataset": config.dataset,
         "model": config.model,
-        "norm": run.arm.removesuffix("+acc"),
+        "norm": run.norm.removesuffix("+acc"),
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "seed": config.seed,

@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import ArgumentParser, ExternalError, run, set_threads, start
+from command import ArgumentParser, ExternalError, one_line, run, set_threads, start
 
-NORMS = ("group", "batch", "none")
+COMPARED = ("group", "batch", "none")
 
 
 def parse_flags(argv=None):
@@ -51,7 +51,8 @@ import datasets
 import input_ops
 import ops
 import trainer
-from config import Config, processor
+from config import Config
+from runs import processor
 from model import create_model
 from results import COLOURS
 
@@ -91,9 +92,10 @@ def ratio(times, name, base):
 def in_own_process(kind, **case):
     """Return measure_<kind>(**case), computed in a new process."""
     command = [sys.executable, __file__, "steps", "--case", json.dumps([kind, case])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ExternalError(f"measuring {kind} {case} failed with exit code {done.returncode}")
+        reason = one_line(done.stderr[-300:]) or "out of memory"
+        raise ExternalError(f"measuring the {kind} of {case} ended with exit code {done.returncode}: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -169,7 +171,7 @@ def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
         dtype="bfloat16" if option == "bfloat16" else "float32",
     )
     keras.utils.set_random_seed(0)
-    state = trainer.State(create_model(config, image_shape, num_classes), config)
+    state = trainer.make_state(create_model(config, image_shape, num_classes), config)
     state.optimizer.learning_rate.assign(1e-5)
     train_step = trainer.make_train_step(state)
     images = tf.random.uniform([updates * batch_size, *image_shape])
@@ -187,7 +189,7 @@ def measure_step(model, size, batch_size, variants, rounds):
 
 
 def measure_memory(model, image_shape, num_classes, batch_size, norm_type):
-    """Return the peak bytes of three updates beyond the memory used before. model.py --memory calls this too."""
+    """Return the peak bytes of three updates beyond the memory used before."""
     set_threads(batch_size, image_shape)
     tf.random.uniform([1]).numpy()
     before = peak_memory()
@@ -211,6 +213,20 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def print_memory(model, image_shape, num_classes, batch_sizes):
+    """Print the peak memory of a training step by norm and batch size, for model.py --memory."""
+    norms = ("batch", "group", "none")
+    print(f"peak memory of a training step of {model} in GB, without TensorFlow itself, by norm:")
+    print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in norms))
+    network = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
+    for batch_size in batch_sizes:
+        print(f"{batch_size:>10}", end="", flush=True)
+        for norm in norms:
+            peak = in_own_process("memory", **network, batch_size=batch_size, norm_type=norm)
+            print(f"{peak / 1e9:>8.2f}", end="", flush=True)
+        print()
+
+
 def print_steps(quick):
     print(
         f"{machine()}\nA training step with Adam; others: the time divided by that of group norm, and the peak memory"
@@ -222,10 +238,10 @@ def print_steps(quick):
         case = {"model": model, "size": size, "batch_size": batch_size}
         rounds = 7 if quick or model == "resnet50" else 21
         times = found[f"{model}\nbatch {batch_size}"] = in_own_process(
-            "step", **case, variants=[*NORMS, *more], rounds=rounds
+            "step", **case, variants=[*COMPARED, *more], rounds=rounds
         )
         network = {"model": model, "image_shape": (size, size, 3), "num_classes": 10, "batch_size": batch_size}
-        peaks = {norm: in_own_process("memory", **network, norm_type=norm) / 1e9 for norm in NORMS}
+        peaks = {norm: in_own_process("memory", **network, norm_type=norm) / 1e9 for norm in COMPARED}
         others = [f"{name} {ratio(times, name, 'group')}" for name in more]
         others.append("GB " + " ".join(f"{norm} {peak:.2f}" for norm, peak in peaks.items()))
         print(

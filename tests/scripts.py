@@ -28,6 +28,7 @@ import checkpoints
 import config
 import datasets
 import evaler
+import runs
 import trainer
 from command import UserError
 from model import create_model
@@ -117,12 +118,12 @@ def state_of(*flags):
     """The state of a run with these flags before its first step."""
     _, configuration, train, _ = configure(*flags)
     keras.utils.set_random_seed(configuration.seed)
-    return trainer.State(create_model(configuration, train.network_shape, train.num_classes), configuration)
+    return trainer.make_state(create_model(configuration, train.network_shape, train.num_classes), configuration)
 
 
 def network_of(run_dir):
     """The network of a run, with the weights of its newest checkpoint."""
-    configuration, data = config.read_config(run_dir)
+    configuration, data = runs.read_config(run_dir)
     model = create_model(configuration, tuple(data["image_shape"]), data["num_classes"])
     checkpoints.load_weights(model, run_dir)
     return model

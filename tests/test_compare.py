@@ -235,15 +235,6 @@ def test_the_picture_has_the_median_and_the_range(tmp_path, figures):
         assert corners == {(2, 50), (2, 59), (4, 65), (8, 70)}
 
 
-def test_rows_that_differ_in_settings_are_a_heat_map(tmp_path, figures):
-    for rate, accuracy in ((0.1, 0.61), (0.2, 0.72)):
-        write_run(tmp_path, str(rate), accuracy, base_learning_rate=rate)
-    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
-    (axes,) = figures[0].subfigs[0].axes
-    assert [text.get_text() for text in axes.texts] == ["61.0", "72.0"]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["batch (rate 0.1)", "batch (rate 0.2)"]
-
-
 def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, figures):
     """A panel for each batch size; write_run trains at 50 %."""
     write_run(tmp_path, "two", 0.6)
@@ -299,7 +290,7 @@ def grid(data_dir):
 
 
 @pytest.mark.parametrize(
-    "flags, arms, steps, log_step",
+    "flags, norms, steps, log_step",
     [
         ("group+ws batch+acc group+ws+acc", ["group+ws", "batch+acc", "group+ws+acc"], 8 * 23, 50),  # of 1437 images
         ("group+acc group+ws batch --weight_standardization", ["group+ws+acc", "group+ws", "batch+ws"], 8 * 23, 50),
@@ -307,13 +298,13 @@ def grid(data_dir):
         ("batch --epochs 1 --max_batch_size 32", ["batch"], 45, 50),
     ],
 )
-def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, arms, steps, log_step, grid):
+def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, norms, steps, log_step, grid):
     cells = grid("--norm_type", *flags.split(), "--batch_size", 4, 16, 2, "--seeds", 2)
-    assert [(cell.seed, cell.batch_size, cell.arm) for cell in cells] == [
-        (seed, size, arm) for seed in (0, 1) for size in (2, 4, 16) for arm in arms
+    assert [(cell.seed, cell.batch_size, cell.norm) for cell in cells] == [
+        (seed, size, norm) for seed in (0, 1) for size in (2, 4, 16) for norm in norms
     ]
     for cell in cells:
-        assert (cell.config.arm, cell.config.batch_size, cell.config.seed) == (cell.arm, cell.batch_size, cell.seed)
+        assert (cell.config.norm, cell.config.batch_size, cell.config.seed) == (cell.norm, cell.batch_size, cell.seed)
         assert cell.config.max_training_step == steps and cell.images == steps * cell.config.max_batch_size
         assert cell.config.log_step == log_step
         assert [other for other in cells if other.find([run_of(cell, 1, [])])] == [cell]
@@ -397,7 +388,7 @@ def test_what_is_missing_is_trained_and_evaluated_and_no_more(compared, main):
     """On the images held out. --dry_run says what is missing, and changes nothing."""
     train_dir, printed, flags = compared
     batch, group = found = runs.read_runs([train_dir])
-    assert [(run.arm, run.config.batch_size) for run in found] == [("batch", 8), ("group+ws", 8)]
+    assert [(run.norm, run.config.batch_size) for run in found] == [("batch", 8), ("group+ws", 8)]
     assert set(batch.evaluation) == {"accuracy", "reestimated", "by_batch"} and set(group.evaluation) == {"accuracy"}
     for run in found:
         assert run.state == "finished" and run.evaluation["accuracy"] == run.rows[-1]["test_loss/accuracy"]

@@ -20,7 +20,7 @@ import download
 import evaler
 import ops
 import summaries
-from config import describe_data, read_config, write_config
+from runs import describe_data, read_config, write_config
 from input_ops import create_input_ops
 from model import create_model
 

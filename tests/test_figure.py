@@ -13,9 +13,11 @@ import archives
 import numpy as np
 import pytest
 import tensorflow as tf
-from scripts import REPO, command, refused, run
+from scripts import REPO, command, refused
 
+import config
 import datasets
+import model
 from datasets import hdf5
 
 sys.path.insert(0, str(REPO / "figure"))
@@ -40,9 +42,9 @@ def test_ratios_are_taken_within_a_round():
     assert speed.ratio(times, "a", "b") == "2.00 [1.25 2.50]"
 
 
-def test_the_memory_of_a_step_is_measured_in_processes_of_their_own():
-    lines = run("model.py", "--model", "resnet8", "--memory", 32)
-    size, *peaks = lines.splitlines()[-1].split()
+def test_the_memory_of_a_step_is_measured_in_processes_of_their_own(capsys):
+    model.main(config.parse_network(["--model", "resnet8", "--memory", "32"]))
+    size, *peaks = capsys.readouterr().out.splitlines()[-1].split()
     assert size == "32" and len(peaks) == 3 and all(0.01 < float(peak) < 10 for peak in peaks)
 
 

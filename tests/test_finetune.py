@@ -49,7 +49,7 @@ def test_the_tasks_are_the_two_halves_of_cifar10(cifar10, monkeypatch):
 def test_a_run_of_today_is_that_of_the_logs(task, cifar10):
     """What --train_dir and the data give is another here; all else is the recipe of the committed runs."""
     finetune.make_task(task, cifar10)
-    logged = next(run for run in runs.read_runs([STUDY / task]) if run.arm == "group" and not run.config.validation)
+    logged = next(run for run in runs.read_runs([STUDY / task]) if run.norm == "group" and not run.config.validation)
     flags = SimpleNamespace(train_dir=cifar10, data_dir=str(cifar10), jobs=1)
     rate = ("--learning_rate", str(logged.config.base_learning_rate))
     made = finetune.Task(task, flags, 1).cell("group", 0, *rate).settings

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 import datasets
 import download
 import evaler
-from config import EVALUATION_BATCH, describe_data, write_config
+from config import EVALUATION_BATCH
+from runs import describe_data, write_config
 from datasets import folder
 from input_ops import create_input_ops, image_of_file
 

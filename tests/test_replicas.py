@@ -51,7 +51,7 @@ def weights_after(strategy, batch_size, norm_type="group", sync=False, offset=0.
     keras.utils.set_random_seed(3)
     with strategy.scope():
         model = create_model(config, (8, 8, 1), 10)
-    state = trainer.State(model, config, strategy)
+    state = trainer.make_state(model, config, strategy)
     state.optimizer.learning_rate.assign(0.1)
     step = trainer.make_train_step(state)
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_own_statistics_differ_from_the_whole_batch_and_are_averaged(two_devices
         layer.build((None, 2))
         model = keras.Sequential([keras.Input((2,)), layer])
     config = Config(optimizer="momentum", weight_decay=0.0, batch_size=2, max_batch_size=4, num_replicas=2)
-    step = trainer.make_train_step(trainer.State(model, config, two_devices))
+    step = trainer.make_train_step(trainer.make_state(model, config, two_devices))
     x = np.float32([[1, 2], [3, 4], [50, 60], [70, 90]])
     step(tf.constant(x), tf.constant([0, 1, 0, 1]), tf.constant(False))
     variances = (x[:2].var(axis=0, ddof=1) + x[2:].var(axis=0, ddof=1)) / 2

@@ -15,7 +15,9 @@ import scripts
 import tensorflow as tf
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from config import derive, describe_data, parse_training, write_config
+from config import derive, parse_training
+from runs import describe_data, write_config
+import checkpoints
 import datasets
 import input_ops
 import runs
@@ -140,7 +142,7 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(digits, tm
 
 
 def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0)
     run_dir = scripts.train(data_dir, tmp_path, "--max_training_step", 3)
     assert len(list(run_dir.glob("model-*.index"))) == 3
 
