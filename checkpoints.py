@@ -131,13 +131,14 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
     return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
-def start_from(checkpoint, model, config, train) -> str | None:
+def copy_weights(checkpoint, model, config, train) -> str | None:
     """Load the weights of --checkpoint, print the names of the new ones, and return the norm_type that was converted.
 
     Norms of another type are converted by match_moments over CONVERSION_IMAGES training images. Other classes get a new
     last layer. Returns None if no norm was converted.
     """
-    other, data = runs.read_config(runs.run_dir_of(checkpoint))
+    other, stored = runs.read_config(runs.run_dir_of(checkpoint))
+    data = stored["data"]
     converted = check_convertible(config, other, checkpoint)
     source = create_model(other, train.network_shape, data["num_classes"])
     path, _ = load_weights(source, checkpoint)

@@ -3,7 +3,7 @@
 An expected error prints one line on stderr and no traceback. Exit codes:
     2    mistakes of the user (UserError, or a path that cannot be used)
     1    external failures (ExternalError, OSError: network, disk), and training that diverged
-    130  Ctrl-C; 143 SIGTERM or SIGHUP
+    130  Ctrl-C; 143 SIGTERM or SIGHUP; a trainer that has saved: 128 + the number of the signal
 """
 
 import argparse
@@ -20,22 +20,13 @@ import threading
 import typing
 
 # The user can fix a path that is missing, of the wrong kind or not permitted, but not ENOSPC or EIO.
-USER_ERRNO = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-)
+PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to here, one thread per operation was faster
 
 
 class UserError(Exception):
-    """A mistake of the user; the message is one line with the wrong value and the remedy."""
+    """A user error; the message is one line with the wrong value and the remedy."""
 
 
 class ExternalError(Exception):
@@ -63,7 +54,8 @@ def run(main):
     except ExternalError as error:
         code, message = 1, error
     except OSError as error:  # requests' errors are OSErrors too
-        code, message = (2 if error.errno in USER_ERRNO else 1), f"{type(error).__name__}: {error}"
+        is_path = isinstance(error, PATH_ERRORS) or error.errno in (errno.EROFS, errno.ENAMETOOLONG)
+        code, message = (2 if is_path else 1), f"{type(error).__name__}: {error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"the disk is full: {error.filename or error}; free some space, and run this again"
     except KeyboardInterrupt:
@@ -156,7 +148,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser without abbreviations; errors are one line on stderr with exit code 2."""
 
     def __init__(self, **kwargs):
-        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def names_given(self, argv=None):
         """The names of the flags in the command line, including those given with their default values."""

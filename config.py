@@ -23,7 +23,7 @@ LARGE_RESNETS = {  # arXiv 1512.03385, table 1: whether blocks are bottlenecks, 
 }
 MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
 NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # renorm: arXiv 1702.03275
-STANDARDIZED = tuple(f"{norm}+ws" for norm in NORM_TYPES[:5])  # ws: arXiv 1903.10520
+STANDARDIZED = tuple(f"{norm}+ws" for norm in NORM_TYPES if norm != "batch+renorm")  # ws: arXiv 1903.10520
 NORM_NAMES = tuple(f"{norm}{acc}" for acc in ("", "+acc") for norm in NORM_TYPES + STANDARDIZED)  # for --norm_type
 AUGMENTATIONS = ("crop", "flip+crop")
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
@@ -58,8 +58,8 @@ class Network:
     )
     norm_type: str = flag(
         "batch",
-        f"the normalization: {', '.join(NORM_TYPES)}; all but the last also with +ws for --weight_standardization, and "
-        "all with +acc at the end for --accumulate",
+        f"the normalization: {', '.join(NORM_TYPES)}; all but batch+renorm also with +ws for "
+        "--weight_standardization, and all with +acc at the end for --accumulate",
         choices=NORM_NAMES,
         metavar="NORM",
     )
@@ -152,7 +152,7 @@ class Config(Network):
     )
     augment: str | None = flag(
         None,
-        "crop: cut images at random, for digits and signs; flip+crop: also mirror them, the default for photographs; "
+        "crop: crop images at random, for digits and signs; flip+crop: also mirror them, the default for photographs; "
         "--augment alone means flip+crop",
         choices=AUGMENTATIONS,
         nargs="?",
@@ -311,12 +311,12 @@ def parse_training(argv=None) -> tuple[Config, Path | None]:
 
 def spell_out(flags: Config) -> Config:
     """Replace a --norm_type such as group+ws+acc by the flags it stands for."""
-    norm, *more = flags.norm_type.replace("batch+renorm", "renorm").split("+")
+    norm = flags.norm_type
     return dataclasses.replace(
         flags,
-        norm_type="batch+renorm" if norm == "renorm" else norm,
-        weight_standardization=flags.weight_standardization or "ws" in more,
-        accumulate=flags.accumulate or "acc" in more,
+        norm_type=norm.replace("+ws", "").replace("+acc", ""),
+        weight_standardization=flags.weight_standardization or "+ws" in norm,
+        accumulate=flags.accumulate or "+acc" in norm,
     )
 
 
@@ -392,7 +392,7 @@ def parse_evaluation(argv=None):
     parser = ArgumentParser(description="Evaluate a run on a complete split, in inference mode.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="the run folder; by default the newest in --train_dir")
     parser.add_argument("--dataset", help="evaluate the newest run of this dataset")
-    parser.add_argument("--train_dir", default="train_dir", help="folder of the run folders, or one run folder")
+    parser.add_argument("--train_dir", default="train_dir", help="folder that holds the run folders, or one run folder")
     parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
     parser.add_argument("--batch_size", type=within(int, low=1), default=EVALUATION_BATCH, help="images at a time")
@@ -442,6 +442,8 @@ def parse_evaluation(argv=None):
     if flags.run is not None:
         if "train_dir" in parser.names_given(argv):
             raise UserError(f"{flags.run} and --train_dir {flags.train_dir} both name a run: give one of them")
+        if flags.checkpoint is not None:
+            raise UserError(f"{flags.run} and --checkpoint {flags.checkpoint} both name a run: give one of them")
         flags.train_dir = flags.run
     return flags
 
@@ -450,14 +452,14 @@ def parse_network(argv=None):
     """The flags of model.py: (Config, image shape, number of classes, batch sizes for the memory measurement)."""
     parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
     parser.add_flags(Network)
-    size = within(int, low=1)
+    positive = within(int, low=1)
     shape = "height, width and channels; one number is both height and width; by default 3 channels"
-    parser.add_argument("--image_size", type=size, nargs="+", default=[32], metavar="N", help=shape)
+    parser.add_argument("--image_size", type=positive, nargs="+", default=[32], metavar="N", help=shape)
     parser.add_argument("--classes", type=within(int, low=2), default=10, help="number of classes")
     parser.add_argument(
         "--memory",
         nargs="*",
-        type=within(int, low=1),
+        type=positive,
         metavar="BATCH_SIZE",
         help="also measure the peak memory of a training step with batch, group and no norm; by default at batch "
         f"sizes {' '.join(map(str, MEMORY_BATCH_SIZES))}",
@@ -482,9 +484,10 @@ def batch_sizes(flags: Config) -> tuple[int, int]:
     """(images per update and replica, images per step): from the flags, or the dataset's defaults if they fit."""
     own = datasets.defaults_of(flags.dataset)
     most = flags.max_batch_size or own.get("max_batch_size", MAX_BATCH_SIZE)
-    number = number_of_replicas(flags.replicas)
-    usual = own.get("batch_size", most)
-    return flags.batch_size or (max(1, most // number) if most % (usual * number) else usual), most
+    if flags.batch_size is not None:
+        return flags.batch_size, most
+    usual, number = own.get("batch_size", most), number_of_replicas(flags.replicas)
+    return max(1, most // number) if most % (usual * number) else usual, most
 
 
 def derive(flags: Config, train) -> Config:

@@ -51,6 +51,11 @@ def locked(folder):
         yield
 
 
+def kind_of(text):
+    """Return the kind of a hash in hexadecimal: sha256 or md5."""
+    return "md5" if len(text) == 32 else "sha256"
+
+
 def hash_file(path, kind):
     """Return the hash of a file in hexadecimal; kind: sha256 or md5."""
     digest, name = hashlib.new(kind, usedforsecurity=False), os.path.basename(path)
@@ -65,8 +70,8 @@ def hash_file(path, kind):
 
 def verify(path, expected, checksum):
     """Return the hash of an archive. If it is not the expected one, raise UserError, or without checksum print it."""
-    size, kind, right = expected
-    found = hash_file(path, kind)
+    size, right = expected
+    found, kind = hash_file(path, kind_of(right)), kind_of(right)
     if found != right:
         mismatch = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
         if checksum:
@@ -85,9 +90,10 @@ def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
 
     Raises ConnectionError if all mirrors fail.
     """
-    part, name, (size, kind, right) = path + PART, os.path.basename(path), expected
+    part, name, (size, right) = path + PART, os.path.basename(path), expected
+    kind = kind_of(right)
     for turn in range(TURNS):
-        has_changed = False
+        made_progress = False
         for url in urls:
             have = size_of(part)
             try:
@@ -102,14 +108,14 @@ def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
                 reason = reason_of(error)
                 if reason != NO_CONNECTION:  # likely the same for all mirrors, so it is only in the error below
                     print(f"warning: {url}: {reason}", flush=True)
-                has_changed = has_changed or size_of(part) != have
+                made_progress = made_progress or size_of(part) != have  # or the part was wrong, and is removed
                 continue
             if found != right:
                 print(f"warning: {name} from {url} has {kind} {found}, expected {right}", flush=True)
             sync(part)
             os.replace(part, path)
             return found
-        if not has_changed:
+        if not made_progress:
             break
     raise ConnectionError(
         f"cannot download {name} ({one_line(reason, 60)}): check the network, or get the file elsewhere and add "
@@ -185,8 +191,8 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
             found = fetch([base.rstrip("/") + "/" + file for base in mirrors], path, expected, checksum, timeout)
         else:
             found = verify(path, expected, checksum)
-        if found != expected[2]:
-            others.append(f"{file} {expected[1]} {found[:12]}")
+        if found != expected[1]:
+            others.append(f"{file} {kind_of(found)} {found[:12]}")
     return folder, others
 
 
@@ -218,7 +224,6 @@ def prepare(
 
 def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout):
     """Fetch and pack a dataset, for prepare, which holds the lock of the folder."""
-    hdf5.remove_unfinished(folder)
     module = datasets.module_of(name)
     archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
     made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"

@@ -106,9 +106,10 @@ def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
     }
 
 
-def evaluate(predict, batches, labels, num_classes):
-    """summarize() a complete split: `batches` hold each example once, in the order of `labels`."""
-    return summarize(*predict_all(predict, batches), labels, num_classes)
+def evaluate(model, split, batch_size=EVALUATION_BATCH):
+    """summarize() the predictions of a model on a complete split, a datasets.hdf5.Dataset."""
+    batches = create_input_ops(split, min(batch_size, len(split)), is_training=False)
+    return summarize(*predict_all(make_predictor(model), batches), split.labels, split.num_classes)
 
 
 @contextlib.contextmanager
@@ -131,7 +132,7 @@ def by_batch(model, momentum):
 def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=EVALUATION_BATCH):
     """Set the moving statistics of every BatchNorm to those of training images with the current weights.
 
-    Every norm normalizes by its own batch meanwhile. The moving mean becomes the mean over the batches, and the moving
+    Each norm uses its own batch during this. The moving mean becomes the mean over the batches, and the moving
     variance the mean of the batches' (unbiased) variances plus the variance of their means. Weights do not change.
 
     Args:
@@ -167,11 +168,9 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
     learned, but its moving statistics are unsuitable. The images are shuffled once into batches; the last batch may be
     smaller. The moving statistics do not change.
     """
-    shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)), is_train=False)
+    shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)))
     with by_batch(model, momentum=1.0):
-        return evaluate(
-            make_predictor(model), create_input_ops(shuffled, batch_size, False), shuffled.labels, split.num_classes
-        )
+        return evaluate(model, shuffled, batch_size)
 
 
 def read_images(files, dataset):
@@ -225,10 +224,8 @@ def check_images(dataset):
 def check_output(path, files):
     """Raise UserError if no file can be written to `path`, or it would overwrite one of `files`."""
     target = os.path.realpath(path)
-    if os.path.isdir(target):
-        raise UserError(f"--output {path!r} is a folder: give a file in it, such as predictions.csv")
     if os.path.exists(target) and not os.path.isfile(target):
-        raise UserError(f"--output {path} is not a regular file: give one, such as predictions.csv")
+        raise UserError(f"--output {path!r} is a folder or no regular file: give a file, such as predictions.csv")
     if any(os.path.realpath(file) == target for file in files):
         raise UserError(f"--output {path} is one of the images to predict: give another file, such as predictions.csv")
     if not os.path.isdir(os.path.dirname(target)):
@@ -306,12 +303,7 @@ def print_predictions(flags, files, model, dataset):
 
 def measure_all(flags, config, model, train, split, name):
     """Evaluate with each of the --batch_statistics and print the results; returns {measure: result}."""
-    batches = create_input_ops(split, min(flags.batch_size, len(split)), is_training=False)
-
-    def evaluate_now():
-        return evaluate(make_predictor(model), batches, split.labels, split.num_classes)
-
-    measured = {"accuracy": evaluate_now()}
+    measured = {"accuracy": evaluate(model, split, flags.batch_size)}
     print_result(name, measured["accuracy"], split.class_names)
     if "batch" in flags.batch_statistics:
         size = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)
@@ -323,7 +315,10 @@ def measure_all(flags, config, model, train, split, name):
     ):
         if choice in flags.batch_statistics:
             reestimate_batch_statistics(model, train, config.augment, config.seed, size)
-            measured[measure] = evaluate_now() | {"batch_size": size, "augment": config.augment}
+            measured[measure] = evaluate(model, split, flags.batch_size) | {
+                "batch_size": size,
+                "augment": config.augment,
+            }
             print_result(f"{name}{runs.MEASURES[measure]}", measured[measure], split.class_names)
     return measured
 
@@ -335,9 +330,9 @@ def main(flags):
     if flags.export is not None:
         export.check_folder(flags.export)
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
-    config, data = runs.read_config(run_dir)
+    config, stored = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
-    train, test = runs.open_data(run_dir, config, data, flags.data_dir, flags.validation)
+    train, test = runs.open_data(run_dir, config, stored["data"], flags.data_dir, flags.validation)
     if flags.predict:
         check_images(train)
     model = create_model(config, train.network_shape, train.num_classes)

@@ -3,7 +3,6 @@
 python evaler.py --dataset CIFAR10 --export exported
 """
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -221,7 +220,7 @@ def convolution_before(layer):
 
 def check(model, test, folder) -> tuple[dict, float]:
     """({file: largest difference of a logit}, the largest logit) on test images; ExternalError above TOLERANCE."""
-    chosen = test.subset(np.arange(min(len(test), CHECKED_IMAGES)), is_train=False)
+    chosen = test.subset(np.arange(min(len(test), CHECKED_IMAGES)))
     exported = tf.saved_model.load(str(folder / "saved_model"))
     network = keras.models.load_model(folder / "model.keras")
     differences, largest = {"saved_model": 0.0, "model.keras": 0.0}, 0.0
@@ -244,10 +243,10 @@ def check(model, test, folder) -> tuple[dict, float]:
 
 def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
     """The README.md of an export: the network, its accuracy and origin, and how to load each file."""
-    config, data = read_config(run_dir)
-    stored = json.loads((Path(run_dir) / "config.json").read_text())
+    config, stored = read_config(run_dir)
+    data = stored["data"]
     shape = ", ".join(map(str, test.network_shape))
-    given = flags_given(run_dir).items()
+    given = flags_given(stored).items()
     source = stored.get("source") or {}
     rows = {
         "data": f"{test.name}, images of {shape}; {test.made_from or 'made from: unknown'}",

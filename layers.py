@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from ops import EPSILON, moments, number_of_replicas
 
-FEW_OUTPUTS = 32  # up to so many outputs a matrix product was measured to be faster than a convolution
+FEW_OUTPUTS = 32  # up to this many outputs a matrix product was measured to be faster than a convolution
 
 
 def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tensor:

@@ -10,10 +10,10 @@ import math
 import sys
 from pathlib import Path
 
-import config
 from command import UserError, run, start
+from config import parse_network
 
-FLAGS = start(__name__, config.parse_network)  # flags first: TensorFlow takes seconds to import
+FLAGS = start(__name__, parse_network)  # flags first: TensorFlow takes seconds to import
 
 import keras
 
@@ -54,7 +54,7 @@ def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
     except ValueError as error:
         raise UserError(f"{name} with --norm_type {config.norm_type} on images of {image_shape}: {error}") from error
     small = keras.initializers.RandomNormal(stddev=LOGITS_STDDEV)
-    logits = fc(x, num_classes, name="logits", initializer=small, dtype="float32")
+    logits = keras.layers.Dense(num_classes, kernel_initializer=small, dtype="float32", name="logits")(x)
     return keras.Model(image, logits, name=name)
 
 
@@ -65,7 +65,8 @@ def convnet(x, conv):
         x = layers.Dropout(0.5, name=f"layer{i}_dropout")(x)
     x = keras.layers.Flatten(name="flatten")(x)
     for i, units in enumerate((512, 128, 32), 1):
-        x = fc(x, units, f"fc{i}", "leaky_relu")
+        x = keras.layers.Dense(units, kernel_initializer="he_normal", name=f"fc{i}")(x)
+        x = keras.layers.LeakyReLU(0.2, name=f"fc{i}_relu")(x)
     return x
 
 
@@ -125,7 +126,7 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
     return x
 
 
-def norm(x, config, name=None, gamma="ones"):
+def norm(x, config, name, gamma):
     """Apply the norm of a configuration to x [N, ..., C]; gamma: 'ones' or 'zeros', its initial value."""
     arguments = {"gamma_initializer": gamma, "name": name}
     if config.norm_type.startswith("batch"):
@@ -162,12 +163,6 @@ def check_batch(x, config, name):
                 f"--batch_size {config.batch_size} is too small for batch norm in {config.model}: {name} sees one "
                 "position of one image, a single value per channel; use a larger batch size or another --norm_type"
             )
-
-
-def fc(x, units, name, activation=None, initializer="he_normal", dtype=None):
-    """A dense layer on x [N, inputs], then no activation or 'leaky_relu' (slope 0.2); dtype None is Keras' policy."""
-    x = keras.layers.Dense(units, kernel_initializer=initializer, dtype=dtype, name=name)(x)
-    return x if activation is None else keras.layers.LeakyReLU(0.2, name=f"{name}_relu")(x)
 
 
 def residual_block(x, conv, filters, strides, name, bottleneck=False):

@@ -49,7 +49,7 @@ def group_norm(
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
-        gamma, beta: [C] scale and offset; None is 1 and 0.
+        gamma, beta: [C] scale and offset; None means 1 and 0.
         groups: G, a divisor of C; channels g * C / G to (g + 1) * C / G - 1 are group g.
         epsilon: added to the variance.
         data_format: 'channels_last' or 'channels_first'.
@@ -189,7 +189,7 @@ def batch_norm(
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
-        gamma, beta: [C] scale and offset; None is 1 and 0.
+        gamma, beta: [C] scale and offset; None means 1 and 0.
         moving_mean, moving_variance: [C], float32 (float64 if x is).
         training: Python bool: normalize by the batch, or by the moving statistics.
         momentum: new statistics = momentum * old + (1 - momentum) * batch.
@@ -201,8 +201,8 @@ def batch_norm(
     Returns:
         (y, new_moving_mean, new_moving_variance); without training the statistics are unchanged. x is normalized by
         the biased variance of the batch (over the m values per channel); the moving variance follows the unbiased
-        one (over m - 1), which at small batches is the right size for unseen images. An empty batch leaves the moving
-        statistics unchanged.
+        one (over m - 1), which at small batches is the better estimate for unseen images. An empty batch leaves the
+        moving statistics unchanged.
 
     Raises:
         ValueError: if C is unknown, or in training a channel statically holds a single value.
@@ -221,10 +221,9 @@ def batch_norm(
     shape = _dynamic_shape(x)
     positions = tf.reshape(x, [shape[0], math.prod(shape[1:-1]), 1, shape[-1]])
     arguments = gamma, beta, tf.cast(moving_mean, dtype), tf.cast(moving_variance, dtype), training, momentum, epsilon
-    if synchronized and training:
-        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments, True)
-    elif dtype == tf.float64 or _compiled_by_xla():
-        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments)
+    synchronized = synchronized and training
+    if synchronized or dtype == tf.float64 or _compiled_by_xla():
+        y, moving_mean, moving_variance = _batch_norm_by_moments(tf.cast(positions, dtype), *arguments, synchronized)
     else:
         y, moving_mean, moving_variance = _batch_norm_fused(positions, *arguments)
     if training and not positions.shape.num_elements():  # unknown, or 0
@@ -260,9 +259,7 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
     return (y, mean, variance) if training else (y, moving_mean, moving_variance)
 
 
-def _batch_norm_by_moments(
-    x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, synchronized=False
-):
+def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, synchronized):
     """The same by definition: for float64, for XLA, and over the batches of all replicas."""
     mean, variance = moving_mean, moving_variance
     if training:
@@ -301,8 +298,6 @@ def _moments_of_replicas(mean, variance):
 def check_groups(shape: tuple, axis: int, groups: int) -> None:
     """Raise ValueError unless groups divides the static channels shape[axis] and leaves 2 values per group."""
     channels = shape[axis]
-    if channels is None:
-        raise ValueError(f"the number of channels must be known, but axis {axis} of the shape {shape} is None")
     if not isinstance(groups, numbers.Integral) or groups < 1 or channels % groups:
         raise ValueError(
             f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
@@ -327,15 +322,16 @@ def _channel_axis(x, data_format):
         raise ValueError(f"x must have rank 2 to 5, [N, ..., C] or [N, C, ...], but its shape is {x.shape}")
     if not x.dtype.is_floating:
         raise ValueError(f"x must be of a float type, not {x.dtype.name}")
-    return x.shape.rank - 1 if data_format == "channels_last" else 1
+    axis = x.shape.rank - 1 if data_format == "channels_last" else 1
+    if x.shape[axis] is None:
+        raise ValueError(f"the number of channels must be known, but the shape is {x.shape}")
+    return axis
 
 
 def _affine(x, axis, gamma, beta):
     """Return gamma and beta as [C] tensors of the statistics' dtype, and this dtype."""
     dtype = tf.float64 if x.dtype == tf.float64 else tf.float32
     channels = x.shape[axis]
-    if channels is None:
-        raise ValueError(f"the number of channels must be known, but the shape is {x.shape}")
     gamma = tf.ones([channels], dtype) if gamma is None else tf.cast(gamma, dtype)
     beta = tf.zeros([channels], dtype) if beta is None else tf.cast(beta, dtype)
     for name, value in (("gamma", gamma), ("beta", beta)):

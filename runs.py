@@ -65,15 +65,15 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
 
 
 def read_config(run_dir) -> tuple[Config, dict]:
-    """(configuration, data) from config.json; UserError if it is missing or damaged."""
+    """(configuration, all of config.json as write_config wrote it); UserError if it is missing or damaged."""
     path = Path(run_dir) / "config.json"
     check_path(run_dir)
     try:
         stored = json.loads(path.read_text())
-        settings, data = {**stored["flags"], **stored["derived"]}, stored["data"]
+        settings = {**stored["flags"], **stored["derived"]}
         for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
             settings[name]
-        data["train"], data["test"]
+        stored["data"]["train"], stored["data"]["test"]
     except FileNotFoundError:
         runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
         raise UserError(
@@ -84,10 +84,8 @@ def read_config(run_dir) -> tuple[Config, dict]:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): restore the JSON object that trainer.py wrote"
         ) from None
-    if isinstance(settings["augment"], bool):  # the run is older than the choices of --augment
-        settings["augment"] = "flip+crop" if settings["augment"] else None
     known = {field.name for field in FIELDS}
-    return Config(**{name: value for name, value in settings.items() if name in known}), data
+    return Config(**{name: value for name, value in settings.items() if name in known}), stored
 
 
 def describe_data(train, test) -> dict:
@@ -134,9 +132,9 @@ def open_data(run_dir: Path, config: Config, data: dict, data_dir: str, validati
     return train, test
 
 
-def flags_given(run_dir) -> dict:
-    """The flags of a run that differ from their defaults, without local ones such as paths."""
-    given = json.loads((Path(run_dir) / "config.json").read_text())["flags"]
+def flags_given(stored: dict) -> dict:
+    """The flags in config.json that differ from their defaults, without local ones such as paths."""
+    given = stored["flags"]
     return {
         field.name: given[field.name]
         for field in FIELDS
@@ -276,18 +274,18 @@ class Run(NamedTuple):
 
 def read_run(path: Path) -> Run:
     """Read a run folder; UserError if one of its files is damaged."""
-    config, data = read_config(path)
-    rows = read_rows(path / "metrics.jsonl")
+    config, stored = read_config(path)
+    data, rows = stored["data"], read_rows(path / "metrics.jsonl")
     state = "unfinished"
     if rows and rows[-1]["step"] >= config.max_training_step:
         state = "finished"
     if rows and rows[-1].get("diverged"):
         state = "diverged"
-    accuracies = evaluation = read_evaluation(path / "evaluation.json", config)
+    trained, evaluation = {}, read_evaluation(path / "evaluation.json", config)
     if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test; evaler.py repeats it
-        accuracies = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows) | accuracies
-    source = json.loads((path / "config.json").read_text()).get("source") or {}
-    return Run(path, config, settings_of(config, data), rows, accuracies, evaluation, state, source.get("commit"))
+        trained = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows)
+    commit = (stored.get("source") or {}).get("commit")
+    return Run(path, config, settings_of(config, data), rows, trained | evaluation, evaluation, state, commit)
 
 
 def last_epochs(config: Config, data: dict, rows: list) -> dict:

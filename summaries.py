@@ -6,6 +6,7 @@ if log.due(step): log.write({"step": step, ...}, images)
 """
 
 import contextlib
+import datetime
 import json
 import os
 import threading
@@ -111,8 +112,8 @@ class Log:
             self.clock, self.timed_steps = time.perf_counter(), 0
         if step == self.first_step + 2:
             self.seconds_per_step = time.perf_counter() - self.clock
-            epoch = duration(self.epoch * self.seconds_per_step)
-            self.print(f"an epoch takes about {epoch}, the run {duration(self.seconds_left(step))}, tests included")
+            epoch = as_time(self.epoch * self.seconds_per_step)
+            self.print(f"an epoch takes about {epoch}, the run {as_time(self.seconds_left(step))}, tests included")
 
     def seconds_left(self, step):
         tests = self.steps // self.config.test_sample_step - step // self.config.test_sample_step
@@ -172,7 +173,7 @@ class Log:
         if "test_loss/top5_accuracy" in row:
             line += f"  top-5 {100 * row['test_loss/top5_accuracy']:5.2f} %"
         if "images_per_second" in row:
-            line += f"  {row['images_per_second']:.4g} images/s  {duration(self.seconds_left(row['step']))} left"
+            line += f"  {row['images_per_second']:.4g} images/s  {as_time(self.seconds_left(row['step']))} left"
         return line
 
     def close(self):
@@ -197,9 +198,9 @@ def print_plan(config, train, test):
         updates = f"one update each, of {config.batches_per_step} batches"
     size, norm = "x".join(map(str, train.network_shape)), config.norm.removesuffix("+acc")
     shown = {
-        "flip+crop": "mirrored and cut at random (--augment crop: cut only, as for digits and signs; --no_augment)",
-        "crop": "cut at random, not mirrored",
-        None: "unchanged (--augment crop: cut at random; --augment: mirrored and cut at random)",
+        "flip+crop": "mirrored and randomly cropped (--augment crop: cropped only, as for digits; --no_augment)",
+        "crop": "randomly cropped, not mirrored",
+        None: "unchanged (--augment crop: randomly cropped; --augment: mirrored, too)",
     }
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
@@ -210,10 +211,9 @@ def print_plan(config, train, test):
     )
 
 
-def duration(seconds: float) -> str:
+def as_time(seconds: float) -> str:
     """The seconds as h:mm:ss."""
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def write_hparams(config, trial):

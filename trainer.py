@@ -201,7 +201,7 @@ def make_train_step(state):
 def make_test(state, test, interruption):
     """Make a function that tests on the complete test split, shared by all workers: {"test_loss/accuracy": ...}."""
     who = workers()
-    test_here = test.subset(replicas.test_share(who, len(test)), is_train=False)
+    test_here = test.subset(replicas.test_share(who, len(test)))
     batches = create_input_ops(test_here, EVALUATION_BATCH, is_training=False)
     predict = evaler.make_predictor(state.model, state.strategy)
     join = replicas.make_join(state.strategy, who, len(test))
@@ -278,14 +278,14 @@ def end_diverged(state, log, loss):
 
 def reopen(run_dir, flags):
     """(configuration, train, test) of a run to resume; UserError if its data or its number of replicas changed."""
-    config, data = runs.read_config(run_dir)
+    config, stored = runs.read_config(run_dir)
     here = flags.replicas or config.replicas
     if number_of_replicas(here) != config.num_replicas:
         raise UserError(
             f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
             f"{number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
         )
-    splits = runs.open_data(run_dir, config, data, flags.data_dir, config.validation)
+    splits = runs.open_data(run_dir, config, stored["data"], flags.data_dir, config.validation)
     return dataclasses.replace(config, replicas=here, worker_timeout=flags.worker_timeout), *splits
 
 
@@ -327,10 +327,9 @@ def main(flags, run_dir):
 
 def start_from_checkpoint(model, config, train, test):
     """Load the weights of --checkpoint; if this converts the norms, print the accuracy after the conversion."""
-    before = checkpoints.start_from(config.checkpoint, model, config, train)
+    before = checkpoints.copy_weights(config.checkpoint, model, config, train)
     if before:
-        batches = create_input_ops(test, EVALUATION_BATCH, is_training=False)
-        result = evaler.evaluate(evaler.make_predictor(model), batches, test.labels, test.num_classes)
+        result = evaler.evaluate(model, test)
         print(
             f"{before} norm became {config.norm_type} norm: accuracy {100 * result['accuracy']:.2f} % before training",
             flush=True,
@@ -345,7 +344,7 @@ def train_and_report(run_dir, state, train, test, interruption):
     print(
         f"{state.model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
         f"batch size {config.batch_size}{together}\nrun folder: {shown_dir}"
-        + (f"\ngoing on at step {int(state.step)} of {config.max_training_step}" if int(state.step) else ""),
+        + (f"\nresuming at step {int(state.step)} of {config.max_training_step}" if int(state.step) else ""),
         flush=True,
     )
     try:

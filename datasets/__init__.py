@@ -69,13 +69,12 @@ def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
 
 
 def create_default_splits(
-    name: str, data_dir: str = DATA_DIR, max_examples: int | None = None, validation: int | None = None
+    name: str, data_dir: str = DATA_DIR, validation: int | None = None
 ) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train, test), two datasets.hdf5.Dataset.
 
     Args:
         name, data_dir: of the dataset.
-        max_examples: limit of each split. The examples are evenly spaced, so data sorted by class keep all classes.
         validation: number of training images to hold out (see hold_out) and return instead of the test split.
 
     Raises:
@@ -88,13 +87,6 @@ def create_default_splits(
             + ("" if os.path.dirname(folder) == DATA_DIR else f" with --data_dir {data_dir}")
         )
     train, test = hdf5.open_packed(folder, name) if hdf5.is_packed(folder) else own.open_own(folder, name)
-    if max_examples is not None:
-        train, test = (
-            split.subset(np.arange(max_examples) * len(split) // max_examples, split.is_train)
-            if max_examples < len(split)
-            else split
-            for split in (train, test)
-        )
     if validation is not None:
         train, test = hold_out(train, validation)
     warn_of_unseen_classes(train, test)
@@ -123,5 +115,5 @@ def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Datase
     order = np.random.RandomState(VALIDATION_SEED).permutation(len(train))
     order = order[np.argsort(train.labels[order], kind="stable")]  # by class, shuffled within each class
     held = np.zeros(len(train), bool)
-    held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True
-    return train.subset(np.flatnonzero(~held), True), train.subset(np.flatnonzero(held), False)
+    held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True  # the middles of `count` equal parts
+    return train.subset(np.flatnonzero(~held)), train.subset(np.flatnonzero(held))

@@ -99,8 +99,9 @@ def fill(file, source, bar):
         start, stop = len(labels), len(labels) + len(images)
         if encoded:
             lengths.extend(map(len, images))
-            image.resize(len(image) + sum(lengths[start:]), axis=0)
-            image[len(image) - sum(lengths[start:]) :] = np.frombuffer(b"".join(images), np.uint8)
+            data, size = b"".join(images), len(image)
+            image.resize(size + len(data), axis=0)
+            image[size:] = np.frombuffer(data, np.uint8)
         elif images.shape[1:] != tuple(shape) or stop > total:
             raise UserError(
                 f"images {start} to {stop - 1} have the shape {images.shape[1:]}: expected {total} images of {shape}"
@@ -122,7 +123,7 @@ def fill(file, source, bar):
 
 
 def check(labels, splits, ids, class_names, num_images):
-    """Raise UserError unless the arrays of a packed file make two complete splits."""
+    """Raise UserError unless the arrays make two complete splits."""
     if len(class_names) < 2:
         raise UserError(f"only {len(class_names)} class: a classifier needs at least 2")
     if not len(labels) == len(splits) == len(ids) == num_images:
@@ -188,7 +189,7 @@ def read_origin(folder: str) -> dict:
 
 
 def open_packed(folder, name):
-    """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file is inconsistent."""
+    """Return (train, test), two Datasets on folder/data.hdf5. Raises UserError if the file is damaged."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK):
         file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no chunk cache: read only the bytes needed
@@ -197,17 +198,13 @@ def open_packed(folder, name):
         offset = open_array(file, "offset")[:] if encoded else None
         labels, splits, ids = (open_array(file, column)[:] for column in ("label", "split", "id"))
         ids, class_names = [text.decode() for text in ids.tolist()], open_array(file, "class_names").asstr()[:].tolist()
-    try:
-        check(labels, splits, ids, class_names, len(offset) - 1 if encoded else len(image))
-    except UserError as error:
-        raise UserError(f"{path} is broken ({error}): {REPACK}") from error
     origin = read_origin(folder)
     num_train = np.count_nonzero(splits == 0)
     columns = {"class_names": class_names, "image": image, "offset": offset}
     columns |= {"made_from": origin.get("made_from"), "from_folder": "--image_dir" in origin}
     return tuple(
-        Dataset(ids[a:b], name, is_train, labels[a:b], rows=np.arange(a, b), **columns)
-        for a, b, is_train in ((0, num_train, True), (num_train, len(ids), False))
+        Dataset(ids[a:b], name, labels[a:b], rows=np.arange(a, b), **columns)
+        for a, b in ((0, num_train), (num_train, len(ids)))
     )
 
 
@@ -225,7 +222,7 @@ class Dataset:
 
     Attributes:
         ids: [N] strings.
-        name, is_train: of the dataset and the split.
+        name: of the dataset.
         labels: int32 [N].
         class_names: [num_classes] strings.
         image: uint8 or float32 [rows, h, w, c], an array or an h5py dataset, or with `offset` the bytes `jpeg`.
@@ -237,7 +234,6 @@ class Dataset:
 
     ids: list
     name: str
-    is_train: bool
     labels: np.ndarray
     class_names: list
     image: np.ndarray | h5py.Dataset
@@ -249,10 +245,10 @@ class Dataset:
     def __post_init__(self):
         self._images = self._position = None  # all images, and the position of each id, once they are needed
 
-    def subset(self, positions, is_train):
+    def subset(self, positions):
         """Return the Dataset of the images at `positions` (int [n]), in that order."""
         ids, labels, rows = [self.ids[i] for i in positions], self.labels[positions], self.rows[positions]
-        return dataclasses.replace(self, ids=ids, is_train=is_train, labels=labels, rows=rows)
+        return dataclasses.replace(self, ids=ids, labels=labels, rows=rows)
 
     @property
     def num_classes(self):
@@ -287,9 +283,6 @@ class Dataset:
 
     def __len__(self):
         return len(self.ids)
-
-    def __repr__(self):
-        return f"Dataset({self.name}, {'train' if self.is_train else 'test'}, {len(self)} images of {self.image_shape})"
 
     def images(self):
         """Return all images as one array [N, h, w, c], read once and kept. Raises TypeError if encoded.
@@ -339,7 +332,7 @@ class Dataset:
         if self._position is None:
             self._position = {name: i for i, name in enumerate(self.ids)}
         if id not in self._position:
-            raise UserError(f"the {'train' if self.is_train else 'test'} split of {self.name} has no id {id!r}")
+            raise UserError(f"this split of {self.name} has no id {id!r}")
         position = self._position[id]
         image = self.read([position])[0]
         if self.encoded:

@@ -24,9 +24,9 @@ DEFAULTS = {  # of arXiv 1803.08494, section 4.1
     "reported_epochs": 5,  # the result is the median of the tests of the last 5 epochs
 }
 FILES = {
-    "ILSVRC2012_img_train.tar": (147897477120, "md5", "1d675b47d978889d74fa0da5fadfb00e"),
-    "ILSVRC2012_img_val.tar": (6744924160, "md5", "29b22e2961454d5413ddabcf34fc5622"),
-    "ILSVRC2012_devkit_t12.tar.gz": (2568634, "md5", "fa75699e90414af021442c21a62c3abf"),
+    "ILSVRC2012_img_train.tar": (147897477120, "1d675b47d978889d74fa0da5fadfb00e"),
+    "ILSVRC2012_img_val.tar": (6744924160, "29b22e2961454d5413ddabcf34fc5622"),
+    "ILSVRC2012_devkit_t12.tar.gz": (2568634, "fa75699e90414af021442c21a62c3abf"),
 }
 MIRRORS = ()
 DEVKIT = "ILSVRC2012_devkit_t12/data/"

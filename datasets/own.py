@@ -54,8 +54,8 @@ def open_own(folder, name):
         raise UserError(f"{path}: all training images are of class {labels[0]}: a classifier needs at least 2 classes")
     names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
     return tuple(
-        Dataset(split_ids, name, is_train, found, names, image, rows=np.arange(len(image)))
-        for split_ids, is_train, found, image in zip((train_ids, test_ids), (True, False), splits, images)
+        Dataset(split_ids, name, split_labels, names, image, rows=np.arange(len(image)))
+        for split_ids, split_labels, image in zip((train_ids, test_ids), splits, images)
     )
 
 
@@ -102,8 +102,8 @@ def read_splits(folder):
 
 
 def read_or_reuse(path, ids, num_train):
-    """Return read_examples() of a file. Of many ids a copy is kept beside the file, which opens a hundred times as
-    fast; it is used as long as the file and the ids are the same."""
+    """Return read_examples() of a file. With many ids, a copy is kept beside the file, which opens a hundred
+    times faster; it is used as long as the file and the ids are the same."""
     if len(ids) < MANY_IDS:
         return read_file(path, ids, num_train)
     copy, status = path + CACHE, os.stat(path)
@@ -116,7 +116,7 @@ def read_or_reuse(path, ids, num_train):
                 images.append(empty(part.shape, part.dtype))
                 images[-1][...] = part
             return stored["labels"], int(stored["num_classes"]), tuple(images)
-    print(f"reading {len(ids)} examples from {path}, which is fast from the second time on", flush=True)
+    print(f"reading {len(ids)} examples from {path}, which is slow only this first time", flush=True)
     labels, num_classes, images = read_file(path, ids, num_train)
     with contextlib.suppress(OSError), whole_file(copy) as part, open(part, "wb") as file:
         np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])

@@ -3,7 +3,6 @@
 python figure/compare.py --challenge figure/studies/digits --runs 3 --steps 100
 """
 
-import json
 import os
 import random
 import subprocess
@@ -17,7 +16,6 @@ import datasets
 import runs
 from command import UserError, ExternalError, one_line
 from config import FIELDS
-from runs import check_data, processor, versions
 
 TRAINER = Path(__file__).resolve().parent.parent / "trainer.py"
 TOLERANCE = 0.05  # of a loss or an accuracy: another processor rounds differently, and training amplifies that
@@ -38,30 +36,17 @@ def challenge(folder, number, steps, data_dir):
         raise UserError(f"none of the {len(found)} runs of {folder} can be trained here: see the reasons above")
     chosen = random.sample(possible, min(number, len(possible)))
     print(f"{len(chosen)} of {len(possible)} runs, {steps} steps each", flush=True)
-    for run in chosen:
-        there, here = stored_config(run)["data"].get("made_from"), made_from(run, data_dir)
-        if there != here:
-            print(f"note: the images may differ: {run.path.name} was trained on {there}; here are {here}")
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
         raise ExternalError(f"a row differs by {max(results):.3g}, but rounding should differ by at most {TOLERANCE}")
 
 
-def stored_config(run):
-    return json.loads((run.path / "config.json").read_text())
-
-
-def made_from(run, data_dir):
-    """Return what the data of a run were packed from here."""
-    return datasets.create_default_splits(run.config.dataset, data_dir)[0].made_from
-
-
 def find_problem(run, data_dir):
     """Return why a run cannot be trained here (other data, no checkpoint to start from), '' if it can."""
     try:
         splits = datasets.create_default_splits(run.config.dataset, data_dir, validation=run.config.validation)
-        check_data("it", stored_config(run)["data"] | {"made_from": splits[0].made_from}, *splits)
+        runs.check_data("it", runs.read_config(run.path)[1]["data"] | {"made_from": splits[0].made_from}, *splits)
         if run.config.checkpoint:
             runs.run_dir_of(run.config.checkpoint)
     except UserError as error:
@@ -79,7 +64,7 @@ def flags_of(config):
             values[field.name] = getattr(config, field.name)
     words = []
     for name, value in values.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0.0 == False
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
 
@@ -138,8 +123,8 @@ def compare(run, repeated, data_dir):
 
 def list_changes(run, data_dir):
     """List differences that may explain other bits: versions, the processor, the archives of the data."""
-    stored, train = stored_config(run), datasets.create_default_splits(run.config.dataset, data_dir)[0]
-    now = versions() | {"processor": processor(), "data": train.made_from}
+    stored, train = runs.read_config(run.path)[1], datasets.create_default_splits(run.config.dataset, data_dir)[0]
+    now = runs.versions() | {"processor": runs.processor(), "data": train.made_from}
     then = stored["versions"] | {
         "processor": stored.get("machine", {}).get("processor"),
         "data": stored["data"].get("made_from"),

@@ -369,7 +369,7 @@ def report(runs, folder, called=None):
     print(text)
     (folder / "table.md").write_text(text)
     results.write_csv(runs, folder / "results.csv")
-    of_norms = [table for table in found if not any(settings for (_, settings), _ in table[1])]  # not of settings
+    of_norms = [table for table in found if not any(settings for (_, settings), _ in table.rows)]  # not of settings
     drawn = ""
     if of_norms and any(run.state == "finished" for run in runs):
         pictures.draw_batch_sizes(of_norms, folder / "batch_size.png")

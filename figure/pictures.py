@@ -1,7 +1,6 @@
 """Pictures of the tables of results.py: accuracy against batch size, and curves over the steps. See compare.py."""
 
 import math
-import re
 import statistics
 
 from matplotlib.figure import Figure
@@ -23,33 +22,18 @@ MANY_NORMS = 4  # with more norms, batch and group norm are gray references
 
 def points_of(table, row, measure):
     """Return [(batch size, smallest, median, largest accuracy in %)] of a row of a table."""
-    _, _, batch_sizes, cells = table
     points = []
-    for size in batch_sizes:
-        runs = cells.get((row, measure, size), [])
+    for size in table.batch_sizes:
+        runs = table.cells.get((row, measure, size), [])
         values = [100 * run.accuracies[measure] for run in runs if measure in run.accuracies]
         if values:
             points.append((size, min(values), statistics.median(values), max(values)))
     return points
 
 
-def plain_title(table):
-    """Return a short title: 'CIFAR-10, resnet8, 24 epochs, median and range of 3 seeds'."""
-    name, model, *_ = table[0].split(", ")
-    epochs = re.search(r"\((\S+) epochs\)", table[0])
-    most = most_seeds(table)
-    seeds = f"median and range of {most} seeds" if most > 1 else "one seed"
-    return ", ".join([name, model, *([f"{round(float(epochs[1]), 1):g} epochs"] if epochs else []), seeds])
-
-
-def most_seeds(table):
-    """Return the largest number of seeds in a cell of a table."""
-    return max(len({run.config.seed for run in runs}) for runs in table[3].values())
-
-
 def finding(table):
     """Return the gain of each row, 'From batch size 1 to 32: batch +52.9, group +0.4 points'; '' if there are many."""
-    _, rows, batch_sizes, _ = table
+    rows, batch_sizes = table.rows, table.batch_sizes
     gains = {}
     for row, measure in rows:
         middle = {size: median for size, _, median, _ in points_of(table, row, measure)}
@@ -65,7 +49,7 @@ def draw_rows(axes, table):
 
     Returns [(last median, name, colour)].
     """
-    _, rows, batch_sizes, _ = table
+    rows, batch_sizes = table.rows, table.batch_sizes
     many = len({row[0] for row, _ in rows}) > MANY_NORMS
     colours = COLOURS | ({"batch": "#707070", "group": "#b0b0b0"} if many else {})
     ends = []
@@ -104,17 +88,17 @@ def draw_batch_sizes(found, path):
 
     A table with one batch size is skipped.
     """
-    found = [table for table in found if len(table[2]) > 1]
+    found = [table for table in found if len(table.batch_sizes) > 1]
     if not found:
         return
     figure = Figure(figsize=(9.5, 4.4 * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, table in zip(parts, found):
-        part.suptitle("\n".join(filter(None, (finding(table), plain_title(table)))), fontsize=10)
+        part.suptitle("\n".join(filter(None, (finding(table), table.short_title))), fontsize=10)
         left, right = part.subplots(1, 2)
         draw_rows(left, table)
         ends = draw_rows(right, table)
-        top = max(high for row, measure in table[1] for _, _, _, high in points_of(table, row, measure))
+        top = max(high for row, measure in table.rows for _, _, _, high in points_of(table, row, measure))
         right.set_ylim(top - NARROW, top + 0.05 * NARROW)
         left.set_ylabel("accuracy (%)")
         right.set_title(f"the upper {NARROW} points", fontsize=9)
@@ -122,7 +106,7 @@ def draw_batch_sizes(found, path):
             part.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         else:
             name_ends(right, ends)
-    if any(most_seeds(table) > 1 for table in found):
+    if any(table.seeds > 1 for table in found):
         figure.supxlabel("lines: medians; bands: from the smallest to the largest of the seeds", fontsize=8)
     figure.savefig(path, dpi=100)
 
@@ -132,14 +116,14 @@ def draw_curves(found, path):
     figure = Figure(figsize=(8.4, 5.6 * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, table in zip(parts, found):
-        _, rows, batch_sizes, cells = table
+        rows, batch_sizes = table.rows, table.batch_sizes
         across = -(-len(batch_sizes) // 2)
         panels = part.subplots(min(2, len(batch_sizes)), across, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, size in zip(panels, batch_sizes):
             axes.set_title(f"batch size {size}", fontsize=9)
             axes.grid(alpha=0.3)
             for row in dict.fromkeys(row for row, _ in rows):
-                runs = cells.get((row, "accuracy", size), [])
+                runs = table.cells.get((row, "accuracy", size), [])
                 for key, width in (("loss/accuracy", 0.7), ("test_loss/accuracy", 1.6)):
                     steps, low, middle, high = curve_of(runs, key)
                     name = label(row) if key == "test_loss/accuracy" else None
@@ -148,7 +132,7 @@ def draw_curves(found, path):
         for axes in panels[len(batch_sizes) :]:
             axes.axis("off")
         handles = {name: line for axes in panels for line, name in zip(*axes.get_legend_handles_labels())}
-        part.suptitle(f"{plain_title(table)}; thick: test, thin: training", fontsize=10)
+        part.suptitle(f"{table.short_title}; thick: test, thin: training", fontsize=10)
         for axes in panels[::across]:
             axes.set_ylabel("accuracy (%)")
         for axes in panels[-across:]:
@@ -158,7 +142,7 @@ def draw_curves(found, path):
 
 
 def curve_of(runs, key):
-    """Return (steps, smallest, median, largest accuracy in %) of alike runs, at the steps that any of them logged."""
+    """Return (steps, smallest, median, largest accuracy in %) of runs, at the steps that any of them logged."""
     values = {}
     for run in runs:
         for row in run.rows:

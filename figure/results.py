@@ -1,6 +1,6 @@
 """Tables of runs: accuracies against batch size, and sentences that the accuracies support. See compare.py.
 
-Alike runs have the same settings except for the seed, and share a cell of the table. The rows of a table differ in the
+Runs that differ only in seed share a cell of the table. The rows of a table differ in the
 norm, and in the settings in their names.
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import re
 import statistics
+from typing import NamedTuple
 
 from runs import MEASURES
 
@@ -26,26 +27,14 @@ COLOURS = {
     "none+ws": "#222222",
 }
 COLOURS |= {f"{norm}+acc": colour for norm, colour in COLOURS.items()}
-CSV_ORDER = (
-    "dataset",
-    "model",
-    "norm",
-    "accumulate",
-    "batch_size",
-    "rate",
-    "groups",
-    "channels_per_group",
-    "seed",
-    "run",
-)
+CSV_ORDER = "dataset model norm accumulate batch_size rate groups channels_per_group seed run".split()
 LEVEL = 2  # standard errors; smaller differences are called level
-SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: of 3 and 3 equally good runs, 1 in 10 do not overlap
+SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of equal norms are disjoint 1 time in 10
 DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
 SHORT_NAMES = {
     "base_learning_rate": "rate",
     "max_training_step": "steps",
     "learning_rate_scaling": "scaling",
-    "groups": "groups",
     "group_size": "channels per group",
     "validation": "held out",
 }
@@ -90,12 +79,19 @@ def spread(values, most=None):
     return text if most in (None, len(values)) else f"{text} ({len(values)} seed{'s' * (len(values) > 1)})"
 
 
-def tables(runs, called=None):
-    """Return [(title, rows, batch sizes, cells)], one for each dataset and model.
+class Table(NamedTuple):
+    """The runs of a dataset and model by norm, settings, measure and batch size."""
 
-    Rows are (row, measure), and cells[row, measure, batch size] are lists of Runs. called: a name of the dataset for
-    the titles.
-    """
+    title: str
+    short_title: str  # for pictures
+    seeds: int  # the most in a cell
+    rows: list  # of (row, measure), where row is (norm name, text of settings)
+    batch_sizes: list
+    cells: dict  # (row, measure, batch size): [Run]
+
+
+def tables(runs, called=None):
+    """Return a Table for each dataset and model. called: a name of the dataset for the titles."""
     found = []
     for dataset, model in sorted({(run.config.dataset, run.config.model) for run in runs}):
         these = [run for run in runs if (run.config.dataset, run.config.model) == (dataset, model)]
@@ -110,7 +106,12 @@ def tables(runs, called=None):
             key=lambda row: (order.index(row[0][0]), natural_key(row[0][1]), list(MEASURES).index(row[1])),
         )
         batch_sizes = sorted({run.config.batch_size for run in these})
-        found.append((f"{called or dataset}, {model}{shared_settings(these, names)}", rows, batch_sizes, cells))
+        name = f"{called or dataset}, {model}"
+        seeds = max(1, *(len({run.config.seed for run in alike if run.accuracies}) for alike in cells.values()))
+        words = [f"{round(epochs_of(these[0]), 1):g} epochs"] * ("max_training_step" not in names)
+        words.append(f"median and range of {seeds} seeds" if seeds > 1 else "one seed")
+        short = ", ".join([name, *words])
+        found.append(Table(name + shared_settings(these, names), short, seeds, rows, batch_sizes, cells))
     return found
 
 
@@ -124,14 +125,17 @@ def without_repeats(runs):
     return [run for run in runs if any(run is other for other in kept.values())]
 
 
+def epochs_of(run):
+    """Return the number of passes of a run over its training images."""
+    return run.config.max_training_step * run.config.max_batch_size / run.settings["train"]
+
+
 def shared_settings(runs, names):
     """Return text on the settings of all runs: steps, epochs, optimizer, rate, test images and data."""
     settings, words = runs[0].settings, []
     if "max_training_step" not in names:
-        epochs = settings["max_training_step"] * settings["max_batch_size"] / settings["train"]
-        words.append(
-            f"{settings['max_training_step']} steps of {settings['max_batch_size']} images ({epochs:.3g} epochs)"
-        )
+        steps, images = settings["max_training_step"], settings["max_batch_size"]
+        words.append(f"{steps} steps of {images} images ({epochs_of(runs[0]):.3g} epochs)")
     if not {"optimizer", "base_learning_rate"} & set(names):
         rates = {run.norm: f"{run.config.optimizer} at {run.config.base_learning_rate:g}" for run in runs}
         words += (
@@ -143,7 +147,7 @@ def shared_settings(runs, names):
 
 
 def cell_text(runs, measure, most):
-    """Return the text of a cell of alike runs: accuracies, and the states of runs without accuracies."""
+    """Return the text of a cell: accuracies, and the states of runs that have none."""
     values = [run.accuracies[measure] for run in runs if run.state == "finished" and measure in run.accuracies]
     words = [spread(values, most)] if values else []
     diverged = sum(run.state == "diverged" for run in runs)
@@ -153,9 +157,8 @@ def cell_text(runs, measure, most):
 
 
 def markdown(table):
-    """Return a table of tables() as Markdown."""
-    title, rows, batch_sizes, cells = table
-    most = max((len({run.config.seed for run in runs if run.accuracies}) for runs in cells.values()), default=1)
+    """Return a Table as Markdown."""
+    title, _, most, rows, batch_sizes, cells = table
     kind = "smallest ← median → largest of " + f"{most} seeds" if most > 1 else "one seed"
     lines = [
         f"{title}. Accuracy in %, {kind}:",
@@ -191,7 +194,7 @@ def comparison(other, base, images):
 
 def sentences(table):
     """Compare group norm with batch norm in words, at batch size 2 and the smallest and largest batch sizes."""
-    _, rows, batch_sizes, cells = table
+    rows, batch_sizes, cells = table.rows, table.batch_sizes, table.cells
 
     def values(row, size):
         return [run.accuracies["accuracy"] for run in cells.get((row, "accuracy", size), []) if run.accuracies]
@@ -204,7 +207,7 @@ def sentences(table):
         base = values(("batch", ""), size)
         for row in names:
             other = values(row, size)
-            if row[0] == "batch" or not base or not other or not row[0].startswith("group"):
+            if not base or not other or not row[0].startswith("group"):
                 continue
             images = cells[row, "accuracy", size][0].settings["test"]
             found.append(f"At batch size {size} {row[0]} is {comparison(other, base, images)}.")
@@ -225,7 +228,7 @@ def as_row(run):
         "rate": config.base_learning_rate,
         "groups": data["groups"],
         "channels_per_group": data["group_size"],
-        "epochs": f"{config.max_training_step * config.max_batch_size / data['train']:.3g}",
+        "epochs": f"{epochs_of(run):.3g}",
         "state": run.state,
         **{measure: run.accuracies.get(measure) for measure in MEASURES},
         "training_accuracy": None if run.training_accuracy is None else f"{run.training_accuracy:.4f}",

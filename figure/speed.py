@@ -320,7 +320,7 @@ def decoded_alone(photographs, is_training):
 def print_imagenet(quick, data_dir):
     _, test = datasets.create_default_splits("ImageNet", data_dir)
     count = min(len(test), 64 if quick else PHOTOGRAPHS) // PHOTOGRAPHS_AT_ONCE * PHOTOGRAPHS_AT_ONCE
-    photographs = test.subset(np.arange(count), is_train=True)
+    photographs = test.subset(np.arange(count))
     print(f"{machine()}\n{count} photographs, images per second")
     print(f"{'':<10}{'decoded alone':>16}{'input':>8}  ratio")
     for name, is_training in (("training", True), ("testing", False)):

@@ -123,7 +123,8 @@ def state_of(*flags):
 
 def network_of(run_dir):
     """The network of a run, with the weights of its newest checkpoint."""
-    configuration, data = runs.read_config(run_dir)
+    configuration, stored = runs.read_config(run_dir)
+    data = stored["data"]
     model = create_model(configuration, tuple(data["image_shape"]), data["num_classes"])
     checkpoints.load_weights(model, run_dir)
     return model

@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(scripts.REPO / "figure"))
 
+import challenge
 import compare
 import pictures
 import results
 
-from config import Config
+from config import Config, derive, parse_training
 import command
 import runs
 
@@ -118,7 +119,7 @@ def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(compared, tmp_
         value = known.get(name, different((stored["data"] | stored["flags"] | stored["derived"])[name]))
         other = {part: {**stored[part], **({name: value} if name in stored[part] else {})} for part in parts}
         (tmp_path / "other" / "config.json").write_text(json.dumps(other))
-        cells = [key for *_, cells in results.tables(runs.read_runs([tmp_path])) for key in cells]
+        cells = [key for found in results.tables(runs.read_runs([tmp_path])) for key in found.cells]
         if len(cells) == 1:
             alike.add(name)
         elif name not in ("dataset", "model", "batch_size", *known):
@@ -137,10 +138,10 @@ def test_datasets_and_models_have_tables_of_their_own_with_what_their_runs_share
     ):
         write_run(tmp_path, name, 0.5, **settings)
     first, second, third = results.tables(runs.read_runs([tmp_path]))
-    assert first[0] == "A, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1, 10000 test images"
-    assert second[0].startswith("B, resnet20, ") and third[0].startswith("B, resnet8, ")
-    assert "batch: momentum at 0.1, group: momentum at 0.4" in third[0]
-    assert [row for row, _ in third[1]] == [("batch", ""), ("group", "")]
+    assert first.title == "A, resnet8, 100 steps of 64 images (8 epochs), momentum at 0.1, 10000 test images"
+    assert second.title.startswith("B, resnet20, ") and third.title.startswith("B, resnet8, ")
+    assert "batch: momentum at 0.1, group: momentum at 0.4" in third.title
+    assert [row for row, _ in third.rows] == [("batch", ""), ("group", "")]
 
 
 def test_a_copied_run_does_not_count_as_another_seed(tmp_path, capsys):
@@ -467,6 +468,13 @@ def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, 
     before = sorted(train_dir.glob("*/*"))
     assert said in main(*known, *flags.split(), code=2)
     assert sorted(train_dir.glob("*/*")) == before
+
+
+def test_a_run_is_repeated_with_its_own_flags_also_if_a_value_is_0(digits):
+    given = "--dataset Digits --norm_type group+ws+acc --batch_size 4 --model resnet8 --weight_decay 0 --no_augment"
+    first = derive(parse_training(given.split())[0], digits[0])
+    again = derive(parse_training(challenge.flags_of(first))[0], digits[0])
+    assert first.weight_decay == 0 and runs.settings_of(again, {}) == runs.settings_of(first, {})
 
 
 def test_a_published_run_of_digits_is_trained_again(main, data_dir):

@@ -118,6 +118,12 @@ def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flag):
         parse_training(["--resume", "RUN", *flag.split()])
 
 
+def test_an_evaluation_of_two_runs_is_refused():
+    for flag in ("--train_dir OTHER", "--checkpoint OTHER/model-5"):
+        with scripts.refused("RUN", flag):
+            parse_evaluation(["RUN", *flag.split()])
+
+
 @pytest.mark.parametrize("mode", ["--predict a.png", "--export new"])
 def test_flags_without_effect_on_a_prediction_or_an_export_are_refused(mode):
     for flag in ("--split test", "--batch_statistics moving", "--validation 5"):

@@ -175,7 +175,7 @@ def start_from(run_dir, data_dir, *flags, classes=10):
     """(what start_from returns, the paths of the variables that it set to what the run has, those of the others)."""
     _, configuration, train, _ = scripts.configure(*scripts.SMALL, "--data_dir", data_dir, *flags)
     network = create_model(configuration, train.network_shape, classes)
-    kind = checkpoints.start_from(run_dir, network, configuration, train)
+    kind = checkpoints.copy_weights(run_dir, network, configuration, train)
     stored = {variable.path: variable.numpy() for variable in scripts.network_of(run_dir).variables}
     same = {v.path for v in network.variables if np.array_equal(v, stored[v.path])}
     return kind, same, {v.path for v in network.variables} - same

@@ -75,8 +75,7 @@ def server(served, monkeypatch):
     for module in (cifar10, mnist):
         monkeypatch.setattr(module, "MIRRORS", (web.url + "/", web.url.replace("127.0.0.1", "localhost") + "/"))
         files = {
-            file: (len(served["/" + file]), kind, hashlib.new(kind, served["/" + file]).hexdigest())
-            for file, (_, kind, _) in module.FILES.items()
+            file: (len(served["/" + file]), hashlib.sha256(served["/" + file]).hexdigest()) for file in module.FILES
         }
         monkeypatch.setattr(module, "FILES", files)
     monkeypatch.setattr(download, "RETRY", download.RETRY.new(backoff_factor=0))
@@ -234,7 +233,7 @@ def test_archive_dir_with_another_hash(tmp_path, call, fails):
     flags = "--archive_dir", tmp_path / "archives", "--data_dir", tmp_path
     line = fails(2, "--dataset", "CIFAR10", *flags)
     found = hashlib.sha256((tmp_path / "archives" / "cifar10" / FILE).read_bytes()).hexdigest()
-    assert found in line and cifar10.FILES[FILE][2] in line and "--no_checksum" in line
+    assert found in line and cifar10.FILES[FILE][1] in line and "--no_checksum" in line
     code, stdout, _ = call("--datasets", "CIFAR10", "Digits", *flags, "--no_checksum")
     assert code == 0 and "warning" in stdout and found in stdout
     assert os.listdir(tmp_path / "archives" / "cifar10") == [FILE]

@@ -61,8 +61,7 @@ def test_statistics_are_reestimated_over_training_images_as_the_run_saw_them(bat
     def loss(augment, size):
         checkpoints.load_weights(model, run_dir)
         evaler.reestimate_batch_statistics(model, train, augment, 3, size)
-        batches = create_input_ops(test, 250, is_training=False)
-        return evaler.evaluate(evaler.make_predictor(model), batches, test.labels, 10)["loss"]
+        return evaler.evaluate(model, test)["loss"]
 
     for measure, size in (("reestimated", 250), ("reestimated_small", 4)):
         found = scripts.results_of(run_dir)[measure]["loss"]
@@ -106,8 +105,7 @@ def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
     """By moving statistics, without dropout, whatever the batch; nothing moves."""
     state, test = scripts.state_of(*scripts.SMALL, "--model", "convnet", "--data_dir", data_dir), digits[1]
     before = [weight.copy() for weight in state.model.get_weights()]
-    predict = evaler.make_predictor(state.model)
-    whole, parts = (evaler.evaluate(predict, create_input_ops(test, size, False), test.labels, 10) for size in (360, 7))
+    whole, parts = (evaler.evaluate(state.model, test, size) for size in (360, 7))
     assert whole["images"] == parts["images"] == 360
     np.testing.assert_allclose(whole["losses"], parts["losses"], rtol=1e-4, atol=1e-5)
     for weight, old in zip(state.model.get_weights(), before):
@@ -162,7 +160,7 @@ def test_top5_accuracy_where_there_are_many_classes(capsys):
     x, labels = np.random.default_rng(0).normal(size=(300, 4)).astype("float32"), np.arange(300, dtype=np.int32) % 100
     best = np.argsort(-model(x).numpy(), axis=1)[:, :5]
     batches = [(x[i : i + 128], labels[i : i + 128]) for i in range(0, 300, 128)]
-    result = evaler.evaluate(evaler.make_predictor(model), batches, labels, 100)
+    result = evaler.summarize(*evaler.predict_all(evaler.make_predictor(model), batches), labels, 100)
     assert result["top5_accuracy"] == (best == labels[:, None]).any(axis=1).mean() > result["accuracy"]
     evaler.print_result("SET", result, [f"class {i}" for i in range(100)])
     first, _, *rows = capsys.readouterr().out.splitlines()
@@ -173,7 +171,8 @@ def test_top5_accuracy_where_there_are_many_classes(capsys):
     for number, accuracy in shown:
         assert accuracy == pytest.approx(result["per_class_accuracy"][number], abs=1e-4)
     few = keras.Sequential([keras.Input((4,)), keras.layers.Dense(99)])
-    assert "top5_accuracy" not in evaler.evaluate(evaler.make_predictor(few), [(x, labels % 99)], labels % 99, 99)
+    outputs = evaler.predict_all(evaler.make_predictor(few), [(x, labels % 99)])
+    assert "top5_accuracy" not in evaler.summarize(*outputs, labels % 99, 99)
 
 
 def test_evaluate_by_hand():
@@ -190,7 +189,7 @@ def test_evaluate_by_hand():
         )
 
     batches = [(np.array(rows), None) for rows in ([0, 1], [2, 3], [4])]
-    result = evaler.evaluate(predict, batches, labels, 3)
+    result = evaler.summarize(*evaler.predict_all(predict, batches), labels, 3)
     assert result["accuracy"] == 2 / 5 and result["images"] == 5
     assert result["per_class_accuracy"] == [1 / 3, 1 / 2, None]
     assert result["loss"] == pytest.approx(-np.log([0.7, 0.8, 0.3, 0.2, 0.4]).mean())
