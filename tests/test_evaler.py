@@ -230,7 +230,7 @@ def test_the_worst_mistakes_come_first(digits, monkeypatch):
     """Of four mistakes the three of the largest loss; a right prediction of larger loss is none."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    split = digits[1].subset(np.arange(30), False)
+    split = digits[1].subset(np.arange(30))
     predictions, losses = split.labels.copy(), np.full(30, 0.1)
     for position, loss in ((4, 2.5), (11, 0.7), (17, 9.25), (26, 4.0)):
         predictions[position], losses[position] = (split.labels[position] + 1) % 10, loss

@@ -150,7 +150,7 @@ def test_of_classes_that_are_as_likely_the_lower_is_named_first(data_dir, tmp_pa
 
 
 def test_gray_data_sees_the_luminance(data_dir, digits, tmp_path):
-    test = digits[1].subset(np.arange(12), False)
+    test = digits[1].subset(np.arange(12))
     for i, image in enumerate(test.images()[..., 0]):
         Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
     run_dir = make_run(tmp_path / "runs", "Digits", data_dir)
