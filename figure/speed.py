@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from command import ArgumentParser, ExternalError, one_line, run, set_threads, start
 
 COMPARED = ("group", "batch", "none")
+MEMORY_NORMS = ("batch", "group", "none")
 
 
 def parse_flags(argv=None):
@@ -215,13 +216,12 @@ def peak_memory():
 
 def print_memory(model, image_shape, num_classes, batch_sizes):
     """Print the peak memory of a training step by norm and batch size, for model.py --memory."""
-    norms = ("batch", "group", "none")
     print(f"peak memory of a training step of {model} in GB, without TensorFlow itself, by norm:")
-    print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in norms))
+    print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in MEMORY_NORMS))
     network = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     for batch_size in batch_sizes:
         print(f"{batch_size:>10}", end="", flush=True)
-        for norm in norms:
+        for norm in MEMORY_NORMS:
             peak = in_own_process("memory", **network, batch_size=batch_size, norm_type=norm)
             print(f"{peak / 1e9:>8.2f}", end="", flush=True)
         print()

@@ -35,6 +35,10 @@ for images, shape in ((17, (32, 32, 3)), (64, (None, None, 3))):
     print("threads", tf.config.threading.get_intra_op_parallelism_threads())
 trainer.main(*config.parse_training())
 print("threads", tf.config.threading.get_intra_op_parallelism_threads())
+sys.path.insert(0, "tests")
+from test_group_norm import test_an_example_is_bitwise_the_same_in_every_batch as compare
+compare((6, 9, 5, 33), 3, False, "channels_last")
+print("bitwise")
 """
 
 
@@ -88,10 +92,11 @@ def test_flags_are_parsed_before_tensorflow_loads():
 
 def test_small_updates_take_one_thread_an_operation(data_dir, tmp_path):
     """TensorFlow's choice (0) above 16 images of 32 by 32, and where the size is not known. It refuses the setting once
-    it has begun to compute: the run shows that it comes before."""
+    it has begun to compute: the run shows that it comes before. Group norm is exact with one thread, too."""
     flags = (*SMALL, "--batch_size", 16, "--max_training_step", 1, "--data_dir", data_dir, "--train_dir", tmp_path)
     out, error = python(TRAINS, *flags).communicate()
     assert [line.split()[1] for line in out.splitlines() if line.startswith("threads")] == ["0", "0", "1"], error
+    assert out.splitlines()[-1] == "bitwise", error
 
 
 def test_onednn_is_on_unless_the_user_says_no(monkeypatch):

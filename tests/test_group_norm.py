@@ -1,9 +1,6 @@
 """Every norm against float64 formulas of our own, and what group norm alone promises."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -161,7 +158,10 @@ def test_long_sums_keep_their_digits(shape, jit_compile):
     ],
 )
 def test_an_example_is_bitwise_the_same_in_every_batch(shape, groups, known, data_format):
-    """y and dx of a batch are those of its parts, in a graph of known sizes and in one of unknown sizes."""
+    """y and dx of a batch are those of its parts, in a graph of known sizes and in one of unknown sizes.
+
+    tests/test_command.py does the same with one thread per operation.
+    """
     x, gamma, beta, dy = random_case(shape, np.float32)
     x, dy = (to_format(value, data_format) for value in (x, dy))
     sizes = [None if i == 0 or size != shape[-1] else size for i, size in enumerate(x.shape)]
@@ -177,15 +177,6 @@ def test_an_example_is_bitwise_the_same_in_every_batch(shape, groups, known, dat
     for part in (slice(1, 3), slice(-1, None)):
         for alone, together in zip(results(tf.constant(x[part]), tf.constant(dy[part])), batch):
             np.testing.assert_array_equal(alone, together[part])
-
-
-def test_an_example_is_bitwise_the_same_in_every_batch_with_one_thread():
-    test = f"{__file__}::test_an_example_is_bitwise_the_same_in_every_batch"
-    wanted = "shape0 and False and channels_last"
-    options = ["-q", "--noconftest", "-p", "no:xdist", "-o", "addopts=", "-k", wanted]
-    command = [sys.executable, "-m", "pytest", *options, test]
-    done = subprocess.run(command, env={**os.environ, "TF_NUM_INTRAOP_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("data_format", FORMATS)

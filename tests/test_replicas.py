@@ -246,8 +246,6 @@ def test_two_workers_are_two_devices_also_when_they_are_killed_resumed_and_stopp
 
     with scripts.refused(run_dir, "2 replicas", "--replicas"):
         main_of(*resume)
-    run_dir = scripts.train(data_dir, tmp_path / "one", "--max_training_step", 1, "--checkpoint", run_dir)
-    assert scripts.checkpoint(run_dir)[scripts.STEP] == 1
 
 
 def test_workers_that_differ_are_refused_by_name(data_dir, tmp_path):

@@ -168,7 +168,7 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     with scripts.refused("--validation 100", 200):
         scripts.evaluate([*flags, 100])
     main_of("--resume", run_dir)
-    assert "going on at step 2" in capsys.readouterr().out
+    assert "step 2 of 2" in capsys.readouterr().out
 
 
 def test_own_dataset_trains_and_evaluates_with_no_code_touched(main_of, tmp_path):
