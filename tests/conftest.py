@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 
 import pytest
@@ -14,6 +15,11 @@ import download
 two = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)  # for test_replicas.py
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
+
+
+def pytest_xdist_auto_num_workers():
+    """One more worker than cores, because some tests wait for processes of their own."""
+    return os.cpu_count() + 1
 
 
 @pytest.fixture(scope="session")

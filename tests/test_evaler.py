@@ -63,9 +63,9 @@ def test_statistics_are_reestimated_over_training_images_as_the_run_saw_them(bat
         evaler.reestimate_batch_statistics(model, train, augment, 3, size)
         return evaler.evaluate(model, test)["loss"]
 
-    for measure, size in (("reestimated", 250), ("reestimated_small", 4)):
-        found = scripts.results_of(run_dir)[measure]["loss"]
-        assert found == pytest.approx(loss("crop", size), rel=1e-5) != pytest.approx(loss(None, size), rel=1e-3)
+    large, small = (scripts.results_of(run_dir)[name]["loss"] for name in ("reestimated", "reestimated_small"))
+    assert large == pytest.approx(loss("crop", 250), rel=1e-5) != pytest.approx(loss(None, 250), rel=1e-3)
+    assert small == pytest.approx(loss("crop", 4), rel=1e-5)
 
 
 def test_summaries_and_mistakes_are_pictures(batch_run):
