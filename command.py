@@ -125,6 +125,20 @@ def one_line(text, limit=2000):
     return line if len(line) <= limit else line[:limit] + " ..."
 
 
+@contextlib.contextmanager
+def reading(path, remedy="replace this file"):
+    """Turn any error of reading `path` into a UserError that names it; disk errors stay OSErrors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # OSErrors of parsers have no number, or EINVAL from a seek to an impossible position.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise UserError(f"{path} is broken ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
+
+
 COMMON_MISTAKES = {
     "gn": "group",
     "bn": "batch",

@@ -10,6 +10,7 @@ without a Python call per example.
 import numpy as np
 import tensorflow as tf
 
+from command import reading
 from config import AUGMENTATIONS
 from datasets import hdf5
 from datasets.hdf5 import IMAGENET_SIZE
@@ -306,5 +307,5 @@ def image_of_file(path, dataset: hdf5.Dataset):
     if not dataset.encoded:
         height, width, channels = dataset.image_shape
         return to_float(tf.constant(load_image(path, path, (height, width), channels)))
-    with hdf5.reading(path), open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         return centre_crop(as_jpeg(file.read(), path)) / 255

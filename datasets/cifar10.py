@@ -6,7 +6,8 @@ import tarfile
 
 import numpy as np
 
-from datasets.hdf5 import Source, reading
+from command import reading
+from datasets.hdf5 import Source
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, True
 FILES = {"cifar-10-python.tar.gz": (170498071, "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")}

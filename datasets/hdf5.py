@@ -12,9 +12,7 @@
 The file is written under another name, synced and renamed. Files without the mark are ignored.
 """
 
-import contextlib
 import dataclasses
-import errno
 import io
 import json
 import os
@@ -25,7 +23,8 @@ from collections.abc import Iterator
 import h5py
 import numpy as np
 
-from command import UserError, one_line, sync, whole_file, write_whole
+from command import UserError, reading, sync, whole_file, write_whole
+from datasets.images import load_image
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
@@ -46,20 +45,6 @@ class Source(NamedTuple):
     num_images: int | None  # None if unknown (JPEG files)
     parts: Iterator
     origin: dict | None = None  # the attribute `recipe`
-
-
-@contextlib.contextmanager
-def reading(path, remedy="replace this file"):
-    """Turn any error of reading `path` into a UserError that names it; disk errors stay OSErrors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # OSErrors of parsers have no number, or EINVAL from a seek to an impossible position.
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
-        raise UserError(f"{path} is broken ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
 
 
 def write(folder: str, source: Source, bar=None) -> None:
@@ -336,8 +321,6 @@ class Dataset:
         position = self._position[id]
         image = self.read([position])[0]
         if self.encoded:
-            from datasets.images import load_image  # images.py imports this module
-
             image = load_image(io.BytesIO(image), f"{self.name}, id {id}")
         image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
         return image, np.eye(self.num_classes, dtype=np.float32)[self.labels[position]]

@@ -11,8 +11,8 @@ from itertools import islice
 
 from scipy.io import loadmat
 
-from command import UserError
-from datasets.hdf5 import Source, reading
+from command import UserError, reading
+from datasets.hdf5 import Source
 from datasets.images import as_jpeg
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 100, True, False

@@ -8,8 +8,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageChops
 
-from command import UserError
-from datasets.hdf5 import reading
+from command import UserError, reading
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # orientation: the operation that makes the image upright

@@ -6,7 +6,8 @@ import struct
 
 import numpy as np
 
-from datasets.hdf5 import Source, reading
+from command import reading
+from datasets.hdf5 import Source
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, False, True  # mirroring changes a digit
 FILES = {  # name: bytes, hash

@@ -16,8 +16,8 @@ import zipfile
 import h5py
 import numpy as np
 
-from command import UserError, whole_file
-from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array, reading
+from command import UserError, reading, whole_file
+from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")

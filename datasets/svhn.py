@@ -5,7 +5,8 @@ import os
 import numpy as np
 from scipy.io import loadmat
 
-from datasets.hdf5 import Source, reading
+from command import reading
+from datasets.hdf5 import Source
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, False, True  # mirroring changes a digit
 FILES = {

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from datasets.hdf5 import Source, reading
+from command import reading
+from datasets.hdf5 import Source
 from datasets.images import load_image
 
 EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, False
