@@ -57,16 +57,31 @@ def test_each_norm_has_its_best_rate():
     assert not rows
 
 
+def front_table(number, study):
+    """(batch sizes, lines, accuracies {(norm, batch size): [in %]}) of a table of README.md and the study it shows."""
+    with open(scripts.REPO / "figure" / "studies" / study / "results.csv", newline="") as file:
+        rows, values = list(csv.DictReader(file)), {}
+    for row in rows:
+        values.setdefault((row["norm"], row["batch_size"]), []).append(100 * float(row["accuracy"]))
+    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| (norm|batch|group)", line)]
+    (_, *sizes), *shown = lines[4 * number : 4 * number + 4]
+    return sizes, shown, values
+
+
+def test_the_front_page_has_the_long_study():
+    sizes, shown, values = front_table(1, "full")
+    assert {(norm, size) for norm, *_ in shown for size in sizes} == values.keys()
+    for norm, *cells in shown:
+        assert cells == [f"{statistics.median(values[norm, size]):.1f}" for size in sizes]
+
+
 def test_the_front_page_has_the_medians():
     """Of results.csv, and the bold number of a column is ahead of the next by more than two standard errors."""
-    with open(scripts.REPO / "figure" / "studies" / "cifar10" / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    lines = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| (norm|batch|group)", line)]
-    (_, *sizes), *shown = lines[:4]
+    sizes, shown, accuracies = front_table(0, "cifar10")
     medians, spreads = {}, []
     for norm, *cells in shown:
         for size, cell in zip(sizes, cells):
-            values = [100 * float(r["accuracy"]) for r in rows if (r["norm"], r["batch_size"]) == (norm, size)]
+            values = accuracies[norm, size]
             medians.setdefault(size, []).append(statistics.median(values))
             spreads.append(max(abs(value - medians[size][-1]) for value in values))
             assert cell.strip("*") == f"{medians[size][-1]:.1f}" and len(values) == 3
