@@ -71,7 +71,8 @@ def hash_file(path, kind):
 def verify(path, expected, checksum):
     """Return the hash of an archive. If it is not the expected one, raise UserError, or without checksum print it."""
     size, right = expected
-    found, kind = hash_file(path, kind_of(right)), kind_of(right)
+    kind = kind_of(right)
+    found = hash_file(path, kind)
     if found != right:
         mismatch = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
         if checksum:

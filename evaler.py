@@ -315,10 +315,8 @@ def measure_all(flags, config, model, train, split, name):
     ):
         if choice in flags.batch_statistics:
             reestimate_batch_statistics(model, train, config.augment, config.seed, size)
-            measured[measure] = evaluate(model, split, flags.batch_size) | {
-                "batch_size": size,
-                "augment": config.augment,
-            }
+            how = {"batch_size": size, "augment": config.augment}
+            measured[measure] = evaluate(model, split, flags.batch_size) | how
             print_result(f"{name}{runs.MEASURES[measure]}", measured[measure], split.class_names)
     return measured
 

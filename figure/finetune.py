@@ -54,9 +54,8 @@ def make_task(name, data_dir):
     names = [splits[0].class_names[label] for label in classes]
     folder = Path(datasets.folder_of(name, data_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    hdf5.write(
-        str(folder), hdf5.Source(names, splits[0].image_shape, sum(map(len, rows)), parts, {"made_from": made_from})
-    )
+    origin = {"made_from": made_from}
+    hdf5.write(str(folder), hdf5.Source(names, splits[0].image_shape, sum(map(len, rows)), parts, origin))
 
 
 class Task:

@@ -172,7 +172,7 @@ def test_a_converted_network_trains_on_from_what_it_knew(batch_run, group_run, d
 
 
 def start_from(run_dir, data_dir, *flags, classes=10):
-    """(what start_from returns, the paths of the variables that it set to what the run has, those of the others)."""
+    """(what copy_weights returns, the paths of the variables that it set to what the run has, those of the others)."""
     _, configuration, train, _ = scripts.configure(*scripts.SMALL, "--data_dir", data_dir, *flags)
     network = create_model(configuration, train.network_shape, classes)
     kind = checkpoints.copy_weights(run_dir, network, configuration, train)
