@@ -252,16 +252,21 @@ class Run(NamedTuple):
 
     path: Path
     config: Config
+    stored: dict  # config.json, as write_config wrote it
     settings: dict  # equal in runs that differ only in their seed
     rows: list  # of metrics.jsonl
     accuracies: dict  # by the names in MEASURES
     evaluation: dict  # the accuracies that evaler.py measured
     state: str  # finished, diverged or unfinished
-    commit: str | None = None  # of the code that trained it
 
     @property
     def norm(self) -> str:
         return self.config.norm
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of the code that trained it; None if that was outside git."""
+        return (self.stored.get("source") or {}).get("commit")
 
     @property
     def training_accuracy(self) -> float | None:
@@ -284,8 +289,7 @@ def read_run(path: Path) -> Run:
     trained, evaluation = {}, read_evaluation(path / "evaluation.json", config)
     if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test; evaler.py repeats it
         trained = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows)
-    commit = (stored.get("source") or {}).get("commit")
-    return Run(path, config, settings_of(config, data), rows, trained | evaluation, evaluation, state, commit)
+    return Run(path, config, stored, settings_of(config, data), rows, trained | evaluation, evaluation, state)
 
 
 def last_epochs(config: Config, data: dict, rows: list) -> dict:

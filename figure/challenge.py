@@ -46,7 +46,7 @@ def find_problem(run, data_dir):
     """Return why a run cannot be trained here (other data, no checkpoint to start from), '' if it can."""
     try:
         splits = datasets.create_default_splits(run.config.dataset, data_dir, validation=run.config.validation)
-        runs.check_data("it", runs.read_config(run.path)[1]["data"] | {"made_from": splits[0].made_from}, *splits)
+        runs.check_data("it", run.stored["data"] | {"made_from": splits[0].made_from}, *splits)
         if run.config.checkpoint:
             runs.run_dir_of(run.config.checkpoint)
     except UserError as error:
@@ -123,7 +123,7 @@ def compare(run, repeated, data_dir):
 
 def list_changes(run, data_dir):
     """List differences that may explain other bits: versions, the processor, the archives of the data."""
-    stored, train = runs.read_config(run.path)[1], datasets.create_default_splits(run.config.dataset, data_dir)[0]
+    stored, train = run.stored, datasets.create_default_splits(run.config.dataset, data_dir)[0]
     now = runs.versions() | {"processor": runs.processor(), "data": train.made_from}
     then = stored["versions"] | {
         "processor": stored.get("machine", {}).get("processor"),

@@ -314,7 +314,7 @@ def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, norms, ste
 def run_of(cell, step, speeds, state="finished"):
     """A Run of a cell, as far as `step`, with a row for each of its speeds."""
     rows = [{"step": step, "images_per_second": speed} for speed in speeds]
-    return runs.Run(None, cell.config, cell.settings, rows, {}, {}, state)
+    return runs.Run(None, cell.config, {}, cell.settings, rows, {}, {}, state)
 
 
 def test_the_plan_has_the_hours_of_what_is_to_do(grid, monkeypatch, capsys):
@@ -363,7 +363,8 @@ def test_batch_norm_is_evaluated_until_it_has_its_rows(norm, evaluation, needed,
     """At batch size 2, four; where no checkpoint is left, what there is of an evaluation is kept as it is."""
     config = Config(norm_type=norm, batch_size=2)
     of_state = [
-        runs.Run(tmp_path, config, {}, [], {}, evaluation, state) for state in ("finished", "unfinished", "diverged")
+        runs.Run(tmp_path, config, {}, {}, [], {}, evaluation, state)
+        for state in ("finished", "unfinished", "diverged")
     ]
     assert [compare.needs_evaluation(found) for found in of_state] == [needed and not evaluation, False, False]
     (tmp_path / "model-1.index").touch()
