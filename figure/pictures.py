@@ -7,25 +7,26 @@ from matplotlib.figure import Figure
 
 from results import COLOURS, label
 
-STYLES = {
-    "accuracy": "-",
-    "last_epochs": "-.",
-    "reestimated": "--",
-    "reestimated_small": (0, (6, 1, 1, 1)),
-    "by_batch": ":",
-}
-MARKERS = {"accuracy": "o", "last_epochs": "s", "reestimated": "^", "reestimated_small": "v", "by_batch": "x"}
 NARROW = 10  # points, the height of the second panel, below the highest accuracy
 MANY_ROWS = 6  # with more rows, names are in a legend
 MANY_NORMS = 4  # with more norms, batch and group norm are gray references
 
 
-def points_of(table, row, measure):
+def rows_of(table):
+    """Return the rows of a table once each: pictures show the accuracy by moving averages alone."""
+    return list(dict.fromkeys(row for row, _ in table.rows))
+
+
+def line_style(row):
+    return "--" if row[0].endswith("+acc") else "-"
+
+
+def points_of(table, row):
     """Return [(batch size, smallest, median, largest accuracy in %)] of a row of a table."""
     points = []
     for size in table.batch_sizes:
-        runs = table.cells.get((row, measure, size), [])
-        values = [100 * run.accuracies[measure] for run in runs if measure in run.accuracies]
+        runs = table.cells.get((row, "accuracy", size), [])
+        values = [100 * run.accuracies["accuracy"] for run in runs if "accuracy" in run.accuracies]
         if values:
             points.append((size, min(values), statistics.median(values), max(values)))
     return points
@@ -33,11 +34,10 @@ def points_of(table, row, measure):
 
 def finding(table):
     """Return the gain of each row, 'From batch size 1 to 32: batch +52.9, group +0.4 points'; '' if there are many."""
-    rows, batch_sizes = table.rows, table.batch_sizes
-    gains = {}
-    for row, measure in rows:
-        middle = {size: median for size, _, median, _ in points_of(table, row, measure)}
-        if measure == "accuracy" and {batch_sizes[0], batch_sizes[-1]} <= middle.keys():
+    batch_sizes, gains = table.batch_sizes, {}
+    for row in rows_of(table):
+        middle = {size: median for size, _, median, _ in points_of(table, row)}
+        if {batch_sizes[0], batch_sizes[-1]} <= middle.keys():
             gains[label(row)] = middle[batch_sizes[-1]] - middle[batch_sizes[0]]
     words = [f"{name} {'−' if gain < 0 else '+'}{abs(gain):.1f}" for name, gain in gains.items()]
     few = 0 < len(words) <= MANY_NORMS and len(batch_sizes) > 1
@@ -49,22 +49,22 @@ def draw_rows(axes, table):
 
     Returns [(last median, name, colour)].
     """
-    rows, batch_sizes = table.rows, table.batch_sizes
-    many = len({row[0] for row, _ in rows}) > MANY_NORMS
+    rows, batch_sizes = rows_of(table), table.batch_sizes
+    many = len({norm.removesuffix("+acc") for norm, _ in rows}) > MANY_NORMS
     colours = COLOURS | ({"batch": "#707070", "group": "#b0b0b0"} if many else {})
     ends = []
-    for i, (row, measure) in enumerate(rows):
-        points = points_of(table, row, measure)
+    for i, row in enumerate(rows):
+        points = points_of(table, row)
         if not points:
             continue
         sizes, low, middle, high = zip(*points)
-        colour, name = colours[row[0]], label(row, measure)
+        colour, name = colours[row[0]], label(row)
         if len(sizes) <= 2:
             sizes = [size * 2 ** (0.08 * (i - len(rows) / 2)) for size in sizes]  # side by side
             axes.vlines(sizes, low, high, color=colour)
-            axes.plot(sizes, middle, linestyle="none", marker=MARKERS[measure], color=colour, label=name)
+            axes.plot(sizes, middle, linestyle="none", marker="o", color=colour, label=name)
         else:
-            axes.plot(sizes, middle, linestyle=STYLES[measure], marker="o", markersize=3, color=colour, label=name)
+            axes.plot(sizes, middle, linestyle=line_style(row), marker="o", markersize=3, color=colour, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
         ends.append((middle[-1], name, colour))
     axes.set_xscale("log", base=2)
@@ -98,7 +98,7 @@ def draw_batch_sizes(found, path):
         left, right = part.subplots(1, 2)
         draw_rows(left, table)
         ends = draw_rows(right, table)
-        top = max(high for row, measure in table.rows for _, _, _, high in points_of(table, row, measure))
+        top = max(high for row in rows_of(table) for _, _, _, high in points_of(table, row))
         right.set_ylim(top - NARROW, top + 0.05 * NARROW)
         left.set_ylabel("accuracy (%)")
         right.set_title(f"the upper {NARROW} points", fontsize=9)
@@ -116,18 +116,18 @@ def draw_curves(found, path):
     figure = Figure(figsize=(8.4, 5.6 * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, table in zip(parts, found):
-        rows, batch_sizes = table.rows, table.batch_sizes
+        batch_sizes = table.batch_sizes
         across = -(-len(batch_sizes) // 2)
         panels = part.subplots(min(2, len(batch_sizes)), across, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, size in zip(panels, batch_sizes):
             axes.set_title(f"batch size {size}", fontsize=9)
             axes.grid(alpha=0.3)
-            for row in dict.fromkeys(row for row, _ in rows):
+            for row in rows_of(table):
                 runs = table.cells.get((row, "accuracy", size), [])
                 for key, width in (("loss/accuracy", 0.7), ("test_loss/accuracy", 1.6)):
                     steps, low, middle, high = curve_of(runs, key)
                     name = label(row) if key == "test_loss/accuracy" else None
-                    axes.plot(steps, middle, linewidth=width, color=COLOURS[row[0]], label=name)
+                    axes.plot(steps, middle, line_style(row), linewidth=width, color=COLOURS[row[0]], label=name)
                     axes.fill_between(steps, low, high, color=COLOURS[row[0]], alpha=0.15, linewidth=0)
         for axes in panels[len(batch_sizes) :]:
             axes.axis("off")

@@ -220,17 +220,21 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_the_picture_has_the_median_and_the_range(tmp_path, figures):
+@pytest.mark.parametrize("accumulate, style", [(False, "-"), (True, "--")])
+def test_the_picture_has_the_median_and_the_range(accumulate, style, tmp_path, figures):
+    """Of the accuracy by moving averages alone; dashed if gradients were accumulated."""
     for seed, accuracy in enumerate((0.5, 0.59, 0.51)):
-        write_run(tmp_path, f"two{seed}", accuracy, seed=seed)
+        write_run(tmp_path, f"two{seed}", accuracy, seed=seed, accumulate=accumulate)
     for size, accuracy in ((4, 0.65), (8, 0.7)):
-        write_run(tmp_path, str(size), accuracy, batch_size=size)
+        write_run(tmp_path, str(size), accuracy, evaluation={"by_batch": 0.8}, batch_size=size, accumulate=accumulate)
     pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
     everything, upper = figures[0].subfigs[0].axes
-    assert figures[0].subfigs[0].get_suptitle().startswith("From batch size 2 to 8: batch +19.0 points")
+    name = "batch+acc" if accumulate else "batch"
+    assert figures[0].subfigs[0].get_suptitle().startswith(f"From batch size 2 to 8: {name} +19.0 points")
     assert upper.get_ylim()[0] == pytest.approx(60)
     for axes in (everything, upper):
         (line,), (area,) = axes.lines, axes.collections
+        assert line.get_linestyle() == style
         np.testing.assert_allclose(line.get_xydata(), [(2, 51), (4, 65), (8, 70)])
         corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
         assert corners == {(2, 50), (2, 59), (4, 65), (8, 70)}
