@@ -57,7 +57,12 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
         "derived": {name: getattr(config, name) for name in derived},
         "data": data,
         "versions": versions(),
-        "machine": {"architecture": platform.machine(), "processor": processor(), "processors": os.cpu_count()},
+        "machine": {
+            "architecture": platform.machine(),
+            "processor": processor(),
+            "processors": os.cpu_count(),
+            "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS"),  # '0': without its convolutions, which round differently
+        },
         "source": source(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -71,12 +71,14 @@ def flags_of(config):
 
 def repeat(run, steps, data_dir):
     """Train a run again on one core until it has logged `steps` steps; return its rows as {step: row}."""
+    onednn = run.stored.get("machine", {}).get("onednn")  # which convolutions it used; older runs have the default
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "w+") as log:
         folders = ["--train_dir", str(Path(folder) / "runs"), "--data_dir", data_dir]
         process = subprocess.Popen(
             [sys.executable, str(TRAINER), *flags_of(run.config), *folders],
             stdout=log,
             stderr=log,
+            env=os.environ | ({"TF_ENABLE_ONEDNN_OPTS": onednn} if onednn else {}),
             preexec_fn=use_one_core,
         )
         try:

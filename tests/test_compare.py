@@ -482,6 +482,17 @@ def test_a_run_is_repeated_with_its_own_flags_also_if_a_value_is_0(digits):
     assert first.weight_decay == 0 and runs.settings_of(again, {}) == runs.settings_of(first, {})
 
 
+def test_a_run_is_repeated_with_its_own_convolutions(monkeypatch, tmp_path):
+    """oneDNN's or TensorFlow's, which round differently: the script prints which, and ends."""
+    (tmp_path / "trainer.py").write_text("import os, sys; sys.exit(os.environ['TF_ENABLE_ONEDNN_OPTS'])")
+    monkeypatch.setattr(challenge, "TRAINER", tmp_path / "trainer.py")
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    run = runs.read_run(write_run(tmp_path, "run", 0.5))
+    for machine, said in (({"onednn": "0"}, ": 0"), ({}, ": 1")):
+        with pytest.raises(command.ExternalError, match=f"{said}$"):
+            challenge.repeat(run._replace(stored=run.stored | {"machine": machine}), 1, str(tmp_path))
+
+
 def test_a_published_run_of_digits_is_trained_again(main, data_dir):
     """Its first 20 steps, bitwise or to within the tolerance of another processor."""
     study = scripts.REPO / "figure" / "studies" / "digits"
