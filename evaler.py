@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import io
 import itertools
+import math
 import os
 import sys
 
@@ -132,8 +133,9 @@ def by_batch(model, momentum):
 def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=EVALUATION_BATCH):
     """Set the moving statistics of every BatchNorm to those of training images with the current weights.
 
-    Each norm uses its own batch during this. The moving mean becomes the mean over the batches, and the moving
-    variance the mean of the batches' (unbiased) variances plus the variance of their means. Weights do not change.
+    Meanwhile each norm normalizes by its batch. The moving mean becomes the mean over all batches, and the moving
+    variance the mean of the batches' (biased) variances plus the variance of their means: by the law of total variance
+    these are the moments of all values. Weights do not change.
 
     Args:
         model: the model to change.
@@ -158,7 +160,8 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=E
     for norm, found in zip(norms, moments):
         means, variances = (np.array(values, np.float64) for values in zip(*found))
         norm.moving_mean.assign(means.mean(axis=0))
-        norm.moving_variance.assign(variances.mean(axis=0) + means.var(axis=0))
+        count = size * math.prod(norm.input.shape[1:-1])  # values per channel; ops.batch_norm divides by count - 1
+        norm.moving_variance.assign(variances.mean(axis=0) * (count - 1) / count + means.var(axis=0))
 
 
 def evaluate_by_batch(model, split, batch_size, seed=0):
