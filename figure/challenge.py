@@ -86,11 +86,12 @@ def repeat(run, steps, data_dir):
             while process.poll() is None and max(rows, default=0) < steps:
                 time.sleep(0.2)
                 rows = {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
+            failed = process.poll() and run.state != "diverged"
         finally:
             process.terminate()
             process.wait()
         rows = {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
-        if not rows:
+        if failed or not rows:
             log.seek(0)
             raise ExternalError(f"{run.path.name} failed: {one_line(log.read()[-400:])}")
     return {step: row for step, row in rows.items() if step <= steps}

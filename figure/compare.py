@@ -85,6 +85,8 @@ def parse_flags(argv=None):
         if useless:
             raise UserError(f"--{mode} trains no grid, so {useless[0]} has no effect: omit it")
         return flags, rest
+    for name in {"runs", "steps"} & set(given):
+        raise UserError(f"--{name} has no effect without --challenge: omit it, or give --epochs or --max_training_step")
     for name, remedy in (
         ("seed", "--seeds N trains with the seeds 0 to N - 1"),
         ("resume", "the same command resumes interrupted runs"),

@@ -86,9 +86,11 @@ def name_ends(axes, ends):
 def draw_batch_sizes(found, path):
     """Draw accuracy against batch size, two panels per table: all accuracies, and the upper NARROW points.
 
-    A table with one batch size is skipped.
+    A table with one batch size, or without a finished run, is skipped.
     """
-    found = [table for table in found if len(table.batch_sizes) > 1]
+    found = [
+        table for table in found if len(table.batch_sizes) > 1 and any(points_of(table, row) for row in rows_of(table))
+    ]
     if not found:
         return
     figure = Figure(figsize=(9.5, 4.4 * len(found)), layout="constrained")

@@ -30,7 +30,9 @@ COLOURS |= {f"{norm}+acc": colour for norm, colour in COLOURS.items()}
 CSV_ORDER = "dataset model norm accumulate batch_size rate groups channels_per_group seed run".split()
 LEVEL = 2  # standard errors; smaller differences are called level
 SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of equal norms are disjoint 1 time in 10
+SEED_DEVIATION = 0.006  # of accuracy between seeds where there are fewer: pooled over figure/studies/cifar10
 DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
+OF_NORM = {"norm_type", "weight_standardization", "accumulate", "groups", "group_size", "base_learning_rate"}
 SHORT_NAMES = {
     "base_learning_rate": "rate",
     "max_training_step": "steps",
@@ -45,13 +47,19 @@ def as_key(settings):
 
 
 def differing(runs):
-    """Return the settings, other than norm and batch size, in which runs of one norm, dataset and model differ."""
-    names = set()
-    for key in {(run.norm, run.config.dataset, run.config.model) for run in runs}:
-        alike = [run.settings for run in runs if (run.norm, run.config.dataset, run.config.model) == key]
-        for name in alike[0].keys() | set().union(*alike):
-            if name not in DERIVED | {"batch_size"} and len({as_key(s.get(name)) for s in alike}) > 1:
-                names.add(name)
+    """Return the settings that the names of rows need: those in which the runs of a dataset and model differ.
+
+    Batch size and norm are columns and rows, and each norm may have its own rate and groups.
+    """
+
+    def differ(runs, free):
+        settings = [run.settings for run in runs]
+        names = set().union(*settings) - DERIVED - {"batch_size"} - free
+        return {name for name in names if len({as_key(values.get(name)) for values in settings}) > 1}
+
+    names = differ(runs, OF_NORM)
+    for norm in {run.norm for run in runs}:
+        names |= differ([run for run in runs if run.norm == norm], set())
     return sorted(names)
 
 
@@ -107,9 +115,11 @@ def tables(runs, called=None):
         )
         batch_sizes = sorted({run.config.batch_size for run in these})
         name = f"{called or dataset}, {model}"
-        seeds = max(1, *(len({run.config.seed for run in alike if run.accuracies}) for alike in cells.values()))
+        numbers = {len({run.config.seed for run in alike if run.accuracies}) for alike in cells.values()}
+        seeds = max(1, *numbers)
         words = [f"{round(epochs_of(these[0]), 1):g} epochs"] * ("max_training_step" not in names)
-        words.append(f"median and range of {seeds} seeds" if seeds > 1 else "one seed")
+        up_to = "up to " * (len(numbers) > 1)
+        words.append(f"median and range of {up_to}{seeds} seeds" if seeds > 1 else "one seed")
         short = ", ".join([name, *words])
         found.append(Table(name + shared_settings(these, names), short, seeds, rows, batch_sizes, cells))
     return found
@@ -172,20 +182,32 @@ def markdown(table):
     return "\n".join(lines)
 
 
+def standard_error(first, second, images):
+    """Return the standard error of the difference of two norms' accuracies, each a list with a value per seed.
+
+    It has two causes: which test images were chosen, and the seeds of the runs.
+    """
+    variance = 0
+    for values in (first, second):
+        share = statistics.median(values)
+        seeds = statistics.variance(values) if len(values) >= SPREAD_SEEDS else SEED_DEVIATION**2
+        variance += share * (1 - share) / images + seeds / len(values)
+    return math.sqrt(variance)
+
+
 def comparison(other, base, images):
     """Return '1.5 points above batch (...)', the accuracies [seeds] of a norm against those of batch norm.
 
-    A difference of less than LEVEL standard errors, which the choice of the test images alone can cause, is level.
+    A difference of less than LEVEL standard errors is called level.
     """
-    medians = statistics.median(other), statistics.median(base)
-    difference = 100 * (medians[0] - medians[1])
-    error = 100 * math.sqrt(sum(share * (1 - share) for share in medians) / images)
+    difference = statistics.median(other) - statistics.median(base)
+    error = standard_error(other, base, images)
     seeds = min(len(base), len(other))
     details = [f"{spread(other)} and {spread(base)} %", f"{seeds} seed{'s' * (seeds > 1)}"]
-    verdict = f"{abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
+    verdict = f"{100 * abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
     if abs(difference) < LEVEL * error:
         verdict = "level with"
-        details.insert(0, f"{difference:+.1f} points, standard error {error:.1f}")
+        details.insert(0, f"{100 * difference:+.1f} points, standard error {100 * error:.1f}")
     if seeds >= SPREAD_SEEDS:
         apart = min(other) > max(base) or min(base) > max(other)
         details.append("the ranges " + ("do not overlap" if apart else "overlap"))
@@ -193,11 +215,15 @@ def comparison(other, base, images):
 
 
 def sentences(table):
-    """Compare group norm with batch norm in words, at batch size 2 and the smallest and largest batch sizes."""
+    """Compare group norm with batch norm in words, at batch size 2 and the smallest and largest batch sizes.
+
+    Only where all runs finished: accuracies without those that diverged would claim too much.
+    """
     rows, batch_sizes, cells = table.rows, table.batch_sizes, table.cells
 
     def values(row, size):
-        return [run.accuracies["accuracy"] for run in cells.get((row, "accuracy", size), []) if run.accuracies]
+        found = [run.accuracies.get("accuracy") for run in cells.get((row, "accuracy", size), [])]
+        return [] if None in found else found
 
     names = [row for row, measure in rows if measure == "accuracy"]
     if len({norm for norm, _ in names}) < len(names):  # rows also differ in settings: no claim about norms

@@ -142,6 +142,10 @@ def test_datasets_and_models_have_tables_of_their_own_with_what_their_runs_share
     assert second.title.startswith("B, resnet20, ") and third.title.startswith("B, resnet8, ")
     assert "batch: momentum at 0.1, group: momentum at 0.4" in third.title
     assert [row for row, _ in third.rows] == [("batch", ""), ("group", "")]
+    write_run(tmp_path / "longer", "group", 0.5, steps=150, max_training_step=150, norm_type="group", dataset="A")
+    (longer,) = results.tables(runs.read_runs([tmp_path / "one", tmp_path / "longer"]))
+    assert [row for row, _ in longer.rows] == [("batch", "steps 100"), ("group", "steps 150")]
+    assert not results.sentences(longer) and "epochs" not in longer.title
 
 
 def test_a_copied_run_does_not_count_as_another_seed(tmp_path, capsys):
@@ -196,8 +200,12 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
     [
         ([0.50, 0.52], [0.60, 0.62], 10_000, "10.0 points above batch (60.0 ← 61.0 → 62.0 and 50.0 ← 51.0 → 52.0 %, 2"),
         ([0.70], [0.60], 10_000, "10.0 points below batch (60.0 and 70.0 %, 1 seed)"),
-        # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) / 140) 3.6 points
-        ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.6, "),
+        # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) / 140 + 2 · 0.006²) 3.7 points
+        ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.7, "),
+        # sqrt(0.6 · 0.4 / 10,000 + 0.615 · 0.385 / 10,000 + 2 · 0.006² / seeds) is 1.1 points with one seed, 0.8 with 3
+        ([0.6], [0.615], 10_000, "level with batch (+1.5 points, standard error 1.1, "),
+        ([0.6] * 3, [0.62] * 3, 10_000, "2.0 points above batch"),
+        ([0.5, 0.6, 0.6, 0.6, 0.7], [0.65] * 5, 10_000, "level with batch (+5.0 points, standard error 3.2, "),
         ([0.60] * 4 + [0.69], [0.70] * 5, 10_000, "5 seeds, the ranges do not overlap"),
         ([0.60] * 4 + [0.75], [0.70] * 5, 10_000, "5 seeds, the ranges overlap"),
     ],
@@ -210,6 +218,8 @@ def test_sentences_say_what_the_numbers_support(base, other, images, said, tmp_p
     (sentence,) = results.sentences(table(tmp_path))
     assert sentence.startswith("At batch size 2 group is ") and said in sentence
     assert ("ranges" in sentence) == (len(base) >= 5)
+    write_run(tmp_path, "lost", 0.1, steps=50, seed=9, norm_type="group", images=images, diverged=True)
+    assert not results.sentences(table(tmp_path))
 
 
 @pytest.fixture
@@ -229,6 +239,7 @@ def test_the_picture_has_the_median_and_the_range(accumulate, style, tmp_path, f
         write_run(tmp_path, str(size), accuracy, evaluation={"by_batch": 0.8}, batch_size=size, accumulate=accumulate)
     pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
     everything, upper = figures[0].subfigs[0].axes
+    assert figures[0].subfigs[0].get_suptitle().endswith("median and range of up to 3 seeds")
     name = "batch+acc" if accumulate else "batch"
     assert figures[0].subfigs[0].get_suptitle().startswith(f"From batch size 2 to 8: {name} +19.0 points")
     assert upper.get_ylim()[0] == pytest.approx(60)
@@ -238,6 +249,13 @@ def test_the_picture_has_the_median_and_the_range(accumulate, style, tmp_path, f
         np.testing.assert_allclose(line.get_xydata(), [(2, 51), (4, 65), (8, 70)])
         corners = {(x, round(y, 9)) for x, y in area.get_paths()[0].vertices}
         assert corners == {(2, 50), (2, 59), (4, 65), (8, 70)}
+
+
+def test_a_study_without_a_finished_run_has_no_picture(tmp_path, figures):
+    for size in (2, 4):
+        write_run(tmp_path, str(size), 0.5, steps=50, batch_size=size)
+    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
+    assert not figures
 
 
 def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, figures):
@@ -461,6 +479,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         ("--jobs 1000000", "--jobs 1000000"),
         ("--batch_sise 4", "--batch_sise"),
         ("--seed=7", "--seeds"),
+        ("--steps 20", "--max_training_step"),
         ("--groups 7", "7 groups"),
         ("--epochs 2", "--epochs"),
         ("--max_training_step 7", "6"),
@@ -480,6 +499,18 @@ def test_a_run_is_repeated_with_its_own_flags_also_if_a_value_is_0(digits):
     first = derive(parse_training(given.split())[0], digits[0])
     again = derive(parse_training(challenge.flags_of(first))[0], digits[0])
     assert first.weight_decay == 0 and runs.settings_of(again, {}) == runs.settings_of(first, {})
+
+
+def test_a_repetition_that_fails_is_no_result(monkeypatch, tmp_path):
+    """Not even if it logged a row first."""
+    write_run(tmp_path / "again", "run", 0.5)
+    script = (
+        f"import shutil, sys; shutil.copytree({str(tmp_path / 'again')!r}, sys.argv[-3]); sys.exit('out of memory')"
+    )
+    (tmp_path / "trainer.py").write_text(script)
+    monkeypatch.setattr(challenge, "TRAINER", tmp_path / "trainer.py")
+    with pytest.raises(command.ExternalError, match="out of memory"):
+        challenge.repeat(runs.read_run(write_run(tmp_path, "run", 0.5, steps=50)), 1000, str(tmp_path))
 
 
 def test_a_run_is_repeated_with_its_own_convolutions(monkeypatch, tmp_path):
