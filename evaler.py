@@ -168,8 +168,8 @@ def evaluate_by_batch(model, split, batch_size, seed=0):
     """evaluate() with every BatchNorm normalizing by the statistics of its test batch of batch_size images.
 
     The 2018 repo reported this accuracy. If it is high while accuracy with moving statistics is low, the network has
-    learned, but its moving statistics are unsuitable. The images are shuffled once into batches; the last batch may be
-    smaller. The moving statistics do not change.
+    learned, but its moving statistics do not fit single batches. The images are shuffled once into batches; the last
+    batch may be smaller. The moving statistics do not change.
     """
     shuffled = split.subset(np.random.RandomState(seed).permutation(len(split)))
     with by_batch(model, momentum=1.0):

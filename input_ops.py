@@ -41,10 +41,10 @@ def create_input_ops(
         batch_size: B.
         is_training: True: batches first_step ... last_step - 1 of an endless sequence of shuffled epochs, all of B
             images. False: each example once, in order; the last batch may be smaller.
-        augment: None or one of AUGMENTATIONS: crop images at random, or also mirror them at random. Training only.
+        augment: None, 'crop' (random crops), or 'flip+crop' (also random horizontal flips). Training only.
         seed: of shuffling and augmentation.
         first_step, last_step: the training batches to make; last_step None is endless.
-        rows: positions of the images of each training batch to make, int [rows]; None: all B.
+        rows: int [rows], the positions in each training batch of the images to make; None: all B.
 
     Returns:
         tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are unchanged.
@@ -221,8 +221,8 @@ def random_window(shape, seed):
 def decode_window(jpeg, window):
     """Decode a window [4] of a JPEG file: uint8 [height / ratio, width / ratio, 3].
 
-    ratio is the largest of RATIOS that leaves at least 224 pixels on the shorter side, or 1. The decoder shrinks its
-    cosine transform: a pixel is about the mean of ratio × ratio pixels, and edges move by less than `ratio` pixels.
+    ratio is the largest of RATIOS that leaves at least 224 pixels on the shorter side, or 1. The decoder shrinks by
+    ratio: a pixel is about the mean of ratio × ratio pixels, and edges move by less than `ratio` pixels.
     """
 
     def decode(ratio):

@@ -43,9 +43,9 @@ def group_norm(
         dgamma[c]       = sum of dy * centred * inverse_std
         dbeta[c]        = sum of dy
 
-    so that centred is the only large tensor kept for it. Every sum runs over the positions first, to [N, C], and then
-    over the few channels of a group: the large tensor is never transposed or split into groups. Where it is faster,
-    several positions share a row, and the sums over them run last (see _fold).
+    so that the gradient keeps one large tensor, centred. We sum over the positions first, to [N, C], and then over the
+    few channels of a group: no large tensor is transposed or split into groups. _fold may pack several positions into a
+    row, for speed; then the sum over these is the last one.
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.
@@ -148,8 +148,8 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
 def _over_rows(reduce, values, divisor):
     """Reduce the rows of [N, rows, columns], in an order that does not depend on N; `divisor` divides columns.
 
-    TensorFlow adds up to LANES neighbouring columns at once. If these belong to two examples, it adds 16 or more rows
-    in another order. Padding the columns with zeros to a multiple of LANES prevents this.
+    TensorFlow adds up to LANES neighbouring columns at once. If these span two examples, the order in which it adds 16
+    or more rows can change with N. Padding the columns with zeros to a multiple of LANES prevents this.
     """
     if values.shape[1] in range(16) or divisor % LANES == 0:
         return reduce(values, axis=1)
@@ -160,8 +160,8 @@ def _over_rows(reduce, values, divisor):
 def _fold(positions, channels):
     """Return how many positions share a row, so that [N, P, C] becomes [N, P / fold, fold * C].
 
-    fold is a power of 2 that divides P. It makes rows of at least 128 values, because broadcasting over shorter rows
-    is slow, and columns of at most about 1024, because longer sums lose digits in float32, as far as P allows.
+    fold is a power of 2 that divides P. As far as P allows, rows have at least 128 values (broadcasting over shorter
+    rows is slow), and columns at most about 1024 (longer sums lose digits in float32).
     """
     if isinstance(positions, int):
         return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
@@ -201,11 +201,10 @@ def batch_norm(
     Returns:
         (y, new_moving_mean, new_moving_variance); without training the statistics are unchanged. x is normalized by
         the biased variance of the batch (over the m values per channel); the moving variance follows the unbiased
-        one (over m - 1), which at small batches is the better estimate for unseen images. An empty batch leaves the
-        moving statistics unchanged.
+        one (over m - 1). An empty batch leaves the moving statistics unchanged.
 
     Raises:
-        ValueError: if C is unknown, or in training a channel statically holds a single value.
+        ValueError: if C is unknown, or if in training the static shape has a single value per channel.
     """
     x = tf.convert_to_tensor(x)
     axis = _channel_axis(x, data_format)
@@ -237,7 +236,7 @@ def batch_norm(
 
 
 def _compiled_by_xla():
-    """Return whether XLA will compile the current graph: XLA's fused kernel computes E[x^2] - E[x]^2.
+    """Return whether XLA will compile this graph. Its fused kernel computes E[x^2] - E[x]^2, which loses digits.
 
     The public API cannot tell; TensorFlow's own operations call this function.
     """
@@ -260,7 +259,7 @@ def _batch_norm_fused(x, gamma, beta, moving_mean, moving_variance, training, mo
 
 
 def _batch_norm_by_moments(x, gamma, beta, moving_mean, moving_variance, training, momentum, epsilon, synchronized):
-    """The same by definition: for float64, for XLA, and over the batches of all replicas."""
+    """batch_norm by its definition: for float64, for XLA, and over the batches of all replicas."""
     mean, variance = moving_mean, moving_variance
     if training:
         count = tf.cast(tf.size(x) // tf.size(mean), x.dtype)
@@ -347,8 +346,8 @@ def _dynamic_shape(x):
 
 
 class _Float32Norm:
-    """Checks the axis, and keeps weights and statistics in float32 (float64 under that policy) whatever the layer's
-    compute dtype; inputs are not rounded to the compute dtype first."""
+    """A base class that checks the axis, and keeps weights and statistics in float32 (float64 under that policy)
+    whatever the layer's compute dtype; inputs are not rounded to the compute dtype first."""
 
     def build(self, input_shape):
         rank = len(input_shape)

@@ -5,8 +5,8 @@
     python trainer.py --resume train_dir/RUN                    # continue a run that was stopped
     tensorboard --logdir train_dir
 
-A step processes max_batch_size images in max_batch_size / batch_size updates, so that curves of different batch sizes
-share an axis. batch_size is the number of images that batch norm sees.
+A step has max_batch_size images, so that curves of different batch sizes share an axis. It makes an update per batch of
+batch_size images on each replica, or with --accumulate one in all. Batch norm sees batch_size images.
 """
 
 import contextlib

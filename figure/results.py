@@ -30,7 +30,7 @@ COLOURS |= {f"{norm}+acc": colour for norm, colour in COLOURS.items()}
 CSV_ORDER = "dataset model norm accumulate batch_size rate groups channels_per_group seed run".split()
 LEVEL = 2  # standard errors; smaller differences are called level
 SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of equal norms are disjoint 1 time in 10
-SEED_DEVIATION = 0.006  # of accuracy between seeds where there are fewer: pooled over figure/studies/cifar10
+SEED_IMAGES = 5300  # with fewer seeds, their variance is that of so many images: pooled over figure/studies/cifar10
 DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
 OF_NORM = {"norm_type", "weight_standardization", "accumulate", "groups", "group_size", "base_learning_rate"}
 SHORT_NAMES = {
@@ -190,8 +190,9 @@ def standard_error(first, second, images):
     variance = 0
     for values in (first, second):
         share = statistics.median(values)
-        seeds = statistics.variance(values) if len(values) >= SPREAD_SEEDS else SEED_DEVIATION**2
-        variance += share * (1 - share) / images + seeds / len(values)
+        of_image = share * (1 - share)
+        of_seed = statistics.variance(values) if len(values) >= SPREAD_SEEDS else of_image / SEED_IMAGES
+        variance += of_image / images + of_seed / len(values)
     return math.sqrt(variance)
 
 

@@ -200,10 +200,10 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
     [
         ([0.50, 0.52], [0.60, 0.62], 10_000, "10.0 points above batch (60.0 ← 61.0 → 62.0 and 50.0 ← 51.0 → 52.0 %, 2"),
         ([0.70], [0.60], 10_000, "10.0 points below batch (60.0 and 70.0 %, 1 seed)"),
-        # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) / 140 + 2 · 0.006²) 3.7 points
+        # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) · (1 / 140 + 1 / 5300)) 3.7
         ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.7, "),
-        # sqrt(0.6 · 0.4 / 10,000 + 0.615 · 0.385 / 10,000 + 2 · 0.006² / seeds) is 1.1 points with one seed, 0.8 with 3
-        ([0.6], [0.615], 10_000, "level with batch (+1.5 points, standard error 1.1, "),
+        # sqrt((0.6 · 0.4 + 0.615 · 0.385) · (1 / 10,000 + 1 / (5300 · seeds))) is 1.2 points with one seed, 0.9 with 3
+        ([0.6], [0.615], 10_000, "level with batch (+1.5 points, standard error 1.2, "),
         ([0.6] * 3, [0.62] * 3, 10_000, "2.0 points above batch"),
         ([0.5, 0.6, 0.6, 0.6, 0.7], [0.65] * 5, 10_000, "level with batch (+5.0 points, standard error 3.2, "),
         ([0.60] * 4 + [0.69], [0.70] * 5, 10_000, "5 seeds, the ranges do not overlap"),

@@ -14,8 +14,10 @@ sys.path.insert(0, str(scripts.REPO / "figure"))
 
 import compare
 import results
+import speed
 
 from config import parse_evaluation, parse_training
+import download
 import ops
 import runs
 
@@ -24,6 +26,13 @@ FOLDERS = (path for path in (scripts.REPO / "figure" / "studies").iterdir() if p
 STUDIES = sorted(path.name for path in FOLDERS if path.name != "finetune")  # test_finetune.py has that one
 RESULTS = (scripts.REPO / "figure" / "studies" / "README.md").read_text()
 PAGE = README + RESULTS + (scripts.REPO / "figure" / "README.md").read_text()
+PARSERS = {
+    "download.py": download.parse_args,
+    "evaler.py": parse_evaluation,
+    "figure/compare.py": compare.parse_flags,
+    "figure/speed.py": speed.parse_flags,
+    "trainer.py": parse_training,
+}
 SHOWN = [name for name in STUDIES if name not in ("recipe", "rates")]  # these tables stand beside their logs alone
 
 
@@ -85,37 +94,55 @@ def test_the_front_page_has_the_medians():
             medians.setdefault(size, []).append(statistics.median(values))
             spreads.append(max(abs(value - medians[size][-1]) for value in values))
             assert cell.strip("*") == f"{medians[size][-1]:.1f}" and len(values) == 3
-    assert f"within {max(spreads):.1f}" in README
-    for i, (size, found) in enumerate(medians.items()):
-        second, best = sorted(found)[-2:]
-        error = 100 * math.sqrt(sum(v / 100 * (1 - v / 100) for v in (second, best)) / 10_000)
+    assert f"within {math.ceil(10 * max(spreads)) / 10:.1f}" in " ".join(README.split())
+    for i, size in enumerate(sizes):
+        second, best = sorted((accuracies[norm, size] for norm, *_ in shown), key=statistics.median)[-2:]
+        ahead = statistics.median(best) - statistics.median(second)
+        error = 100 * results.standard_error(*([v / 100 for v in values] for values in (second, best)), 10_000)
         bold = [cells[1 + i].startswith("**") for cells in shown]
-        assert bold == [value == best and best - second > 2 * error for value in found], size
+        assert bold == [value == statistics.median(best) and ahead > 2 * error for value in medians[size]], size
 
 
-def test_every_command_parses():
+def test_the_variance_between_seeds_is_that_of_the_short_budget():
+    """Of all cells but batch norm at batch size 1, as a number of images with the same variance."""
+    *_, accuracies = front_table(0, "cifar10")
+    found = [[value / 100 for value in values] for cell, values in accuracies.items() if cell != ("batch", "1")]
+    of_image = statistics.mean(statistics.median(values) * (1 - statistics.median(values)) for values in found)
+    of_seed = statistics.mean(statistics.variance(values) for values in found)
+    assert len(found) == 17 and of_image / of_seed == pytest.approx(results.SEED_IMAGES, rel=0.01)
+
+
+def test_every_command_parses(monkeypatch):
     """Each python command in a block of README.md or of the studies' page has flags that its script knows."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    lines = [re.sub(r"^TF_CONFIG='[^']*' ", "", line) for block in blocks for line in block.splitlines()]
+    lines = [re.sub(r"^ *(TF_CONFIG='[^']*' )?", "", line) for block in blocks for line in block.splitlines()]
     commands = [line for line in lines if re.match(r"(\.venv/bin/)?python \S+\.py", line)]
     assert len(commands) > 15
     for line in commands:
         script, *flags = shlex.split(line, comments=True)[1:]
         assert (scripts.REPO / script).exists(), line
-        if script == "trainer.py":
-            parse_training(flags)
-        if script == "evaler.py":
-            parse_evaluation(flags)
-        if script == "figure/compare.py":
-            compare.parse_flags(flags)
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        if script in PARSERS:
+            PARSERS[script]()
+
+
+def anchors(path):
+    """The anchors of the headings of a page."""
+    return [
+        re.sub(r"[^\w -]", "", line.strip("# ").lower()).replace(" ", "-")
+        for line in path.read_text().splitlines()
+        if line.startswith("#")
+    ]
 
 
 def test_links_lead_somewhere():
     for page in ("README.md", "figure/README.md", "figure/studies/README.md", "tests/README.md", "CONTRIBUTING.md"):
         text = (scripts.REPO / page).read_text()
-        for target in re.findall(r"\]\(([^)#]+)\)", text):
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+            path = (scripts.REPO / page).parent / target if target else scripts.REPO / page
             if not target.startswith("http"):
-                assert ((scripts.REPO / page).parent / target).exists(), f"{page}: {target}"
+                assert path.exists(), f"{page}: {target}"
+                assert not anchor or anchor in anchors(path), f"{page}: {target}#{anchor}"
 
 
 @pytest.mark.parametrize("number", range(2))
