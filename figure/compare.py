@@ -93,6 +93,9 @@ def parse_flags(argv=None):
     ):
         if name in passed:
             raise UserError(f"--{name} has no effect here: {remedy}")
+    for name in {"groups", "group_size"} & set(given):
+        if not any(norm.startswith("group") for norm in flags.norm_type):
+            raise UserError(f"--{name} has no effect on {', '.join(flags.norm_type)}: omit it, or add group norm")
     for name, suffix in (("weight_standardization", "+ws"), ("accumulate", "+acc")):
         if name in passed:
             rest.remove(f"--{name}")

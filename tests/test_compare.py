@@ -481,6 +481,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         ("--seed=7", "--seeds"),
         ("--steps 20", "--max_training_step"),
         ("--groups 7", "7 groups"),
+        ("--norm_type batch --groups 8", "--groups"),
         ("--epochs 2", "--epochs"),
         ("--max_training_step 7", "6"),
         ("--learning_rate 0.5", "base_learning_rate 0.2"),
