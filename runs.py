@@ -203,6 +203,10 @@ def lock(run_dir: Path):
         os.close(handle)  # releases the lock
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    return (run_dir / "checkpoint").exists()
+
+
 def find_run(train_dir, dataset: str | None = None) -> Path:
     """The run folder in train_dir with the newest checkpoint, of `dataset` if given. train_dir may be a run folder."""
     train_dir = Path(train_dir)
@@ -219,11 +223,11 @@ def find_run(train_dir, dataset: str | None = None) -> Path:
             + (f", only of {', '.join(names)}" if names else "")
             + f": train one with 'python trainer.py --dataset {dataset or 'NAME'}', or give another --train_dir"
         )
-    saved = [path for path in runs if (path / "checkpoint").exists()]
+    saved = [path for path in runs if has_checkpoint(path)]
     if not saved:
         raise UserError(
             f"none of {len(runs)} runs {f'of {dataset} ' if dataset else ''}in {train_dir} has a checkpoint: wait for "
-            f"one, or continue a run with --resume"
+            f"one, or train a new run"
         )
     return max(saved, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
 

@@ -277,7 +277,10 @@ def end_diverged(state, log, loss):
 
 
 def reopen(run_dir, flags):
-    """(configuration, train, test) of a run to resume; UserError if its data or its number of replicas changed."""
+    """(configuration, train, test) of a run to resume.
+
+    UserError if its data or its number of replicas changed, or if it is finished and only its logs are left.
+    """
     config, stored = runs.read_config(run_dir)
     here = flags.replicas or config.replicas
     if number_of_replicas(here) != config.num_replicas:
@@ -285,6 +288,8 @@ def reopen(run_dir, flags):
             f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
             f"{number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
         )
+    if runs.read_run(run_dir).state == "finished" and not runs.has_checkpoint(run_dir):
+        raise UserError(f"{run_dir} is finished and has no checkpoint to continue: train a new run")
     splits = runs.open_data(run_dir, config, stored["data"], flags.data_dir, config.validation)
     return dataclasses.replace(config, replicas=here, worker_timeout=flags.worker_timeout), *splits
 
@@ -312,7 +317,7 @@ def main(flags, run_dir):
     keras.utils.set_random_seed(config.seed)
     with strategy.scope():
         model = create_model(config, train.network_shape, train.num_classes)
-    if config.checkpoint and not resuming:
+    if config.checkpoint and not (resuming and runs.has_checkpoint(run_dir)):
         start_from_checkpoint(model, config, train, test)
     if not resuming and who.is_chief:
         run_dir = runs.make_run_dir(config)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shutil
 
 import keras
 import networks
@@ -169,6 +170,13 @@ def test_a_converted_network_trains_on_from_what_it_knew(batch_run, group_run, d
     found = scripts.checkpoint(scripts.train(other, tmp_path / "runs", *CONVERSION, "--checkpoint", batch_run))
     for name, value in scripts.checkpoint(group_run[0]).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights_again(group_run, main_of, tmp_path):
+    lost = shutil.ignore_patterns("checkpoint", "model-*", "metrics.jsonl")
+    run_dir = shutil.copytree(group_run[0], tmp_path / "run", ignore=lost)
+    main_of("--resume", run_dir)
+    scripts.assert_same_runs(run_dir, group_run[0])
 
 
 def start_from(run_dir, data_dir, *flags, classes=10):

@@ -336,3 +336,8 @@ def test_a_finished_run_stays_as_it_is(data_dir, main_of, capsys, tmp_path):
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
     for name, value in scripts.checkpoint(run_dir).items():
         np.testing.assert_array_equal(value, before[name])
+    for path in (run_dir / "checkpoint", *run_dir.glob("model-*")):
+        path.unlink()
+    with scripts.refused(run_dir, "no checkpoint", "new run"):
+        main_of("--resume", run_dir)
+    assert scripts.metrics(run_dir) == rows
