@@ -195,21 +195,16 @@ def check_memory(jobs, train, test):
         )
 
 
-def has_checkpoint(found):
-    return any(found.path.glob("model-*.index"))
+def has_checkpoint(found, step="*"):
+    return any(found.path.glob(f"model-{step}.index"))
 
 
 def needs_evaluation(found):
-    """Return whether a finished run lacks an accuracy that evaler.py can measure.
-
-    An incomplete evaluation is accepted if the run has no checkpoint.
-    """
+    """Return whether a finished run lacks an accuracy that evaler.py can measure. Without a checkpoint it cannot."""
     needed = {"accuracy"}
     if found.config.norm_type == "batch":
         needed |= {"reestimated", "by_batch"} | ({"reestimated_small"} if found.config.batch_size <= SMALL else set())
-    if found.state != "finished" or needed <= found.evaluation.keys():
-        return False
-    return not found.evaluation or has_checkpoint(found)
+    return found.state == "finished" and not needed <= found.evaluation.keys() and has_checkpoint(found)
 
 
 def is_done(cell, runs):
@@ -274,7 +269,9 @@ def run_cell(cell, flags, processes):
     command = None
     if found is None:
         command = ["trainer.py", *cell.flags]
-    elif found.state == "unfinished" or (needs_evaluation(found) and not has_checkpoint(found)):
+    elif found.state == "unfinished" or (
+        needs_evaluation(found) and not has_checkpoint(found, found.config.max_training_step)  # killed while saving it
+    ):
         command = ["trainer.py", "--resume", str(found.path), *data]
     if command:
         try:
@@ -286,7 +283,8 @@ def run_cell(cell, flags, processes):
             return found
         found = cell.find(read_runs([flags.train_dir]))
     if needs_evaluation(found):
-        command = ["evaler.py", "--dataset", found.config.dataset, "--train_dir", str(found.path), *data]
+        last = found.path / f"model-{found.config.max_training_step}"
+        command = ["evaler.py", "--dataset", found.config.dataset, "--checkpoint", str(last), *data]
         if found.config.norm_type == "batch":
             small = ["reestimate_small"] * (found.config.batch_size <= SMALL)
             command += ["--batch_statistics", "moving", "reestimate", *small, "batch"]

@@ -382,13 +382,13 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(grid):
     ],
 )
 def test_batch_norm_is_evaluated_until_it_has_its_rows(norm, evaluation, needed, tmp_path):
-    """At batch size 2, four; where no checkpoint is left, what there is of an evaluation is kept as it is."""
+    """At batch size 2, four; where no checkpoint is left, a finished run is kept as it is."""
     config = Config(norm_type=norm, batch_size=2)
     of_state = [
         runs.Run(tmp_path, config, {}, {}, [], {}, evaluation, state)
         for state in ("finished", "unfinished", "diverged")
     ]
-    assert [compare.needs_evaluation(found) for found in of_state] == [needed and not evaluation, False, False]
+    assert [compare.needs_evaluation(found) for found in of_state] == [False, False, False]
     (tmp_path / "model-1.index").touch()
     assert [compare.needs_evaluation(found) for found in of_state] == [needed, False, False]
 
@@ -424,6 +424,23 @@ def test_what_is_missing_is_trained_and_evaluated_and_no_more(compared, main):
     assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
     assert not (group.path / "evaluation.json").exists()
     evaluation.rename(group.path / "evaluation.json")
+
+
+def test_a_run_that_was_killed_in_its_last_save_is_evaluated_at_its_last_step(data_dir, tmp_path):
+    """Its log is complete, but the file `checkpoint` names step 2; later the checkpoint of step 3 is lost, too."""
+    flags = "--norm_type group --batch_size 8 --max_training_step 3 --ckpt_save_step 2 --jobs 1".split()
+    flags = [*GRID, *flags, "--data_dir", data_dir, "--train_dir", str(tmp_path)]
+    given, rest = compare.parse_flags(flags)
+    (cell,), *_ = compare.make_grid(given, rest)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scripts.run_here(monkeypatch, *cell.flags)
+    run_dir = scripts.only_run(tmp_path)
+    for lost in ([], [*run_dir.glob("model-3.*"), run_dir / "evaluation.json"]):
+        (run_dir / "checkpoint").write_text('model_checkpoint_path: "model-2"\n')
+        for path in lost:
+            path.unlink()
+        found = compare.run_cell(cell, given, compare.Processes(1))
+        assert found.evaluation["accuracy"] == found.rows[-1]["test_loss/accuracy"]
 
 
 def is_locked(run_dir):
