@@ -7,13 +7,14 @@ import time
 import tensorflow as tf
 
 import runs
-from command import UserError
+from command import UserError, reading
 from convert import match_moments
 from input_ops import create_input_ops
 from model import create_model
 
 CONVERSION_IMAGES = 256  # training images for converting the norms of --checkpoint
 CHECKPOINTS_KEPT = 3
+REMEDY = "restore its files, give an older checkpoint with --checkpoint, or train a new run"
 CHECKPOINT_SECONDS = 600  # save after a step if the last checkpoint is older than this
 
 
@@ -62,9 +63,10 @@ class State:
         )
         self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
         if newest := self.manager.latest_checkpoint:
-            restored = checkpoint.restore(newest)
-            if any(name.startswith("recent/") for name, _ in tf.train.list_variables(newest)):
-                restored.assert_consumed()  # older checkpoints have no fixed window
+            with reading(newest, REMEDY):
+                restored = checkpoint.restore(newest)
+                if any(name.startswith("recent/") for name, _ in tf.train.list_variables(newest)):
+                    restored.assert_consumed()  # older checkpoints have no fixed window
             self.window = self.recent.numpy()
         self.writes, self.saved_step, self.saved_at = writes, int(self.step), time.monotonic()
 
@@ -126,9 +128,10 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
                 f"{name.split('/')[1].replace('.S', '/')} is {stored.get(name, 'missing')}, but the network's is "
                 f"{wanted.get(name, 'missing')}"
             )
-    for name, variable in variables.items():
-        variable.assign(reader.get_tensor(name))
-    return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
+    with reading(path, REMEDY):
+        for name, variable in variables.items():
+            variable.assign(reader.get_tensor(name))
+        return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
 def copy_weights(checkpoint, model, config, train) -> str | None:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 
 import imageio.v3 as iio
@@ -267,6 +268,16 @@ def test_requests_that_do_not_suit_the_runs_are_refused(batch_run, data_dir, tmp
         with scripts.refused(*words):
             flags = ["--dataset", "Digits", "--data_dir", data_dir, "--batch_statistics", "reestimate"]
             scripts.evaluate([*flags, flag, path])
+
+
+@pytest.mark.parametrize("file, size", [("data-00000-of-00001", 1000), ("data-00000-of-00001", None), ("index", None)])
+def test_a_checkpoint_that_is_cut_or_incomplete_is_named(file, size, copied_run, data_dir, main_of):
+    path = copied_run / f"model-12.{file}"
+    os.truncate(path, size) if size else path.unlink()
+    with scripts.refused(copied_run, "checkpoint"):
+        scripts.evaluate_digits(data_dir, copied_run)
+    with scripts.refused(copied_run / "model-12", "--checkpoint", "new run"):
+        main_of("--resume", copied_run)
 
 
 def test_a_checkpoint_of_other_classes_is_named(batch_run):
