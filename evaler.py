@@ -333,7 +333,10 @@ def main(flags):
     run_dir = runs.run_dir_of(flags.checkpoint) if flags.checkpoint else runs.find_run(flags.train_dir, flags.dataset)
     config, stored = runs.read_config(run_dir)
     check_request(flags, run_dir, config)
-    train, test = runs.open_data(run_dir, config, stored["data"], flags.data_dir, flags.validation)
+    data = run_dir, config, stored["data"], flags.data_dir
+    train, test = runs.open_data(*data, config.validation)  # train: the images that the run trained on
+    if config.validation and not flags.validation:
+        _, test = runs.open_data(*data, None)
     if flags.predict:
         check_images(train)
     model = create_model(config, train.network_shape, train.num_classes)

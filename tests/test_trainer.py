@@ -19,6 +19,7 @@ from config import derive, parse_training
 from runs import describe_data, write_config
 import checkpoints
 import datasets
+import evaler
 import input_ops
 import runs
 import summaries
@@ -147,7 +148,7 @@ def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_pat
     assert len(list(run_dir.glob("model-*.index"))) == 3
 
 
-def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, main_of, capsys, tmp_path):
+def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, main_of, capsys, monkeypatch, tmp_path):
     """--validation tests on training images that are left out, each class in proportion; evaler.py does the same."""
     whole, _ = datasets.create_default_splits("Digits", data_dir)
     train, held = datasets.create_default_splits("Digits", data_dir, validation=200)
@@ -167,6 +168,16 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     assert result["accuracy"] == scripts.metrics(run_dir)[-1]["test_loss/accuracy"]
     with scripts.refused("--validation 100", 200):
         scripts.evaluate([*flags, 100])
+    reestimated_on, reestimate = [], evaler.reestimate_batch_statistics
+    monkeypatch.setattr(
+        evaler,
+        "reestimate_batch_statistics",
+        lambda model, images, *more: reestimated_on.append(images) or reestimate(model, images, *more),
+    )
+    for split, images in (("train", 1237), ("test", 360)):
+        scripts.evaluate([*flags[:-1], "--split", split, "--batch_statistics", "reestimate"])
+        assert scripts.results_of(run_dir, split)["accuracy"]["images"] == images
+        assert reestimated_on.pop().ids == train.ids
     main_of("--resume", run_dir)
     assert "step 2 of 2" in capsys.readouterr().out
 
