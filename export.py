@@ -78,7 +78,8 @@ FROM_FILE = """\
 import numpy as np
 from PIL import Image, ImageOps
 
-image = ImageOps.exif_transpose(Image.open("a.png")).convert("RGB")
+image = ImageOps.exif_transpose(Image.open("a.png")).convert("RGBA")
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {lines}
 images = np.asarray(image, np.uint8).reshape(1, {shape}){scaled}
 ```
@@ -250,7 +251,8 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
     source = stored.get("source") or {}
     rows = {
         "data": f"{test.name}, images of {shape}; {test.made_from or 'made from: unknown'}",
-        "images": f"{data['train']} to train, {data['test']} to test",
+        "images": f"{data['train']} to train, {len(test)} to test"
+        + (f", {config.validation} held out of the training images" if config.validation else ""),
         "network": f"{config.model}, {model.count_params():,} parameters",
         "norm": describe_norm(config),
         "batch size": f"{config.batch_size} images per update",

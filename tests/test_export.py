@@ -71,6 +71,15 @@ def test_the_folder_holds_the_files_and_the_card_says_what_they_are(exported, ru
     assert str(run_dir.parent) not in text  # no path of this machine
 
 
+def test_the_card_counts_the_images_held_out(run_dir, digits, tmp_path):
+    stored = json.loads((run_dir / "config.json").read_text())
+    stored["flags"]["validation"], stored["data"]["train"], stored["data"]["test"] = 300, 1137, 300
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    differences = {"saved_model": 0.0, "model.keras": 0.0}
+    text = export.card(scripts.network_of(run_dir), digits[1], tmp_path, 9, 0.5, differences, 1.0)
+    assert "| images | 1137 to train, 360 to test, 300 held out of the training images |" in text
+
+
 ELSEWHERE = """
 import importlib.util
 import numpy as np
@@ -96,11 +105,14 @@ def test_the_lines_of_the_readme_run_elsewhere(exported, run_dir, digits, tmp_pa
     """In a process without this repo: logits, class names, gradients through the custom ones, and training on."""
     place, network = tmp_path / "moved", scripts.network_of(run_dir)
     shutil.copytree(exported[0], place)
-    images, labels = digits[1].images()[:8], digits[1].labels[:8]
+    images, labels = digits[1].images()[:8].copy(), digits[1].labels[:8]
+    images[0, 0] = 255  # of a transparent row in the file
     np.save(place / "images.npy", images)
     np.save(place / "labels.npy", labels)
     blocks = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)
-    Image.fromarray(images[0, ..., 0]).save(place / "a.png")
+    pixels, opacity = images[0, ..., 0].copy(), np.full((8, 8), 255, np.uint8)
+    pixels[0] = opacity[0] = 0
+    Image.merge("LA", [Image.fromarray(pixels), Image.fromarray(opacity)]).save(place / "a.png")
     of_file = blocks[0] + '\nassert np.array_equal(images, np.load("images.npy")[:1]) and images.dtype == np.uint8\n'
     code = of_file + blocks[1] + ELSEWHERE + blocks[2] + ELSEWHERE_KERAS
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=place, capture_output=True, text=True)
