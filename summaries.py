@@ -284,8 +284,8 @@ def draw_confusion(confusion, class_names):
     axes.set_title(f"{confusion.sum()} images; colour: share of the label's images", fontsize=8)
     if len(class_names) <= 20:
         ticks, names = range(len(class_names)), [f"{name:.16}" for name in class_names]
-        axes.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7)
-        axes.set_yticks(ticks, names, fontsize=7)
+        axes.set_xticks(ticks, names, rotation=45, ha="right", fontsize=7, parse_math=False)  # a name may have a $
+        axes.set_yticks(ticks, names, fontsize=7, parse_math=False)
     for label, prediction in np.argwhere(confusion) if len(class_names) <= 10 else ():
         colour = "white" if shares[label, prediction] > 0.5 else "black"
         count = confusion[label, prediction]
@@ -318,6 +318,7 @@ def draw_mistakes(path, split, result, most=25):
         prediction = split.class_names[result["predictions"][position]]
         probability = f"{100 * result['probabilities'][position]:.0f} %"
         name = split.ids[position].rpartition("/")[2]
-        axes.set_title(f"{name[-28:]}\ntrue {label:.20}\npredicted {prediction:.14} {probability}", fontsize=8)
+        title = f"{name[-28:]}\ntrue {label:.20}\npredicted {prediction:.14} {probability}"
+        axes.set_title(title, fontsize=8, parse_math=False)
         axes.axis("off")
     figure.savefig(path, dpi=100)

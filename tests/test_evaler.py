@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -218,7 +219,7 @@ def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
     monkeypatch.setattr(
         Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(axes, values, **options)
     )
-    figure = summaries.draw_confusion(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["a", "b", "c"])
+    figure = summaries.draw_confusion(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["cost_$5_$6", "b", "c"])
     np.testing.assert_allclose(shown, [[[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]]], rtol=1e-12)
     assert [text.get_text() for text in figure.axes[0].texts] == ["8", "2", "1", "3"]
     picture = summaries.as_pixels(figure)
@@ -229,7 +230,7 @@ def test_the_worst_mistakes_come_first(digits, monkeypatch):
     """Of four mistakes the three of the largest loss; a right prediction of larger loss is none."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    split = digits[1].subset(np.arange(30))
+    split = dataclasses.replace(digits[1].subset(np.arange(30)), ids=[f"test/shot_$0_and_$9_{i}" for i in range(30)])
     predictions, losses = split.labels.copy(), np.full(30, 0.1)
     for position, loss in ((4, 2.5), (11, 0.7), (17, 9.25), (26, 4.0)):
         predictions[position], losses[position] = (split.labels[position] + 1) % 10, loss
@@ -243,6 +244,7 @@ def test_the_worst_mistakes_come_first(digits, monkeypatch):
         label = split.labels[position]
         name = split.ids[position].split("/")[-1]
         assert axes.get_title() == f"{name}\ntrue {label}\npredicted {(label + 1) % 10} {percent} %"
+    assert summaries.as_pixels(figure).shape == (1, 1200, 1100, 3)
 
 
 def test_requests_that_do_not_suit_the_runs_are_refused(batch_run, data_dir, tmp_path):
