@@ -340,7 +340,11 @@ def check_flags(flags: Config) -> None:
 
 
 def check_network(flags: Network, model: str | None = None) -> None:
-    """Raise UserError for groups that have no effect, or that do not divide the channels of `model` if it is given."""
+    """Raise UserError for flags that do not suit the norm, or groups that do not divide the channels of `model`."""
+    if flags.weight_standardization and flags.norm_type == "batch+renorm":
+        raise UserError(
+            "--weight_standardization does not go with --norm_type batch+renorm: remove it, or use --norm_type batch"
+        )
     for name in ("groups", "group_size"):
         value = getattr(flags, name)
         if value is not None and flags.norm_type != "group":

@@ -91,6 +91,7 @@ def test_schedules(digits):
         ("--batch 2", ["--batch"]),
         ("--groups 8", ["--groups 8", "--norm_type group"]),
         ("--accumulate", ["--accumulate", "32"]),
+        ("--norm_type batch+renorm --weight_standardization", ["--weight_standardization", "--norm_type batch+renorm"]),
         ("--augment flip", ["flip", "crop"]),
         ("--augment --no_augment", ["--augment", "--no_augment"]),
         ("--prefix a/b", ["a/b"]),
