@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command import ArgumentParser, ExternalError, one_line, run, set_threads, start
+from command import ArgumentParser, ExternalError, UserError, one_line, run, set_threads, start
 
 COMPARED = ("group", "batch", "none")
 MEMORY_NORMS = ("batch", "group", "none")
@@ -94,6 +94,8 @@ def in_own_process(kind, **case):
     """Return measure_<kind>(**case), computed in a new process."""
     command = [sys.executable, __file__, "steps", "--case", json.dumps([kind, case])]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        raise UserError(done.stderr.splitlines()[-1].partition(": error: ")[2])
     if done.returncode:
         reason = one_line(done.stderr[-300:]) or "out of memory"
         raise ExternalError(f"measuring the {kind} of {case} ended with exit code {done.returncode}: {reason}")
@@ -220,11 +222,9 @@ def print_memory(model, image_shape, num_classes, batch_sizes):
     print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in MEMORY_NORMS))
     network = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     for batch_size in batch_sizes:
-        print(f"{batch_size:>10}", end="", flush=True)
-        for norm in MEMORY_NORMS:
-            peak = in_own_process("memory", **network, batch_size=batch_size, norm_type=norm)
-            print(f"{peak / 1e9:>8.2f}", end="", flush=True)
-        print()
+        case = network | {"batch_size": batch_size}
+        peaks = [in_own_process("memory", **case, norm_type=norm) / 1e9 for norm in MEMORY_NORMS]
+        print(f"{batch_size:>10}" + "".join(f"{peak:>8.2f}" for peak in peaks), flush=True)
 
 
 def print_steps(quick):
