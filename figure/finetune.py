@@ -17,7 +17,7 @@ import numpy as np
 import compare  # first: it finds the modules of the repo
 import datasets
 import results
-from command import ArgumentParser, run, within
+from command import ArgumentParser, UserError, run, within
 from datasets import hdf5
 from runs import MEASURES, read_run, read_runs
 
@@ -76,16 +76,38 @@ class Task:
         return cell
 
     def train(self, cells):
-        """Train all cells, and return the runs of the folder."""
+        """Train all cells, and return their runs."""
         compare.train_all(cells, self.flags)
-        return read_runs([self.flags.train_dir])
+        runs = read_runs([self.flags.train_dir])
+        return [cell.find(runs) for cell in cells]
 
 
 def way_of(found):
     """Return the name in WAYS of a run, from its norm and the norm of the run that it started from."""
-    source = found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name
     more = ["--freeze_batch_norm"] * found.config.freeze_batch_norm
-    return next(name for name, way in WAYS.items() if way == (read_run(source).norm, found.norm, more))
+    if found.config.checkpoint:
+        source = read_run(found.path.parent.parent / BEFORE / Path(found.config.checkpoint).name)
+        for name, way in WAYS.items():
+            if way == (source.norm, found.norm, more):
+                return name
+    raise UserError(f"{found.path} is a run of another kind than those of this table: move it to another folder")
+
+
+def check_alike(runs):
+    """Raise UserError if runs differ in length, or runs of one way on the test split in their rate."""
+    first = {}
+    for found in runs:
+        groups = {"max_training_step": bool(found.config.validation)}
+        if not found.config.validation:
+            groups["base_learning_rate"] = way_of(found)
+        for name, group in groups.items():
+            other = first.setdefault((name, group), found)
+            here, there = (getattr(run.config, name) for run in (found, other))
+            if here != there:
+                raise UserError(
+                    f"{found.path} has {name} {here}, but {other.path} has {there}: move the one that does not belong "
+                    f"in this table to another folder"
+                )
 
 
 def best_rates(runs):
@@ -145,7 +167,16 @@ def main():
     parser.add_argument("--jobs", type=within(int, low=1), default=len(compare.available_cores()), help=jobs)
     parser.add_argument("--from_logs", action="store_true", help="make the table from the logs, without training")
     flags = parser.parse_args()
-    if not flags.from_logs:
+    folder = Path(flags.train_dir) / AFTER
+    if flags.from_logs:
+        useless = [name for name in parser.names_given() if name not in ("from_logs", "train_dir")]
+        if useless:
+            raise UserError(f"--from_logs trains nothing, so --{useless[0]} has no effect: omit it")
+        found = read_runs([folder])
+        if not found:
+            raise UserError(f"no run folder in {folder}: give the --train_dir of figure/finetune.py")
+        check_alike(found)
+    else:
         for name in CLASSES:
             make_task(name, flags.data_dir)
         before = Task(BEFORE, flags, flags.epochs)
@@ -164,9 +195,10 @@ def main():
             made.name = f"{way}, rate {rate}, seed {seed}" + ", held out" * bool(held_out)
             return made
 
-        rates = best_rates(after.train([cell(way, 0, rate, HELD_OUT) for way in WAYS for rate in RATES]))
-        after.train([cell(way, seed, rates[way]) for seed in range(flags.seeds) for way in WAYS])
-    text = text_of(read_runs([Path(flags.train_dir) / AFTER]))
+        found = after.train([cell(way, 0, rate, HELD_OUT) for way in WAYS for rate in RATES])
+        rates = best_rates(found)
+        found += after.train([cell(way, seed, rates[way]) for seed in range(flags.seeds) for way in WAYS])
+    text = text_of(found)
     print(text)
     (Path(flags.train_dir) / "table.md").write_text(text)
 
