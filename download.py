@@ -230,7 +230,7 @@ def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, t
     made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
     pack(name, folder, lambda: module.read(archives)._replace(origin={"made_from": made_from}))
     # Only delete archives that can be fetched again, and none of --archive_dir.
-    done = module.FILES if archives == folder and module.MIRRORS and not keep_archives else ()
+    done = module.FILES if archive_dir is None and module.MIRRORS and not others and not keep_archives else ()
     for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
         if os.path.exists(path):
             os.remove(path)

@@ -196,6 +196,18 @@ def test_archives_go_unless_kept_and_a_second_run_does_nothing(server, tmp_path,
     assert "data.hdf5" in capsys.readouterr().out and len(server.requests) == fetched
 
 
+@pytest.mark.parametrize("is_archive_dir", [True, False])
+def test_archives_that_the_user_gave_or_that_have_another_hash_are_kept(server, tmp_path, is_archive_dir):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for file in mnist.FILES:
+        (folder / file).write_bytes(
+            server.files["/" + file] + bytes(not is_archive_dir)
+        )  # gzip ignores zeros at the end
+    download.prepare("MNIST", tmp_path, archive_dir=tmp_path if is_archive_dir else None, checksum=is_archive_dir)
+    assert sorted(os.listdir(folder)) == sorted([*PACKED, *mnist.FILES]) and server.requests == []
+
+
 def test_a_fetch_that_is_ended_is_continued_by_one_of_those_that_wait(server, tmp_path):
     """Ctrl-C ends a fetch at once, however long the server takes, and the waiting for another process. After a kill -9
     one of those that wait continues with the bytes that have come, and the other finds its work done."""
