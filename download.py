@@ -244,7 +244,6 @@ def prepare_folder(
 
     folder = datasets.folder_of(name, data_dir)
     origin = {
-        "made_from": f"images in {image_dir}",
         "--image_dir": os.path.realpath(image_dir),
         "--test_image_dir": os.path.realpath(test_image_dir) if test_image_dir is not None else None,
         "--image_size": list(image_size) if image_size is not None else None,
@@ -304,7 +303,7 @@ def check_origin(name, folder, origin):
 
     packed = hdf5.read_origin(folder)
     for flag, value in origin.items():
-        if flag.startswith("--") and flag in packed and packed[flag] != value:
+        if flag in packed and packed[flag] != value:
             raise UserError(
                 f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
                 f"{folder}/{hdf5.DATA} to pack it again, or choose another name"

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import datasets
 from command import UserError, write_whole
 from config import FIELDS, Config, check_path
+from datasets.hdf5 import OWN_IMAGES
 
 MEASURES = {
     "accuracy": "",
@@ -79,6 +80,8 @@ def read_config(run_dir) -> tuple[Config, dict]:
         for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
             settings[name]
         stored["data"]["train"], stored["data"]["test"]
+        if str(stored["data"].get("made_from")).startswith("images in "):  # and the path, of an older version
+            stored["data"]["made_from"] = OWN_IMAGES
     except FileNotFoundError:
         runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
         raise UserError(

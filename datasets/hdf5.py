@@ -6,7 +6,7 @@
     split       uint8 [N], 0 train and 1 test: train first, in the archive's order
     id          the ids, bytes [N]; id.txt has them too, one per line
     class_names strings [classes]
-    attribute `recipe`: the origin as JSON: {"made_from": words} and, for a folder of images, the flags of download.py
+    attribute `recipe`: the origin as JSON: {"made_from": words} or, for a folder of images, the flags of download.py
     attribute `packed`: the mark of a complete file, written last
 
 The file is written under another name, synced and renamed. Files without the mark are ignored.
@@ -30,6 +30,7 @@ DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
 JPEG_CHUNK = 1 << 20  # bytes
 REPACK = "delete it and run download.py again"
+OWN_IMAGES = "a folder of images"  # made_from; the same wherever the folder is
 IMAGENET_SIZE = 224  # pixels: height and width of the crops of JPEG files
 
 
@@ -186,7 +187,8 @@ def open_packed(folder, name):
     origin = read_origin(folder)
     num_train = np.count_nonzero(splits == 0)
     columns = {"class_names": class_names, "image": image, "offset": offset}
-    columns |= {"made_from": origin.get("made_from"), "from_folder": "--image_dir" in origin}
+    from_folder = "--image_dir" in origin
+    columns |= {"made_from": OWN_IMAGES if from_folder else origin.get("made_from"), "from_folder": from_folder}
     return tuple(
         Dataset(ids[a:b], name, labels[a:b], rows=np.arange(a, b), **columns)
         for a, b in ((0, num_train), (num_train, len(ids)))

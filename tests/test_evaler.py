@@ -288,8 +288,11 @@ def test_a_checkpoint_of_other_classes_is_named(batch_run):
         checkpoints.load_weights(model, batch_run[0])
 
 
-def test_a_run_is_opened_on_its_own_classes_alone(main_of, tmp_path, capsys):
-    """A class of three is renamed and the folder packed anew: the labels of the images stay, their names move."""
+def test_a_run_is_opened_on_its_own_classes_alone(main_of, tmp_path, capsys, monkeypatch):
+    """Also if the folder is packed anew by another spelling of its path, which older versions stored with the run.
+
+    Then a class of three is renamed: the labels of the images stay, their names move.
+    """
     photos, data_dir, train_dir = tmp_path / "photos", tmp_path / "data", tmp_path / "runs"
     for label, name in enumerate(("apple", "leaf", "sky")):
         (photos / name).mkdir(parents=True)
@@ -301,6 +304,11 @@ def test_a_run_is_opened_on_its_own_classes_alone(main_of, tmp_path, capsys):
     training = ["--model", "resnet8", "--max_batch_size", "4", "--max_training_step", "1"]
     main_of(*flags, *training)
     run_dir, image = scripts.only_run(train_dir), str(photos / "sky" / "0.png")
+    config = run_dir / "config.json"
+    config.write_text(config.read_text().replace("a folder of images", "images in pictures/../photos"))
+    (data_dir / "FRUIT" / "data.hdf5").unlink()
+    monkeypatch.chdir(tmp_path)
+    download.prepare_folder("FRUIT", "photos", data_dir=str(data_dir))
     scripts.evaluate([*flags, "--predict", image])
     (photos / "apple").rename(photos / "zapple")
     (data_dir / "FRUIT" / "data.hdf5").unlink()
