@@ -275,16 +275,16 @@ def check_files(name, folder, image_dir, test_image_dir):
     """Raise UserError if images were added to, or removed from, the folders that `folder` was packed from."""
     from datasets.folder import id_of, list_splits
 
-    if not os.path.isdir(image_dir):  # the original images were deleted
+    if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted
         return
     packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
-    skipped = hdf5.read_origin(folder).get("skipped", [])
+    skipped = set(map(os.path.realpath, hdf5.read_origin(folder).get("skipped", [])))  # once stored as typed
     _, train, test = list_splits(image_dir, test_image_dir)
     now = collections.Counter(
         id_of(path, image_dir if files is train or test_image_dir is None else test_image_dir)
         for files in (train, test)
         for path, _ in files
-        if path not in skipped
+        if os.path.realpath(path) not in skipped
     )
     new, gone = sorted((now - packed).elements()), sorted((packed - now).elements())
     if new or gone:

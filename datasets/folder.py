@@ -26,8 +26,9 @@ def list_splits(image_dir, test_image_dir=None):
     Raises UserError if the folders make no dataset.
     """
     class_names = class_folders(image_dir)
-    if {"train", "training"} & set(class_names) and set(class_names) <= SPLIT_NAMES:
-        train, *others = sorted(class_names, key=lambda name: not name.startswith("train"))
+    lower = {name.lower() for name in class_names}
+    if {"train", "training"} & lower and lower <= SPLIT_NAMES:
+        train, *others = sorted(class_names, key=lambda name: not name.lower().startswith("train"))
         test = f" --test_image_dir {os.path.join(image_dir, others[-1])}" if others else ""
         raise UserError(
             f"--image_dir {image_dir} holds {' '.join(class_names)}, which are splits, not classes: "
@@ -80,7 +81,7 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     skipped = []
     if skip_broken:
         splits = [[file for file in files if try_load(file[0]) is not None] for files in (train, test)]
-        skipped = sorted({path for path, _ in train + test} - {path for path, _ in splits[0] + splits[1]})
+        skipped = {path for path, _ in train + test} - {path for path, _ in splits[0] + splits[1]}
         train, test = splits
     if not train or not test:
         raise UserError(
@@ -93,7 +94,7 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
         shape,
         len(train) + len(test),
         parts((train, test), (image_dir, test_image_dir or image_dir), shape, image_size),
-        {"skipped": skipped},
+        {"skipped": sorted(map(os.path.realpath, skipped))},
     )
 
 
@@ -198,7 +199,11 @@ def is_image_name(name):
 
 
 def print_skipped(files):
-    """Print how many files are skipped: images of other formats, by suffix, and other files."""
+    """Print how many files are skipped: links, images of other formats, by suffix, and other files."""
+    links = [file for file in files if not os.path.exists(file)]
+    if links:
+        print(f"warning: skipped {len(links)} links to files that do not exist, such as {links[0]}", flush=True)
+    files = [file for file in files if os.path.exists(file)]
     photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
     if photos:
         counts = collections.Counter(map(suffix_of, photos))

@@ -69,6 +69,7 @@ def test_subfolders_of_a_class_belong_to_it(photos):
 
 
 def test_suffixes_are_read_or_counted(photos, capsys):
+    os.symlink("nowhere", photos / "class0" / "link.jpg")
     pixels = Image.open(photos / "class0" / "000.png")
     for name, kind in (("0.jfif", "JPEG"), ("1.pjpeg", "JPEG"), ("2.jp2", "JPEG2000"), ("3.tga", "TGA")):
         pixels.save(photos / "class0" / name, kind)
@@ -77,18 +78,19 @@ def test_suffixes_are_read_or_counted(photos, capsys):
     train, test = pack(photos)
     said = capsys.readouterr().out
     assert len(train) + len(test) == 24 and "2 .heic, 1 .heif" in said and "notes.txt" in said
+    assert "1 .jpg" not in said and "1 links" in said and "class0/link.jpg" in said
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("test", "train", "val")])
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "test", "val"), ("Training", "Testing")])
 def test_a_folder_of_splits_is_refused_with_the_flags(photos, names):
     for name in names:
         shutil.copytree(photos, photos.parent / "splits" / name)
     top = photos.parent / "splits"
-    with refused(f"--image_dir {top}/train --test_image_dir {top}/val"):
+    with refused(f"--image_dir {top}/{names[0]} --test_image_dir {top}/{names[-1]}"):
         folder.list_splits(top)
 
 
-def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys):
+def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys, monkeypatch):
     for name in ("class0/003.png", "class1/007.png"):
         (photos / name).write_bytes(b"broken")
     with refused("2 of 20", "--skip_broken"):
@@ -98,7 +100,8 @@ def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys):
     assert not os.path.exists(photos.parent / "data" / "Pets" / hdf5.DATA)
     train, test = pack(photos, skip_broken=True)
     assert len(train) + len(test) == 18
-    pack(photos)  # it knows which images it left out
+    monkeypatch.chdir(photos)
+    prepare_folder("Pets", "../photos", data_dir="../data")  # it knows which images it left out
 
 
 def test_images_in_both_splits_are_counted(photos, capsys):
@@ -108,6 +111,9 @@ def test_images_in_both_splits_are_counted(photos, capsys):
     (photos.parent / "test" / "class0" / "000.png").unlink()
     pack(photos, test_image_dir=photos.parent / "test")
     assert "19 of 19" in capsys.readouterr().out
+    shutil.rmtree(photos.parent / "test")
+    pack(photos, test_image_dir=photos.parent / "test")
+    assert "already packed" in capsys.readouterr().out
 
 
 def test_a_folder_that_changed_is_named(photos):
