@@ -68,7 +68,7 @@ def hash_file(path, kind):
     return digest.hexdigest()
 
 
-def verify(path, expected, checksum):
+def verify(dataset, path, expected, checksum):
     """Return the hash of an archive. If it is not the expected one, raise UserError, or without checksum print it."""
     size, right = expected
     kind = kind_of(right)
@@ -76,7 +76,9 @@ def verify(path, expected, checksum):
     if found != right:
         mismatch = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
         if checksum:
-            raise UserError(f"{mismatch}: replace the file, or accept it with --no_checksum")
+            raise UserError(
+                f"{mismatch}: replace the file, or accept it: run download.py --dataset {dataset} with --no_checksum"
+            )
         print(f"warning: {mismatch}", flush=True)
     return found
 
@@ -86,7 +88,7 @@ def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
-def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
+def fetch(dataset, urls, path, expected, checksum, timeout=TIMEOUT):
     """Fetch the expected file from one of the mirrors `urls` to `path`, continue path.part, and return the hash.
 
     Raises ConnectionError if all mirrors fail.
@@ -119,8 +121,8 @@ def fetch(urls, path, expected, checksum, timeout=TIMEOUT):
         if not made_progress:
             break
     raise ConnectionError(
-        f"cannot download {name} ({one_line(reason, 60)}): check the network, or get the file elsewhere and add "
-        "--archive_dir DIR"
+        f"cannot download {name} ({one_line(reason, 60)}): check the network, or get the file elsewhere and run "
+        f"download.py --dataset {dataset} --archive_dir DIR"
     )
 
 
@@ -189,9 +191,9 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     for file, expected in module.FILES.items():
         path = os.path.join(folder, file)
         if file in missing:
-            found = fetch([base.rstrip("/") + "/" + file for base in mirrors], path, expected, checksum, timeout)
+            found = fetch(name, [base.rstrip("/") + "/" + file for base in mirrors], path, expected, checksum, timeout)
         else:
-            found = verify(path, expected, checksum)
+            found = verify(name, path, expected, checksum)
         if found != expected[1]:
             others.append(f"{file} {kind_of(found)} {found[:12]}")
     return folder, others
@@ -258,7 +260,9 @@ def prepare_folder(
             return
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
-                raise UserError(f"{folder}/{file} exists and was not packed by download.py: choose another name")
+                raise UserError(
+                    f"{folder}/{file} is damaged or was not packed by download.py: delete it, or choose another name"
+                )
 
         def read_source():
             source = read(image_dir, test_image_dir, image_size, skip_broken)

@@ -67,7 +67,10 @@ def read_ids(path):
         ids = [line.strip() for line in file if line.strip()]
     strange = next((id for id in ids if "/" in id or "\0" in id or id in (".", "..")), None)
     if strange is not None:
-        raise UserError(f"{path}: id {strange!r} cannot be the name of a group")
+        raise UserError(
+            f"{path}: id {strange!r} cannot be the name of a group: rename it; or if download.py packed this folder, "
+            "data.hdf5 is damaged: delete it, and run download.py again"
+        )
     if len(set(ids)) != len(ids):
         raise UserError(f"{path}: id {first_repeated(ids)!r} is repeated")
     if not ids:

@@ -124,6 +124,15 @@ def test_a_folder_that_changed_is_named(photos):
         pack(photos)
 
 
+def test_a_damaged_file_is_named_with_the_remedy(photos):
+    pack(photos)
+    os.truncate(photos.parent / "data" / "Pets" / "data.hdf5", 5000)
+    with refused("id.txt", "data.hdf5 is damaged", "delete"):
+        datasets.create_default_splits("Pets", photos.parent / "data")
+    with refused("data.hdf5 is damaged or was not packed by download.py", "delete it"):
+        pack(photos)
+
+
 def test_another_way_of_packing_is_refused(photos, monkeypatch):
     write_photos(photos.parent / "others", (5, 5))
     packed, others = photos.parent / "data" / "Pets" / "data.hdf5", photos.parent / "others"
