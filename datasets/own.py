@@ -8,6 +8,7 @@ Integer images must be in 0 ... 255 and become uint8; float images must be finit
 """
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import os
@@ -23,6 +24,7 @@ EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
 MANY_IDS, CACHE = 5000, ".cache.npz"
+BLOCK = 1 << 20  # bytes per read of the copy
 LARGEST_FLOAT = 20.0  # larger float images were probably not scaled for a network
 
 
@@ -114,16 +116,28 @@ def read_or_reuse(path, ids, num_train):
     key = f"{status.st_size} {status.st_mtime_ns} {names}"
     with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile), np.load(copy) as stored:
         if stored["key"] == key:
-            images = []
-            for part in (stored["train"], stored["test"]):
-                images.append(empty(part.shape, part.dtype))
-                images[-1][...] = part
-            return stored["labels"], int(stored["num_classes"]), tuple(images)
+            images = tuple(read_once(stored.zip, split) for split in ("train", "test"))
+            return stored["labels"], int(stored["num_classes"]), images
     print(f"reading {len(ids)} examples from {path}, which is slow only this first time", flush=True)
     labels, num_classes, images = read_file(path, ids, num_train)
-    with contextlib.suppress(OSError), whole_file(copy) as part, open(part, "wb") as file:
-        np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])
+    with contextlib.suppress(OSError):
+        for left in glob.glob(f"{glob.escape(copy)}.*.part"):  # of a process that was killed, or will do without
+            os.remove(left)
+        with whole_file(copy) as part, open(part, "wb") as file:
+            np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])
     return labels, num_classes, images
+
+
+def read_once(archive, name):
+    """Return an array of an open .npz file, aligned as empty() does; np.load would need a second array in memory."""
+    with archive.open(f"{name}.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        array = empty(shape, dtype)
+        content = memoryview(array).cast("B")
+        for start in range(0, len(content), BLOCK):
+            file.readinto(content[start : start + BLOCK])
+    return array
 
 
 def read_file(path, ids, num_train):

@@ -197,7 +197,9 @@ def test_many_own_ids_are_read_again_only_if_something_changed(tmp_path, monkeyp
         return all(np.array_equal(found[id], image) for id, image in zip(ids, images))
 
     archives.write_own(folder, ids, images, np.eye(2)[np.arange(10) % 2])
+    (folder / "data.hy.cache.npz.123.part").write_text("of a process that was killed")
     assert same_as(images)
+    assert sorted(os.listdir(folder)) == ["data.hy", "data.hy.cache.npz", "id.txt"]
     with monkeypatch.context() as patch:
         patch.delattr(datasets.own, "read_examples")
         assert same_as(images)
