@@ -192,11 +192,13 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(self.with_hint(message))}\n")
 
     def with_hint(self, message):
-        """The message, followed by 'did you mean ...?' if the flag or value is close to a valid one."""
+        """The message, followed by 'did you mean ...?' for a common mistake, or a flag that is close to a valid one."""
         flags = [name for action in self._actions for name in action.option_strings]
-        value = re.search(r"invalid choice: '(.*?)'", message)
+        value = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         flag = re.search(r"unrecognized arguments: .*?(--\w+)", message)
         meant = COMMON_MISTAKES.get(value[1].lower() if value else flag[1] if flag else None)
+        if value and meant not in re.findall(r"[^\s',]+", value[2]):
+            meant = None
         if flag and meant not in flags:
             meant = next(iter(difflib.get_close_matches(flag[1], flags, 1)), None)
         return f"{message.partition(' (choose from')[0]}: did you mean {meant}?" if meant else message
