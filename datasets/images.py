@@ -32,8 +32,11 @@ def open_image(file, name):
     Raises UserError, with `name` for the file, if it cannot be read or has more than 8 bits per channel.
     """
     with reading(name), Image.open(file) as image:
-        layouts = [str(tile[3]) for tile in image.tile]  # Pillow silently keeps the upper 8 bits of RGB;16
-        if image.mode[0] in "IF" or any(";16" in layout and "BGR" not in layout for layout in layouts):
+        # Pillow silently keeps the upper 8 bits of RGB;16, and of a PPM file with values above 255.
+        layouts = [str(tile[3]) for tile in image.tile]
+        is_deep = any(";16" in layout and "BGR" not in layout for layout in layouts)
+        is_deep |= image.mode == "RGB" and any(tile[0].startswith("ppm") and tile[3][1] > 255 for tile in image.tile)
+        if image.mode[0] in "IF" or is_deep:
             raise UserError(
                 f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits, for example with "
                 "`magick IN -depth 8 OUT`, or scale it yourself and store float images in data.hdf5 (see the README)"

@@ -30,6 +30,8 @@ def loaded(path, image=None, **saved):
 DEEP = {
     "png": Image.fromarray(np.full((3, 4), 300, np.uint16)),
     "tiff": Image.fromarray(np.full((3, 4), 0.5, np.float32)),
+    "ppm": b"P6 4 3 65535 " + bytes(4 * 3 * 6),
+    "PPM": b"P3 1 1 300 1 2 3",
     "PNG": tf.io.encode_png(np.full((3, 4, 3), 300, np.uint16)).numpy(),
 }
 
@@ -39,6 +41,11 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, suffix):
     with pytest.raises(UserError) as error:
         loaded(tmp_path / f"0.{suffix}", DEEP[suffix])
     assert f"0.{suffix}" in str(error.value) and "-depth 8" in str(error.value) and "data.hdf5" in str(error.value)
+
+
+@pytest.mark.parametrize("data, shown", [(b"P6 1 1 15 \x0f\5\0", [[[255, 85, 0]]]), (b"P1 2 1 0 1", gray([[255, 0]]))])
+def test_ppm_files_of_few_bits_are_read(tmp_path, data, shown):
+    np.testing.assert_array_equal(loaded(tmp_path / "0.ppm", data), shown)
 
 
 def test_a_bitmap_of_5_6_and_5_bits_a_color_is_not_one_of_16(tmp_path):
