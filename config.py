@@ -436,19 +436,19 @@ def parse_evaluation(argv=None):
         without_effect, why = ("split", "batch_statistics", "validation", "output"), "with --export"
     else:
         without_effect, why = ("output",), "without --predict"
-    for name in parser.names_given(argv):
+    given = parser.names_given(argv)
+    for name in given:
         if name in without_effect:
             raise UserError(f"--{name} has no effect {why}: remove it")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
     if flags.dataset is not None:
         datasets.folder_of(flags.dataset, flags.data_dir)  # raises UserError for an invalid name
-    if flags.run is not None:
-        if "train_dir" in parser.names_given(argv):
-            raise UserError(f"{flags.run} and --train_dir {flags.train_dir} both name a run: give one of them")
-        if flags.checkpoint is not None:
-            raise UserError(f"{flags.run} and --checkpoint {flags.checkpoint} both name a run: give one of them")
-        flags.train_dir = flags.run
+    named = [] if flags.run is None else [flags.run]
+    named += [f"--{name} {getattr(flags, name)}" for name in ("train_dir", "checkpoint") if name in given]
+    if len(named) > 1:
+        raise UserError(f"{named[0]} and {named[1]} both name a run: give one of them")
+    flags.train_dir = flags.run or flags.train_dir
     return flags
 
 

@@ -380,7 +380,8 @@ def parse_args():
         parser.error(f"--image_size {' '.join(map(str, args.image_size))}: expected H W or a single number")
     if args.image_size is not None:
         args.image_size = args.image_size[0], args.image_size[-1]
-    given = [flag for flag in ("archive_dir", "mirror", "no_checksum", "keep_archives") if getattr(args, flag)]
+    fetching = ("archive_dir", "mirror", "no_checksum", "keep_archives", "timeout")
+    given = [name for name in parser.names_given() if name in fetching]
     if args.image_dir is None and (args.test_image_dir or args.image_size or args.skip_broken):
         parser.error("--test_image_dir, --image_size and --skip_broken need --image_dir")
     if args.image_dir is not None and len(args.dataset) != 1:
@@ -391,6 +392,8 @@ def parse_args():
         parser.error(f"--{given[0]} has no effect with --image_dir, which downloads nothing: omit it")
     if given and args.dataset == ["Digits"]:
         parser.error(f"--{given[0]} has no effect on Digits, which is included in scikit-learn: omit it")
+    if args.archive_dir is not None and "timeout" in given:
+        parser.error("--timeout has no effect with --archive_dir, which downloads nothing: omit it")
     if args.mirror is not None and not args.mirror.startswith(("http://", "https://")):
         parser.error(f"--mirror {args.mirror}: expected a URL that starts with http:// or https://")
     return args

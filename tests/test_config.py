@@ -123,9 +123,13 @@ def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flag):
 
 
 def test_an_evaluation_of_two_runs_is_refused():
-    for flag in ("--train_dir OTHER", "--checkpoint OTHER/model-5"):
-        with scripts.refused("RUN", flag):
-            parse_evaluation(["RUN", *flag.split()])
+    for one, other in (
+        ("RUN", "--train_dir OTHER"),
+        ("RUN", "--checkpoint OTHER/model-5"),
+        ("--checkpoint RUN", "--train_dir train_dir"),
+    ):
+        with scripts.refused(one, other):
+            parse_evaluation([*one.split(), *other.split()])
 
 
 @pytest.mark.parametrize("mode", ["--predict a.png", "--export new"])

@@ -267,6 +267,8 @@ def test_archive_dir_with_another_hash(tmp_path, call, fails):
         ("--dataset A B --image_dir .", "A B"),
         ("--dataset MNIST --image_dir .", "MNIST"),
         ("--dataset A --image_dir . --no_checksum", "--no_checksum"),
+        ("--dataset A --image_dir . --timeout 60", "--timeout"),
+        ("--dataset MNIST --archive_dir . --timeout 60", "--timeout"),
         ("--dataset A --image_dir none", "none"),
         ("--dataset A --image_dir . --image_size 0 8", "not 0"),
         ("--dataset Digits --data_dir /dev/null/data", "/dev/null/data"),
