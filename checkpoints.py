@@ -64,9 +64,7 @@ class State:
         self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
         if newest := self.manager.latest_checkpoint:
             with reading(newest, REMEDY):
-                restored = checkpoint.restore(newest)
-                if any(name.startswith("recent/") for name, _ in tf.train.list_variables(newest)):
-                    restored.assert_consumed()  # older checkpoints have no fixed window
+                checkpoint.restore(newest).assert_consumed()
             self.window = self.recent.numpy()
         self.writes, self.saved_step, self.saved_at = writes, int(self.step), time.monotonic()
 

@@ -28,6 +28,8 @@ def group_norm(
 ) -> tf.Tensor:
     """Normalize each example over groups of channels (arXiv 1803.08494, equations 1, 2, 6 and 7).
 
+    One group makes layer norm (equation 4), and a group for each channel instance norm (equation 5).
+
         mean[n, g]      = mean of x over the m values of group g of example n: its C / G channels, all positions
         centred         = x - mean
         variance[n, g]  = mean of centred^2 over the same values
@@ -73,29 +75,6 @@ def group_norm(
         view, position_axis, fold = [shape[0], channels, positions], 2, 1
     y = _normalize_groups(tf.reshape(tf.cast(x, dtype), view), gamma, beta, groups, epsilon, position_axis, fold)
     return tf.cast(tf.reshape(y, shape), x.dtype)
-
-
-def layer_norm(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    epsilon: float = EPSILON,
-    data_format: str = "channels_last",
-) -> tf.Tensor:
-    """group_norm with a single group: Layer Normalization as in arXiv 1803.08494, equation 4."""
-    return group_norm(x, gamma, beta, 1, epsilon, data_format)
-
-
-def instance_norm(
-    x: tf.Tensor,
-    gamma: tf.Tensor | None,
-    beta: tf.Tensor | None,
-    epsilon: float = EPSILON,
-    data_format: str = "channels_last",
-) -> tf.Tensor:
-    """group_norm with one channel per group: Instance Normalization (arXiv 1803.08494, equation 5)."""
-    x = tf.convert_to_tensor(x)
-    return group_norm(x, gamma, beta, x.shape[_channel_axis(x, data_format)], epsilon, data_format)
 
 
 def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):

@@ -93,23 +93,6 @@ def way_of(found):
     raise UserError(f"{found.path} is a run of another kind than those of this table: move it to another folder")
 
 
-def check_alike(runs):
-    """Raise UserError if runs differ in length, or runs of one way on the test split in their rate."""
-    first = {}
-    for found in runs:
-        groups = {"max_training_step": bool(found.config.validation)}
-        if not found.config.validation:
-            groups["base_learning_rate"] = way_of(found)
-        for name, group in groups.items():
-            other = first.setdefault((name, group), found)
-            here, there = (getattr(run.config, name) for run in (found, other))
-            if here != there:
-                raise UserError(
-                    f"{found.path} has {name} {here}, but {other.path} has {there}: move the one that does not belong "
-                    f"in this table to another folder"
-                )
-
-
 def best_rates(runs):
     """Return {way: the rate with the highest accuracy on the held-out images}."""
     accuracies = {}
@@ -175,7 +158,6 @@ def main():
         found = read_runs([folder])
         if not found:
             raise UserError(f"no run folder in {folder}: give the --train_dir of figure/finetune.py")
-        check_alike(found)
     else:
         for name in CLASSES:
             make_task(name, flags.data_dir)

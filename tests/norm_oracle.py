@@ -60,13 +60,11 @@ def sets_of(norm_type, shape, groups=2):
 
 def norm_of(norm_type, channels, groups=2, **options):
     """A norm as a function of x, gamma and beta: of NORMS in training, or "inference", batch norm without training."""
-    if norm_type == "group":
-        return lambda *args: ops.group_norm(*args, groups, **options)
     if norm_type in ("batch", "inference"):
         moving = np.linspace(-1, 1, channels), np.linspace(0.5, 3, channels)
         return lambda *args: ops.batch_norm(*args, *moving, norm_type == "batch", **options)[0]
-    function = {"layer": ops.layer_norm, "instance": ops.instance_norm}[norm_type]
-    return lambda *args: function(*args, **options)
+    groups = {"group": groups, "layer": 1, "instance": channels}[norm_type]
+    return lambda *args: ops.group_norm(*args, groups, **options)
 
 
 def oracle(x, gamma, beta, dy, sets, epsilon=1e-5):

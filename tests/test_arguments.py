@@ -31,8 +31,8 @@ def group(x, groups=4, gamma=None, beta=None, **kwargs):
         (lambda: ops.GroupNorm(5)(image()), ["12", "5", "1, 2, 3, 4, 6, 12"]),
         # a group of one value would always be 0 (pytorch#19250)
         (lambda: group(tf.ones([2, 1, 1, 12]), 12), ["single value", "12"]),
-        (lambda: ops.instance_norm(tf.ones([2, 12]), None, None), ["single value", "12"]),
-        (lambda: ops.layer_norm(tf.ones([2, 1]), None, None), ["single value"]),
+        (lambda: ops.group_norm(tf.ones([2, 12]), None, None, 12), ["single value", "12"]),
+        (lambda: ops.group_norm(tf.ones([2, 1]), None, None, 1), ["single value"]),
         (lambda: batch(tf.ones([1, 12])), ["1", "(1, 12)", "larger batch"]),
         (lambda: batch(tf.ones([1, 12, 1, 1]), data_format="channels_first"), ["(1, 12, 1, 1)", "larger batch"]),
         (lambda: trace(group, [None, 4, 4, None]), ["channels"]),

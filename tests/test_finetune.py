@@ -61,38 +61,17 @@ def test_a_run_of_today_is_that_of_the_logs(task, cifar10):
     assert made["made_from"].split(":")[0] == logged.settings["made_from"].split(":")[0]  # classes, images of each
 
 
-@pytest.fixture
-def study(tmp_path):
-    """A function from changed settings to a copy of the logs beside which is a run of group norm with these settings,
-    and the path of the original of that run."""
-
-    def copy(**changes):
-        folder = shutil.copytree(STUDY, tmp_path / "study") / finetune.AFTER
-        run = next(run for run in runs.read_runs([folder]) if run.norm == "group" and not run.config.validation)
-        stored = json.loads(shutil.copytree(run.path, folder / "stray").joinpath("config.json").read_text())
-        stored["derived"] |= changes
-        (folder / "stray" / "config.json").write_text(json.dumps(stored))
-        return folder.parent, run.path
-
-    return copy
-
-
-def test_a_run_that_is_not_of_the_grid_is_not_in_the_table(cifar10, study):
+def test_a_run_that_is_not_of_the_grid_is_not_in_the_table(cifar10, tmp_path):
     finetune.make_task(finetune.AFTER, cifar10)
-    train_dir, path = study(max_training_step=40)
-    task = finetune.Task(finetune.AFTER, SimpleNamespace(train_dir=train_dir, data_dir=str(cifar10), jobs=1), 1)
+    folder = shutil.copytree(STUDY, tmp_path / "study") / finetune.AFTER
+    run = next(run for run in runs.read_runs([folder]) if run.norm == "group" and not run.config.validation)
+    stored = json.loads(shutil.copytree(run.path, folder / "stray").joinpath("config.json").read_text())
+    stored["derived"]["max_training_step"] = 40
+    (folder / "stray" / "config.json").write_text(json.dumps(stored))
+    task = finetune.Task(finetune.AFTER, SimpleNamespace(train_dir=folder.parent, data_dir=str(cifar10), jobs=1), 1)
     cell = task.cell("group", 0)
-    cell.settings = runs.read_run(path).settings  # which are of the whole of CIFAR10
-    assert [run.path for run in task.train([cell])] == [path]
-
-
-@pytest.mark.parametrize("changes", [{"max_training_step": 40}, {"base_learning_rate": 0.5}, {"checkpoint": None}])
-def test_logs_of_another_length_rate_or_kind_are_named(changes, study, monkeypatch):
-    train_dir, path = study(**changes)
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--from_logs", "--train_dir", str(train_dir)])
-    with scripts.refused(train_dir, "stray", "another folder"):
-        finetune.main()
-    assert (train_dir / "table.md").read_text() == (STUDY / "table.md").read_text()
+    cell.settings = run.settings  # which are of the whole of CIFAR10
+    assert [found.path for found in task.train([cell])] == [run.path]
 
 
 @pytest.mark.parametrize("flags, said", [("--seeds 9", "--seeds"), ("--jobs 3", "--jobs"), ("", "no run folder in")])
