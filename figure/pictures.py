@@ -9,7 +9,7 @@ from results import COLOURS, label
 
 NARROW = 10  # points, the height of the second panel, below the highest accuracy
 MANY_ROWS = 6  # with more rows, names are in a legend
-MANY_NORMS = 4  # with more norms, batch and group norm are gray references
+MANY_NORMS = 4  # with more norms, batch and group norm are gray, as references
 
 
 def rows_of(table):
@@ -30,18 +30,6 @@ def points_of(table, row):
         if values:
             points.append((size, min(values), statistics.median(values), max(values)))
     return points
-
-
-def finding(table):
-    """Return the gain of each row, 'From batch size 1 to 32: batch +52.9, group +0.4 points'; '' if there are many."""
-    batch_sizes, gains = table.batch_sizes, {}
-    for row in rows_of(table):
-        middle = {size: median for size, _, median, _ in points_of(table, row)}
-        if {batch_sizes[0], batch_sizes[-1]} <= middle.keys():
-            gains[label(row)] = middle[batch_sizes[-1]] - middle[batch_sizes[0]]
-    words = [f"{name} {'−' if gain < 0 else '+'}{abs(gain):.1f}" for name, gain in gains.items()]
-    few = 0 < len(words) <= MANY_NORMS and len(batch_sizes) > 1
-    return f"From batch size {batch_sizes[0]} to {batch_sizes[-1]}: {', '.join(words)} points" if few else ""
 
 
 def draw_rows(axes, table):
@@ -96,14 +84,14 @@ def draw_batch_sizes(found, path):
     figure = Figure(figsize=(9.5, 4.4 * len(found)), layout="constrained")
     parts = figure.subfigures(len(found), 1, squeeze=False)[:, 0]
     for part, table in zip(parts, found):
-        part.suptitle("\n".join(filter(None, (finding(table), table.short_title))), fontsize=10)
+        part.suptitle(table.short_title, fontsize=10)
         left, right = part.subplots(1, 2)
         draw_rows(left, table)
         ends = draw_rows(right, table)
         top = max(high for row in rows_of(table) for _, _, _, high in points_of(table, row))
         right.set_ylim(top - NARROW, top + 0.05 * NARROW)
         left.set_ylabel("accuracy (%)")
-        right.set_title(f"the upper {NARROW} points", fontsize=9)
+        right.set_title(f"enlarged: the upper {NARROW} points", fontsize=9)
         if len(ends) > MANY_ROWS:
             part.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         else:
