@@ -300,7 +300,7 @@ def set_threads(images, image_shape):
     parallel: the gradients of weights and of inputs, and the updates of weights.
     """
     height, width, _ = image_shape
-    if height and images * height * width <= ONE_THREAD_PIXELS:
+    if images * height * width <= ONE_THREAD_PIXELS:
         import tensorflow as tf  # not at the top: scripts without TensorFlow use this file, too
 
         tf.config.threading.set_intra_op_parallelism_threads(1)

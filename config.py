@@ -223,8 +223,7 @@ FIELDS = dataclasses.fields(Config)
 
 def default_model(image_shape: tuple, is_small: bool = False) -> str:
     """resnet20 for images of at most 64 pixels per side; for larger ones resnet50, or resnet18 for a small dataset."""
-    height, width, _ = image_shape
-    if height and max(height, width) <= 64:
+    if max(image_shape[:2]) <= 64:
         return "resnet20"
     return "resnet18" if is_small else "resnet50"
 

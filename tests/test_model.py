@@ -129,11 +129,9 @@ def test_parameters_are_those_published(name, shape, classes, number):
     assert model.output.dtype == "float32" and model.name == name
 
 
-@pytest.mark.parametrize(
-    "sides, name", [((64, 64), 20), ((65, 64), 50), ((64, 65), 50), ((224, 224), 50), ((None, None), 50)]
-)
+@pytest.mark.parametrize("sides, name", [((64, 64), 20), ((65, 64), 50), ((64, 65), 50), ((224, 224), 50)])
 def test_default_model_is_chosen_by_the_image(sides, name):
-    """Images of up to 64 pixels a side get the net for small images, others, and unknown sizes, the large one."""
+    """Images of up to 64 pixels a side get the net for small images, others the large one."""
     assert config.default_model((*sides, 3)) == f"resnet{name}"
 
 
