@@ -26,7 +26,7 @@ COLOURS = {
     "instance+ws": "#553f61",
     "none+ws": "#222222",
 }
-COLOURS |= {f"{norm}+acc": colour for norm, colour in COLOURS.items()}
+COLOURS = {name: colour for norm, colour in COLOURS.items() for name in (norm, f"{norm}+acc")}
 CSV_ORDER = "dataset model norm accumulate batch_size rate groups channels_per_group seed run".split()
 LEVEL = 2  # standard errors; smaller differences are called level
 SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of equal norms are disjoint 1 time in 10
