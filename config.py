@@ -340,9 +340,10 @@ def check_flags(flags: Config) -> None:
 
 def check_network(flags: Network, model: str | None = None) -> None:
     """Raise UserError for flags that do not suit the norm, or groups that do not divide the channels of `model`."""
-    if flags.weight_standardization and flags.norm_type == "batch+renorm":
+    if flags.weight_standardization and f"{flags.norm_type}+ws" not in STANDARDIZED:
         raise UserError(
-            "--weight_standardization does not go with --norm_type batch+renorm: remove it, or use --norm_type batch"
+            f"--weight_standardization does not go with --norm_type {flags.norm_type}: remove it, or give one of "
+            f"{', '.join(STANDARDIZED)}"
         )
     for name in ("groups", "group_size"):
         value = getattr(flags, name)

@@ -281,16 +281,16 @@ def reopen(run_dir, flags):
 
     UserError if its data or its number of replicas changed, or if it is finished and only its logs are left.
     """
-    config, stored = runs.read_config(run_dir)
-    here = flags.replicas or config.replicas
+    found = runs.read_run(run_dir)
+    config, here = found.config, flags.replicas or found.config.replicas
     if number_of_replicas(here) != config.num_replicas:
         raise UserError(
             f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
             f"{number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
         )
-    if runs.read_run(run_dir).state == "finished" and not runs.has_checkpoint(run_dir):
+    if found.state == "finished" and not runs.has_checkpoint(run_dir):
         raise UserError(f"{run_dir} is finished and has no checkpoint to continue: train a new run")
-    splits = runs.open_data(run_dir, config, stored["data"], flags.data_dir, config.validation)
+    splits = runs.open_data(run_dir, config, found.stored["data"], flags.data_dir, config.validation)
     return dataclasses.replace(config, replicas=here, worker_timeout=flags.worker_timeout), *splits
 
 

@@ -519,10 +519,8 @@ def test_a_run_is_repeated_with_its_own_flags_also_if_a_value_is_0(digits):
 def test_a_repetition_that_fails_is_no_result(monkeypatch, tmp_path):
     """Not even if it logged a row first."""
     write_run(tmp_path / "again", "run", 0.5)
-    script = (
-        f"import shutil, sys; shutil.copytree({str(tmp_path / 'again')!r}, sys.argv[-3]); sys.exit('out of memory')"
-    )
-    (tmp_path / "trainer.py").write_text(script)
+    copy = f"import shutil, sys; shutil.copytree({str(tmp_path / 'again')!r}, sys.argv[-3])"
+    (tmp_path / "trainer.py").write_text(f"{copy}; sys.exit('out of memory')")
     monkeypatch.setattr(challenge, "TRAINER", tmp_path / "trainer.py")
     with pytest.raises(command.ExternalError, match="out of memory"):
         challenge.repeat(runs.read_run(write_run(tmp_path, "run", 0.5, steps=50)), 1000, str(tmp_path))
