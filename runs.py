@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -58,12 +59,8 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
         "derived": {name: getattr(config, name) for name in derived},
         "data": data,
         "versions": versions(),
-        "machine": {
-            "architecture": platform.machine(),
-            "processor": processor(),
-            "processors": os.cpu_count(),
-            "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS"),  # '0': without its convolutions, which round differently
-        },
+        # '0': without oneDNN's convolutions, which round differently
+        "machine": machine() | {"onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS")},
         "source": source(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -170,13 +167,17 @@ def versions() -> dict:
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
-def processor() -> str:
-    """The CPU's name."""
-    try:
-        names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):  # not Linux
-        return platform.processor()
+def machine() -> dict:
+    """The processor: its name, its number of cores, and whether it has AVX-512, which changes how sums are rounded."""
+    path = Path("/proc/cpuinfo")
+    info = path.read_text() if path.exists() else ""  # only Linux has it
+    name = re.search(r"model name\s*: (.*)", info)
+    return {
+        "architecture": platform.machine(),
+        "processor": name.group(1) if name else platform.processor(),
+        "avx512": "avx512f" in info,
+        "processors": os.cpu_count(),
+    }
 
 
 def source() -> dict | None:

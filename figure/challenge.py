@@ -127,9 +127,6 @@ def compare(run, repeated, data_dir):
 def list_changes(run, data_dir):
     """List differences that may explain other bits: versions, the processor, the archives of the data."""
     stored, train = run.stored, datasets.create_default_splits(run.config.dataset, data_dir)[0]
-    now = runs.versions() | {"processor": runs.processor(), "data": train.made_from}
-    then = stored["versions"] | {
-        "processor": stored.get("machine", {}).get("processor"),
-        "data": stored["data"].get("made_from"),
-    }
-    return [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    now = runs.versions() | runs.machine() | {"made_from": train.made_from}
+    then = stored["versions"] | stored.get("machine", {}) | stored["data"]
+    return [f"{name} was {then[name]}, is {now[name]}" for name in now if name in then and then[name] != now[name]]

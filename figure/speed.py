@@ -12,7 +12,6 @@ round, with quartiles in brackets. Run nothing else at the same time. Prints tab
 
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -51,9 +50,9 @@ from matplotlib.figure import Figure
 import datasets
 import input_ops
 import ops
+import runs
 import trainer
 from config import Config
-from runs import processor
 from model import create_model
 from results import COLOURS
 
@@ -103,7 +102,11 @@ def in_own_process(kind, **case):
 
 
 def machine():
-    return f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, TensorFlow {tf.__version__}"
+    cpu, versions = runs.machine(), runs.versions()
+    return (
+        f"{cpu['processor']}{' with AVX-512' * cpu['avx512']}, {cpu['processors']} cores, "
+        f"Python {versions['python']}, TensorFlow {versions['tensorflow']}"
+    )
 
 
 def transpose_formula(x, gamma, beta):

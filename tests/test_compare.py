@@ -537,6 +537,18 @@ def test_a_run_is_repeated_with_its_own_convolutions(monkeypatch, tmp_path):
             challenge.repeat(run._replace(stored=run.stored | {"machine": machine}), 1, str(tmp_path))
 
 
+def test_a_repetition_says_what_may_have_changed_its_bits(digits, data_dir):
+    """Also instructions that a processor of the same name lacks; not what older runs did not record."""
+    now = {"versions": runs.versions() | {"keras": "3.0"}, "machine": runs.machine(), "data": {}}
+    now["machine"]["avx512"] = not now["machine"]["avx512"]
+    run = runs.read_runs([scripts.REPO / "figure" / "studies" / "digits"])[0]._replace(stored=now)
+    found = challenge.list_changes(run, data_dir)
+    assert [change.split()[:3] for change in found] == [
+        ["keras", "was", "3.0,"],
+        ["avx512", "was", str(now["machine"]["avx512"]) + ","],
+    ]
+
+
 def test_a_published_run_of_digits_is_trained_again(main, data_dir):
     """Its first 20 steps, bitwise or to within the tolerance of another processor."""
     study = scripts.REPO / "figure" / "studies" / "digits"

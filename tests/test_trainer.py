@@ -39,6 +39,7 @@ def test_config_json_has_the_flags_what_follows_and_what_made_the_run(group_run)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=scripts.REPO, capture_output=True, text=True)
     assert (config["source"] or {}).get("commit", "") == head.stdout.strip()
     assert config["machine"]["processors"] == os.cpu_count() and config["machine"]["processor"]
+    assert config["machine"]["avx512"] in (True, False)
 
 
 def test_it_prints_what_it_will_do_and_how_long_that_takes(group_run):
