@@ -3,6 +3,7 @@
 import itertools
 import os
 import time
+from pathlib import Path
 
 import tensorflow as tf
 
@@ -61,8 +62,12 @@ class State:
             recent=self.recent,
             step=self.step,
         )
-        self.manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
-        if newest := self.manager.latest_checkpoint:
+        with reading(f"{run_dir}/checkpoint", REMEDY):
+            manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
+        self.manager, newest = manager, manager.latest_checkpoint
+        if newest is None and runs.has_checkpoint(Path(run_dir)):
+            raise UserError(f"{run_dir}/checkpoint is damaged: {REMEDY}")
+        if newest:
             with reading(newest, REMEDY):
                 checkpoint.restore(newest).assert_consumed()
             self.window = self.recent.numpy()
@@ -103,9 +108,9 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
         UserError: if the checkpoint cannot be read, or its variables do not match the model's.
     """
     path = str(checkpoint)
-    if os.path.isdir(path):
-        path = tf.train.latest_checkpoint(path) or path
     try:
+        if os.path.isdir(path):
+            path = tf.train.latest_checkpoint(path) or path
         reader = tf.train.load_checkpoint(path)
         shapes = reader.get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError):
@@ -147,6 +152,8 @@ def copy_weights(checkpoint, model, config, train) -> str | None:
     taken = {name: v for name, v in weights_of(source).items() if same_classes or not name.startswith("logits/")}
     new = []
     for name, variable in weights_of(model).items():
+        if name.endswith("/seed_generator_state"):  # of dropout: --seed has set it
+            continue
         if name in taken and taken[name].shape == variable.shape:
             variable.assign(taken[name])
         else:

@@ -20,6 +20,7 @@ import threading
 import typing
 
 # The user can fix a path that is missing, of the wrong kind or not permitted, but not ENOSPC or EIO.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to here, one thread per operation was faster
@@ -41,11 +42,21 @@ def terminate(number, frame):
     raise Terminated
 
 
+def end_at_once(number, frame):
+    complain("interrupted" if number == signal.SIGINT else "terminated")
+    os._exit(130 if number == signal.SIGINT else 143)
+
+
+def handle_signals(stop, interrupt):
+    """Set the handlers of SIGTERM and SIGHUP, and of SIGINT. A signal that is ignored, as by nohup, stays so."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt if number == signal.SIGINT else stop)
+
+
 def run(main):
     """Return main(); on an expected error, end the script with one line on stderr and the exit code above."""
-    signal.signal(signal.SIGTERM, terminate)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # keep it ignored under nohup
-        signal.signal(signal.SIGHUP, terminate)
+    handle_signals(terminate, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
         return main()
@@ -56,8 +67,12 @@ def run(main):
     except OSError as error:  # requests' errors are OSErrors too
         is_path = isinstance(error, PATH_ERRORS) or error.errno in (errno.EROFS, errno.ENAMETOOLONG)
         code, message = (2 if is_path else 1), f"{type(error).__name__}: {error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             message = f"the disk is full: {error.filename or error}; free some space, and run this again"
+    except Exception as error:
+        if type(error).__name__ != "ResourceExhaustedError":  # TensorFlow's, which not all scripts import
+            raise
+        code, message = 1, f"memory or disk is full: {error}"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Terminated:
@@ -155,7 +170,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show descriptions unchanged, and defaults other than None and False."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -264,6 +279,8 @@ def start(name, parse):
     name: __name__ of the script. If the script is imported, no flags are parsed and None is returned.
     """
     flags = run(parse) if name == "__main__" else None
+    if name == "__main__":
+        handle_signals(end_at_once, end_at_once)  # until run() is called again
     import_tensorflow()
     return flags
 

@@ -187,6 +187,7 @@ class Config(Network):
         "steps; the console shows them beside the progress bar, and prints a line for each test",
         low=1,
         local=True,
+        derived=True,
     )
     write_summary_step: int = flag(
         10, "steps between TensorBoard scalars, each of which is also a row of metrics.jsonl", low=1, local=True
@@ -326,7 +327,7 @@ def check_flags(flags: Config) -> None:
     if not flags.prefix or any(c in flags.prefix for c in "/\\\0") or flags.prefix in (".", ".."):
         raise UserError(f"--prefix {flags.prefix!r} begins the name of a folder: use letters, digits, - and _")
     check_path(Path(flags.train_dir) / flags.prefix)
-    check_network(flags)
+    check_network(flags, flags.model)
     if flags.seed >= 2**31:
         raise UserError(f"--seed must be below 2147483648, not {flags.seed}")
     check_batches(flags)
@@ -448,6 +449,8 @@ def parse_evaluation(argv=None):
     named += [f"--{name} {getattr(flags, name)}" for name in ("train_dir", "checkpoint") if name in given]
     if len(named) > 1:
         raise UserError(f"{named[0]} and {named[1]} both name a run: give one of them")
+    if flags.run is not None and not os.path.isdir(flags.run):
+        raise UserError(f"{flags.run} is not a folder: give a run folder, or a checkpoint with --checkpoint")
     flags.train_dir = flags.run or flags.train_dir
     return flags
 
@@ -534,5 +537,6 @@ def derive(flags: Config, train) -> Config:
         batch_norm_momentum=0.9**batch_share,
         augment=flags.augment or ("flip+crop" if is_mirrored and not flags.no_augment else None),
         max_training_step=steps,
+        log_step=min(flags.log_step, steps),  # checkpoints hold the metrics of so many steps
         test_sample_step=flags.test_sample_step or epoch,
     )

@@ -5,7 +5,8 @@
     python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, your own dataset
 
 Your images are converted to 8-bit RGB, with transparent parts on white; images of more than 8 bits per channel are
-refused. Packed datasets are skipped. An interrupted download continues where it stopped.
+refused, except for JPEG 2000 and AVIF, which lose the rest. Packed datasets are skipped. An interrupted download
+continues where it stopped.
 """
 
 import collections
@@ -26,7 +27,13 @@ from command import ArgumentParser, UserError, one_line, run, sync, within
 from datasets import hdf5
 
 TIMEOUT = 60.0  # seconds without a byte after which to give up a mirror
-RETRY = Retry(2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+RETRY = Retry(
+    2,
+    backoff_factor=0.5,
+    status_forcelist=(429, 500, 502, 503, 504),
+    raise_on_status=False,
+    respect_retry_after_header=False,  # it may be hours
+)
 TURNS = 10  # rounds over all mirrors, as long as each round makes progress
 SLOW_AFTER, SLOW_RATE = 20.0, 100e3  # seconds, bytes/s: after this time a slower mirror is given up
 PART, BLOCK, RECEIVED = ".part", 1 << 20, 1 << 16  # suffix; bytes per read of a file, and of a connection
@@ -169,7 +176,8 @@ def receive(url, part, size, timeout, may_be_slow):
 def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     """Fetch missing archives of a dataset and verify all of them.
 
-    Returns their folder, and the name and hash of each archive with another hash, which --no_checksum accepts.
+    Returns their folder, the archives that were fetched, and the name and hash of each archive with another hash, which
+    --no_checksum accepts.
     """
     if archive_dir is not None:
         folders = [os.path.join(archive_dir, name.lower()), archive_dir]
@@ -196,7 +204,7 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
             found = verify(name, path, expected, checksum)
         if found != expected[1]:
             others.append(f"{file} {kind_of(found)} {found[:12]}")
-    return folder, others
+    return folder, missing, others
 
 
 def check_known(name, data_dir):
@@ -228,11 +236,10 @@ def prepare(
 def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout):
     """Fetch and pack a dataset, for prepare, which holds the lock of the folder."""
     module = datasets.module_of(name)
-    archives, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
+    archives, fetched, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
     made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
     pack(name, folder, lambda: module.read(archives)._replace(origin={"made_from": made_from}))
-    # Only delete archives that can be fetched again, and none of --archive_dir.
-    done = module.FILES if archive_dir is None and module.MIRRORS and not others and not keep_archives else ()
+    done = () if others or keep_archives else fetched  # an archive that was there before is the user's
     for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
         if os.path.exists(path):
             os.remove(path)

@@ -109,7 +109,7 @@ def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
 
 def evaluate(model, split, batch_size=EVALUATION_BATCH):
     """summarize() the predictions of a model on a complete split, a datasets.hdf5.Dataset."""
-    batches = create_input_ops(split, min(batch_size, len(split)), is_training=False)
+    batches = create_input_ops(split, batch_size, is_training=False)
     return summarize(*predict_all(make_predictor(model), batches), split.labels, split.num_classes)
 
 
@@ -231,8 +231,8 @@ def check_output(path, files):
         raise UserError(f"--output {path!r} is a folder or no regular file: give a file, such as predictions.csv")
     if any(os.path.realpath(file) == target for file in files):
         raise UserError(f"--output {path} is one of the images to predict: give another file, such as predictions.csv")
-    if not os.path.isdir(os.path.dirname(target)):
-        raise UserError(f"--output {path}: the folder {os.path.dirname(target)} does not exist; create it first")
+    if not (os.path.isdir(os.path.dirname(target)) and os.access(os.path.dirname(target), os.W_OK)):
+        raise UserError(f"--output {path}: {os.path.dirname(target)} is not a writable folder: create it first")
 
 
 def write_predictions(path, rows):
@@ -295,7 +295,7 @@ def check_request(flags, run_dir, config):
 def print_predictions(flags, files, model, dataset):
     """Print the most likely classes of each file and write them to --output; exit code 1 if a file cannot be read."""
     rows = []
-    for file, best in predict_files(model, dataset, files, min(flags.batch_size, len(files))):
+    for file, best in predict_files(model, dataset, files, flags.batch_size):
         print(file, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
         rows.append((file, best))
     if flags.output is not None and rows:
@@ -308,13 +308,13 @@ def measure_all(flags, config, model, train, split, name):
     """Evaluate with each of the --batch_statistics and print the results; returns {measure: result}."""
     measured = {"accuracy": evaluate(model, split, flags.batch_size)}
     print_result(name, measured["accuracy"], split.class_names)
+    small = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)  # images that batch norm saw
     if "batch" in flags.batch_statistics:
-        size = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)
-        measured["by_batch"] = evaluate_by_batch(model, split, size, config.seed) | {"batch_size": size}
-        print_result(f"{name}, statistics of each {size} test images", measured["by_batch"], split.class_names)
+        measured["by_batch"] = evaluate_by_batch(model, split, small, config.seed) | {"batch_size": small}
+        print_result(f"{name}, statistics of each {small} test images", measured["by_batch"], split.class_names)
     for choice, measure, size in (
         ("reestimate", "reestimated", EVALUATION_BATCH),
-        ("reestimate_small", "reestimated_small", config.batch_size),
+        ("reestimate_small", "reestimated_small", small),
     ):
         if choice in flags.batch_statistics:
             reestimate_batch_statistics(model, train, config.augment, config.seed, size)
@@ -339,6 +339,8 @@ def main(flags):
         _, test = runs.open_data(*data, None)
     if flags.predict:
         check_images(train)
+    elif not os.access(run_dir, os.W_OK):
+        raise UserError(f"{run_dir} is not writable, but holds the results: change its permissions, or copy it")
     model = create_model(config, train.network_shape, train.num_classes)
     checkpoint, step = checkpoints.load_weights(model, flags.checkpoint or run_dir)
     print(f"{checkpoint}: {config.model}, {config.norm_type} norm, step {step}")
@@ -348,7 +350,6 @@ def main(flags):
 
     split = test if flags.split == "test" else train
     split_name = "validation" if flags.validation else flags.split
-    weights = model.get_weights()  # before re-estimation changes the moving statistics
     measured = measure_all(flags, config, model, train, split, f"{config.dataset} {split_name}")
     result = measured["accuracy"]
     with tf.summary.create_file_writer(str(run_dir), filename_suffix=".evaluation").as_default(step=step):
@@ -365,8 +366,9 @@ def main(flags):
     print(f"wrote evaluation.json, classes.csv, confusion.png, mistakes.png and TensorBoard summaries to {run_dir}")
     if flags.export is not None:  # in float32: in bfloat16 no two implementations agree within export.TOLERANCE
         network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
-        network.set_weights(weights)
-        export.write(network, test, flags.export, run_dir, step, result["accuracy"])
+        network.set_weights(model.get_weights())
+        accuracy = result["accuracy"] if config.dtype == "float32" else evaluate(network, test)["accuracy"]
+        export.write(network, test, flags.export, run_dir, step, accuracy)
 
 
 if __name__ == "__main__":

@@ -264,18 +264,20 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
         "versions, export": format_versions(versions()),
         "classes, in the order of the logits": ", ".join(test.class_names),
     }
-    if test.image_shape[2] in (1, 3):
+    height, width, channels = test.network_shape
+    is_uint8 = test.dtype == np.uint8
+    low, high = (0, 1) if is_uint8 else (test.images().min(), test.images().max())
+    has_files = channels in (1, 3) and 0 <= low and high <= 1  # image files can be converted to such images
+    if has_files:
         how = "to 256 pixels on the shorter side, cropped to the centre" if test.encoded else "bilinearly"
-        colours = "RGB" if test.image_shape[2] == 3 else "luminance"
+        colours = "RGB" if channels == 3 else "luminance"
         rows["image files"] = f"turned upright, {colours}, transparent parts on white, resized {how}"
     folded = ["the kernels are already standardized"] * config.weight_standardization
     folded += ["the scalars of SkipInit are multiplied into the kernels"] * (config.norm_type == "none")
-    height, width, channels = test.network_shape
     lines = CENTRE_CROP if test.encoded else RESIZE.format(width=width, height=height)
     lines += '\nimage = image.convert("L")' if channels == 1 else ""
-    is_uint8 = test.dtype == np.uint8
     scaled = "" if is_uint8 else " / np.float32(255)"
-    from_file = FROM_FILE.format(lines=lines, shape=shape, scaled=scaled) if channels in (1, 3) else ""
+    from_file = FROM_FILE.format(lines=lines, shape=shape, scaled=scaled) if has_files else ""
     return CARD.format(
         from_file=from_file,
         model=config.model,

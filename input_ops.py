@@ -17,7 +17,6 @@ from datasets.hdf5 import IMAGENET_SIZE
 from datasets.images import as_jpeg, load_image
 
 ORDER, AUGMENTATION = 0, 1  # purposes of random draws, each with its own keys
-IN_MEMORY = 6 << 30  # bytes; splits with larger images are read from the file
 CROP_PADDING = 1 / 8  # of the side: 4 pixels around a 32-pixel image, as in arXiv 1512.03385, section 4.2
 IMAGENET_RESIZE = 256  # pixels of the shorter side before the centre crop at test time
 RATIOS = (1, 2, 4, 8)  # by which the JPEG decoder can shrink an image
@@ -107,7 +106,7 @@ def shuffled(examples: int, batch_size: int, seed: int, first_step: int):
 def reader(dataset):
     """Return a TensorFlow function from positions [B] to (images, labels), which reads from memory or from the file."""
     labels = tf.constant(dataset.labels)
-    if dataset.nbytes <= IN_MEMORY:
+    if dataset.in_memory:
         array = shared(dataset.images())
         return lambda positions: (tf.gather(array, positions), tf.gather(labels, positions))
 

@@ -302,7 +302,8 @@ def read_run(path: Path) -> Run:
     trained, evaluation = {}, read_evaluation(path / "evaluation.json", config)
     if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test; evaler.py repeats it
         trained = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows)
-    return Run(path, config, stored, settings_of(config, data), rows, trained | evaluation, evaluation, state)
+    accuracies = trained | evaluation if state == "finished" else {}
+    return Run(path, config, stored, settings_of(config, data), rows, accuracies, evaluation, state)
 
 
 def last_epochs(config: Config, data: dict, rows: list) -> dict:
@@ -373,5 +374,5 @@ def read_evaluation(path: Path, config: Config) -> dict:
 
 def read_runs(folders) -> list[Run]:
     """The runs in `folders` and their subfolders, sorted by path."""
-    paths = {path.parent for folder in folders for path in Path(folder).glob("**/config.json")}
+    paths = {Path(path) for folder in folders for path, _, files in os.walk(folder) if "config.json" in files}
     return [read_run(path) for path in sorted(paths)]

@@ -23,6 +23,7 @@ import runs
 from input_ops import create_input_ops
 
 FIRST_TAGS = {"accuracy/test": "test_loss/accuracy", "accuracy/training": "loss/accuracy"}  # TensorBoard's first cards
+SHOWN_IMAGES = 64  # in a picture
 MAX_SILENCE = 60  # without a progress bar, print a row if the last line is older than this many seconds
 
 
@@ -42,7 +43,8 @@ class Log:
     """
 
     def __init__(self, run_dir, config, train, test, first_step, writes=True, batches_done=lambda: 0):
-        self.config, self.test, self.first_step, self.steps = config, test, first_step, config.max_training_step
+        self.config, self.first_step, self.steps = config, first_step, config.max_training_step
+        self.num_tests, self.shown = len(test), test.subset(np.arange(min(SHOWN_IMAGES, len(test))))
         self.epoch = -(-len(train) // config.max_batch_size)  # in steps
         self.in_epochs = self.steps % self.epoch == 0 and config.test_sample_step % self.epoch == 0
         self.writes, self.path = writes, run_dir and run_dir / "metrics.jsonl"
@@ -118,7 +120,7 @@ class Log:
     def seconds_left(self, step):
         tests = self.steps // self.config.test_sample_step - step // self.config.test_sample_step
         tests += self.steps % self.config.test_sample_step > 0 and step < self.steps
-        guess = self.seconds_per_step * len(self.test) / self.config.max_batch_size / 3  # forward pass only
+        guess = self.seconds_per_step * self.num_tests / self.config.max_batch_size / 3  # forward pass only
         return (self.steps - step) * self.seconds_per_step + tests * (self.seconds_per_test or guess)
 
     def print(self, line):
@@ -156,7 +158,7 @@ class Log:
                     tf.summary.scalar(tag, row[name])
             if self.test_due(row["step"]) and images is not None:
                 tf.summary.image("img/image", image_grid(images.numpy()))
-                tests, _ = next(iter(create_input_ops(self.test, min(64, len(self.test)), is_training=False)))
+                tests, _ = next(iter(create_input_ops(self.shown, SHOWN_IMAGES, is_training=False)))
                 tf.summary.image("test_img/image", image_grid(tests.numpy()))
 
     def line(self, row):
@@ -261,9 +263,9 @@ def to_uint8(images):
     return np.round((images - low) / (high - low) * 255).astype(np.uint8)
 
 
-def image_grid(images, most=64):
-    """Arrange the first `most` images of [N, h, w, c] in one picture [1, H, W, 1 or 3] for TensorBoard."""
-    images = to_uint8(images[:most])
+def image_grid(images):
+    """Arrange the first SHOWN_IMAGES of [N, h, w, c] in one picture [1, H, W, 1 or 3] for TensorBoard."""
+    images = to_uint8(images[:SHOWN_IMAGES])
     images = images if images.shape[-1] in (1, 3) else images[..., :1]
     count, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(count)))

@@ -12,10 +12,11 @@ batch_size images on each replica, or with --accumulate one in all. Batch norm s
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 
-from command import ExternalError, Interruption, Stopped, UserError, run, set_threads, start
+from command import DISK_FULL, ExternalError, Interruption, Stopped, UserError, run, set_threads, start
 from config import parse_training
 
 FLAGS = start(__name__, parse_training)  # flags first: TensorFlow takes seconds to import
@@ -201,7 +202,7 @@ def make_train_step(state):
 def make_test(state, test, interruption):
     """Make a function that tests on the complete test split, shared by all workers: {"test_loss/accuracy": ...}."""
     who = workers()
-    test_here = test.subset(replicas.test_share(who, len(test)))
+    test_here = test if len(who.addresses) == 1 else test.subset(replicas.test_share(who, len(test)))
     batches = create_input_ops(test_here, EVALUATION_BATCH, is_training=False)
     predict = evaler.make_predictor(state.model, state.strategy)
     join = replicas.make_join(state.strategy, who, len(test))
@@ -249,9 +250,12 @@ def train_run(state, train, test, log, interruption):
             step = int(state.step)
             log.stepped(step)
             interruption.worth_saving = True
+            if step == config.max_training_step:  # before its row, so that a finished run has a checkpoint
+                with log.paused():
+                    state.save()
             if log.due(step):
                 write_row(images)
-            if state.save_due():
+            if state.save_due() and state.saved_step != step:
                 with log.paused():
                     state.save()
             if interruption.stops(stop):
@@ -265,7 +269,7 @@ def train_run(state, train, test, log, interruption):
 
 def end_diverged(state, log, loss):
     """End a run whose training diverged: mark it in the log, keep the last checkpoint, raise ExternalError."""
-    step, newest = int(state.step) + 1, state.manager.latest_checkpoint
+    step, newest = int(state.step) + 1, state.manager.latest_checkpoint if state.writes else "that of worker 0"
     log.add({"step": step, "diverged": True})
     log.close()
     raise ExternalError(
@@ -297,7 +301,9 @@ def reopen(run_dir, flags):
 def identity(config, train, test, run_dir):
     """The settings that all workers of a run must share."""
     settings = dataclasses.asdict(config) | describe_data(train, test) | {"source": runs.source()}
+    path = run_dir and run_dir / "checkpoint"
     settings |= {"--resume": run_dir and run_dir.resolve().name, "TF_CONFIG": workers().addresses}
+    settings |= {"newest checkpoint": path.read_text(errors="replace") if path and path.exists() else None}
     return {name: value for name, value in settings.items() if name not in ("data_dir", "train_dir", "worker_timeout")}
 
 
@@ -306,10 +312,14 @@ def main(flags, run_dir):
     if resuming:
         config, train, test = reopen(run_dir, flags)
     else:
+        if flags.checkpoint:
+            runs.run_dir_of(flags.checkpoint)  # raises UserError, before a download
         alone = len(who.addresses) == 1  # several workers must not download the same dataset
         train, test = download.load_splits(flags.dataset, flags.data_dir, flags.validation, fetch=alone)
         config = derive(flags, train)
     print_plan(config, train, test)
+    if len(test) < len(who.addresses):
+        raise UserError(f"{len(test)} test images are too few for {len(who.addresses)} workers: use fewer workers")
     with replicas.all_workers(who, identity(config, train, test, run_dir), config.worker_timeout):
         set_threads(config.batch_size, train.network_shape)
         strategy = replicas.start(config.replicas or 1, who)
@@ -344,7 +354,7 @@ def start_from_checkpoint(model, config, train, test):
 def train_and_report(run_dir, state, train, test, interruption):
     """Train to the last step, and print the result; exit code 128 + number of the signal if one arrived."""
     config, who = state.config, workers()
-    shown_dir = run_dir or "RUN_FOLDER_OF_WORKER_0"
+    shown_dir = shlex.quote(str(run_dir)) if run_dir else "RUN_FOLDER_OF_WORKER_0"
     together = f" in each of {config.num_replicas} replicas" if config.num_replicas > 1 else ""
     print(
         f"{state.model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
@@ -355,10 +365,13 @@ def train_and_report(run_dir, state, train, test, interruption):
     try:
         log = Log(run_dir, config, train, test, int(state.step), who.is_chief, state.batches_done)
         done = train_run(state, train, test, log, interruption)
-    except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError) as error:
+    except (tf.errors.ResourceExhaustedError, tf.errors.OutOfRangeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
         # Memory or disk is full, or a file exceeds the size limit.
         raise ExternalError(
-            f"{shown_dir}: {error.message}; free memory or disk space, and continue with --resume {shown_dir}"
+            f"{shown_dir}: {getattr(error, 'message', error)}; free memory or disk space, and continue with "
+            f"--resume {shown_dir}"
         ) from error
     except tf.errors.OpError as error:
         if len(who.addresses) == 1:
@@ -378,9 +391,11 @@ def train_and_report(run_dir, state, train, test, interruption):
         print(f"done: {config.max_training_step} steps")
     else:
         accuracy = runs.read_run(run_dir).accuracies["accuracy"]
+        kind, flag = ("validation", f" --validation {config.validation}") if config.validation else ("test", "")
         print(
-            f"done: {config.max_training_step} steps, test accuracy {100 * accuracy:.2f} %; for the accuracy by class, "
-            f"the mistakes and the curves, run\n  python evaler.py {run_dir}\n  tensorboard --logdir {run_dir.parent}"
+            f"done: {config.max_training_step} steps, {kind} accuracy {100 * accuracy:.2f} %; for the accuracy by "
+            f"class, the mistakes and the curves, run\n  python evaler.py {shown_dir}{flag}\n"
+            f"  tensorboard --logdir {shlex.quote(str(run_dir.parent))}"
         )
 
 

@@ -176,10 +176,14 @@ def list_images(folder, class_names):
 def find_files(folder):
     """Return the sorted (images, other files) in and below `folder`, by suffix.
 
-    Skips hidden files, hidden folders and links to folders.
+    Skips hidden files, hidden folders and links to folders. Raises OSError for a folder that cannot be read.
     """
+
+    def fail(error):
+        raise error
+
     found, others = [], []
-    for directory, folders, names in os.walk(folder):
+    for directory, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [name for name in names if not name.startswith(".")]:
             file = os.path.join(directory, name)

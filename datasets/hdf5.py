@@ -6,7 +6,7 @@
     split       uint8 [N], 0 train and 1 test: train first, in the archive's order
     id          the ids, bytes [N]; id.txt has them too, one per line
     class_names strings [classes]
-    attribute `recipe`: the origin as JSON: {"made_from": words} or, for a folder of images, the flags of download.py
+    recipe      the origin as JSON: {"made_from": words} or, for a folder of images, the flags of download.py
     attribute `packed`: the mark of a complete file, written last
 
 The file is written under another name, synced and renamed. Files without the mark are ignored.
@@ -31,6 +31,7 @@ FORMAT = 1
 JPEG_CHUNK = 1 << 20  # bytes
 REPACK = "delete it and run download.py again"
 OWN_IMAGES = "a folder of images"  # made_from; the same wherever the folder is
+IN_MEMORY = 6 << 30  # bytes; splits with larger images are read from the file, batch by batch
 IMAGENET_SIZE = 224  # pixels: height and width of the crops of JPEG files
 
 
@@ -45,7 +46,7 @@ class Source(NamedTuple):
     image_shape: tuple | None  # (h, w, c), None for JPEG files
     num_images: int | None  # None if unknown (JPEG files)
     parts: Iterator
-    origin: dict | None = None  # the attribute `recipe`
+    origin: dict | None = None  # `recipe`
 
 
 def write(folder: str, source: Source, bar=None) -> None:
@@ -61,7 +62,7 @@ def write(folder: str, source: Source, bar=None) -> None:
             with h5py.File(part, "w") as file:
                 names = fill(file, source, bar)
                 if source.origin is not None:
-                    file.attrs["recipe"] = np.bytes_(json.dumps(source.origin))
+                    file["recipe"] = json.dumps(source.origin)
                 file.flush()
                 file.attrs["packed"] = FORMAT
             write_whole(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
@@ -171,7 +172,10 @@ def read_origin(folder: str) -> dict:
     """Return the origin of the images in folder/data.hdf5, {} if it is not stored."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK), h5py.File(path, "r", locking=False) as file:
-        return json.loads(file.attrs.get("recipe", "{}"))
+        stored = (
+            file["recipe"][()] if "recipe" in file else file.attrs.get("recipe", "{}")
+        )  # an attribute in older files
+        return json.loads(stored)
 
 
 def open_packed(folder, name):
@@ -262,6 +266,11 @@ class Dataset:
         if self.encoded:
             return int((self.offset[self.rows + 1] - self.offset[self.rows]).sum())
         return len(self) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def in_memory(self):
+        """Whether input_ops.py loads all images at once."""
+        return not self.encoded and self.nbytes <= IN_MEMORY
 
     @property
     def network_shape(self):

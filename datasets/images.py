@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 
 from command import UserError, reading
 
-ORIENTATION = 0x0112  # the EXIF tag
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102  # tags of EXIF and TIFF
 TURNS = {  # orientation: the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -21,6 +21,7 @@ TURNS = {  # orientation: the operation that makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 
+Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow refuses twice as many; its own limit is too small for some phones
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # our errors are enough
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -32,9 +33,11 @@ def open_image(file, name):
     Raises UserError, with `name` for the file, if it cannot be read or has more than 8 bits per channel.
     """
     with reading(name), Image.open(file) as image:
-        # Pillow silently keeps the upper 8 bits of RGB;16, and of a PPM file with values above 255.
+        # Pillow silently keeps the upper 8 bits of RGB;16, and of a PPM file with values above 255. In a TIFF file
+        # with 16 bits in planes it takes each byte for a pixel.
         layouts = [str(tile[3]) for tile in image.tile]
         is_deep = any(";16" in layout and "BGR" not in layout for layout in layouts)
+        is_deep |= image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, [1])) > 8
         is_deep |= image.mode == "RGB" and any(tile[0].startswith("ppm") and tile[3][1] > 255 for tile in image.tile)
         if image.mode[0] in "IF" or is_deep:
             raise UserError(

@@ -198,7 +198,7 @@ def allocate(path, num_train, num, shape, dtype):
 
 def warn_of_range(path, images):
     """Print a warning if float images have large values."""
-    largest = np.abs(images).max() if images.dtype == np.float32 else 0
+    largest = max(images.max(), -images.min()) if images.dtype == np.float32 else 0  # without a copy of the images
     if largest > LARGEST_FLOAT:
         print(
             f"warning: {path}: float images have values up to {largest:g}, with which networks learn slowly or not at "

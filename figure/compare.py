@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 from tqdm import tqdm
 
 import challenge
@@ -34,7 +35,7 @@ import datasets
 import download
 import pictures
 import results
-from command import ArgumentParser, UserError, ExternalError, one_line, run, within
+from command import ArgumentParser, UserError, ExternalError, one_line, run, within, write_whole
 from config import NORM_NAMES, derive, parse_training, training_parser
 from runs import MEASURES, describe_data, read_runs, settings_of
 
@@ -69,7 +70,10 @@ def parse_flags(argv=None):
     parser.add_argument("--jobs", type=within(int, low=1), default=len(available_cores()), help=jobs)
     parser.add_argument("--dry_run", action="store_true", help="print the runs to train and the time they take")
     parser.add_argument(
-        "--from_logs", nargs="+", metavar="DIR", help="make table and pictures of these run folders; train nothing"
+        "--from_logs",
+        nargs="+",
+        metavar="DIR",
+        help="make table and pictures of the runs in these folders, and write them to the first; train nothing",
     )
     called = "name of the dataset in table and pictures, if its own name is not accurate"
     parser.add_argument("--called", metavar="NAME", help=called)
@@ -139,7 +143,8 @@ class Cell:
 
     def find(self, runs):
         """Return the Run of this cell in `runs`, or None."""
-        return next((run for run in runs if run.config.seed == self.seed and run.settings == self.settings), None)
+        found = [run for run in runs if run.config.seed == self.seed and run.settings == self.settings]
+        return min(found, key=results.preference, default=None)
 
 
 def make_grid(flags, rest):
@@ -182,7 +187,8 @@ def check_train_dir(train_dir, cells, runs):
 
 def check_memory(jobs, train, test):
     """Raise UserError if the free memory is too small for `jobs` processes."""
-    needed = jobs * (PROCESS_BYTES + 1.5 * (train.nbytes + test.nbytes))
+    loaded = sum(split.nbytes for split in (train, test) if split.in_memory or isinstance(split.image, np.ndarray))
+    needed = jobs * (PROCESS_BYTES + 1.5 * loaded)
     try:
         lines = dict(line.split(":") for line in open("/proc/meminfo"))
         free = int(lines["MemAvailable"].split()[0]) * 1024
@@ -190,13 +196,13 @@ def check_memory(jobs, train, test):
         return
     if needed > free:
         raise UserError(
-            f"--jobs {jobs} needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: give --jobs "
-            f"{max(1, int(jobs * free / needed))}"
+            f"{jobs} processes need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: "
+            + (f"give --jobs {int(jobs * free / needed)}" if needed < jobs * free else "free some memory")
         )
 
 
-def has_checkpoint(found, step="*"):
-    return any(found.path.glob(f"model-{step}.index"))
+def has_checkpoint(found):
+    return any(found.path.glob("model-*.index"))
 
 
 def needs_evaluation(found):
@@ -207,9 +213,14 @@ def needs_evaluation(found):
     return found.state == "finished" and not needed <= found.evaluation.keys() and has_checkpoint(found)
 
 
-def is_done(cell, runs):
-    found = cell.find(runs)
-    return found is not None and found.state != "unfinished" and not needs_evaluation(found)
+def to_do(cells, flags):
+    """Return the cells that must still be trained or evaluated."""
+    runs, waiting = read_runs([flags.train_dir]), []
+    for cell in cells:
+        found = cell.find(runs)
+        if found is None or found.state == "unfinished" or needs_evaluation(found):
+            waiting.append(cell)
+    return waiting
 
 
 class Processes:
@@ -269,9 +280,7 @@ def run_cell(cell, flags, processes):
     command = None
     if found is None:
         command = ["trainer.py", *cell.flags]
-    elif found.state == "unfinished" or (
-        needs_evaluation(found) and not has_checkpoint(found, found.config.max_training_step)  # killed while saving it
-    ):
+    elif found.state == "unfinished":
         command = ["trainer.py", "--resume", str(found.path), *data]
     if command:
         try:
@@ -300,8 +309,7 @@ def train_all(cells, flags):
 
     Raises ExternalError at the end if some failed.
     """
-    runs = read_runs([flags.train_dir])
-    waiting = [cell for cell in cells if not is_done(cell, runs)]
+    waiting = to_do(cells, flags)
     bar = tqdm(total=sum(cell.images for cell in waiting), unit="img", unit_scale=True, disable=None)
     write = bar.write if not bar.disable else lambda line: print(line, flush=True)
     processes, failures = Processes(flags.jobs), []
@@ -334,10 +342,10 @@ def outcome(found):
 
 def print_plan(cells, flags):
     """Print the runs to train, and the hours they take, estimated from existing runs or two short runs."""
-    runs = read_runs([flags.train_dir])
+    waiting = to_do(cells, flags)
     for cell in cells:
-        print(f"{'done   ' if is_done(cell, runs) else 'to do  '}{cell.name}: {cell.images:,} images")
-    speeds, source = images_per_second(runs), "images per second of existing runs"
+        print(f"{'to do  ' if cell in waiting else 'done   '}{cell.name}: {cell.images:,} images")
+    speeds, source = images_per_second(read_runs([flags.train_dir])), "images per second of existing runs"
     if not speeds:
         source = "two trial runs of 12 steps"
         with tempfile.TemporaryDirectory() as folder:
@@ -347,11 +355,12 @@ def print_plan(cells, flags):
                 places = ["--train_dir", folder, "--data_dir", flags.data_dir]
                 Processes(flags.jobs).run(["trainer.py", *trial, *places], os.path.join(folder, "log"))
             speeds = images_per_second(read_runs([folder]))
-    to_do = [cell for cell in cells if not is_done(cell, runs)]
-    seconds = sum(cell.images / speeds[min(speeds, key=lambda size: abs(size - cell.batch_size))] for cell in to_do)
+    seconds = sum(cell.images / speeds[min(speeds, key=lambda size: abs(size - cell.batch_size))] for cell in waiting)
+    jobs = max(1, min(flags.jobs, len(waiting)))
+    at_once = min(jobs, len(available_cores()))
     print(
-        f"{len(cells)} runs, {len(to_do)} to do; about {seconds / flags.jobs / 3600:.1f} hours with {flags.jobs} "
-        f"processes, without tests (estimated from {source})"
+        f"{len(cells)} runs, {len(waiting)} to do; about {seconds / at_once / 3600:.1f} hours with {jobs} processes, "
+        f"without tests (estimated from {source})"
     )
 
 
@@ -370,7 +379,7 @@ def report(runs, folder, called=None):
     parts = [part for table in found for part in (results.markdown(table), "\n".join(results.sentences(table))) if part]
     text = "\n\n".join(parts) + "\n"
     print(text)
-    (folder / "table.md").write_text(text)
+    write_whole(folder / "table.md", text)
     results.write_csv(runs, folder / "results.csv")
     of_norms = [table for table in found if not any(settings for (_, settings), _ in table.rows)]  # not of settings
     drawn = ""
@@ -384,20 +393,20 @@ def report(runs, folder, called=None):
 def main():
     flags, rest = parse_flags()
     if flags.from_logs:
-        runs = read_runs(flags.from_logs)
-        if not runs:
-            raise UserError(f"no run folder in {', '.join(flags.from_logs)}: give the --train_dir of trainer.py")
-        report(runs, flags.from_logs[0], flags.called)
+        for folder in flags.from_logs:
+            if not read_runs([folder]):
+                raise UserError(f"no run folder in {folder}: give the --train_dir of trainer.py or compare.py")
+        report(read_runs(flags.from_logs), flags.from_logs[0], flags.called)
         return
     if flags.challenge:
         challenge.challenge(flags.challenge, flags.runs, flags.steps, flags.data_dir)
         return
     cells, train, test = make_grid(flags, rest)
     check_train_dir(flags.train_dir, cells, read_runs([flags.train_dir]))
-    check_memory(flags.jobs, train, test)
     if flags.dry_run:
         print_plan(cells, flags)
         return
+    check_memory(min(flags.jobs, len(to_do(cells, flags))), train, test)
     try:
         train_all(cells, flags)
     finally:

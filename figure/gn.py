@@ -5,10 +5,16 @@
 After figure 2 of Wu & He, arXiv 1803.08494: the axes are the batch N, the channels C and the positions (H, W).
 """
 
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from command import ArgumentParser, run
 
 N, C, POSITIONS, GROUPS = 5, 6, 5, 2
 SHARED, OTHER = "#2f7fc1", "#f2f2f2"
@@ -48,6 +54,7 @@ def draw(figure, column, norm_type):
 
 
 def main():
+    ArgumentParser(description=__doc__).parse_args()
     figure = Figure(figsize=(14, 3.9))
     for column, norm_type in enumerate(("batch", "layer", "instance", "group"), 1):
         draw(figure, column, norm_type)
@@ -58,4 +65,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

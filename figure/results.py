@@ -5,12 +5,14 @@ norm, and in the settings in their names.
 """
 
 import csv
+import io
 import json
 import math
 import re
 import statistics
 from typing import NamedTuple
 
+from command import write_whole
 from runs import MEASURES
 
 COLOURS = {
@@ -33,6 +35,7 @@ SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of 
 SEED_IMAGES = 5300  # with fewer seeds, their variance is that of so many images: pooled over figure/studies/cifar10
 DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
 OF_NORM = {"norm_type", "weight_standardization", "accumulate", "groups", "group_size", "base_learning_rate"}
+LENGTH = {"max_training_step", "max_batch_size", "train"}  # the settings that make the number of epochs
 SHORT_NAMES = {
     "base_learning_rate": "rate",
     "max_training_step": "steps",
@@ -117,7 +120,7 @@ def tables(runs, called=None):
         name = f"{called or dataset}, {model}"
         numbers = {len({run.config.seed for run in alike if run.accuracies}) for alike in cells.values()}
         seeds = max(1, *numbers)
-        words = [f"{round(epochs_of(these[0]), 1):g} epochs"] * ("max_training_step" not in names)
+        words = [f"{round(epochs_of(these[0]), 1):g} epochs"] * (not LENGTH & set(names))
         up_to = "up to " * (len(numbers) > 1)
         words.append(f"median and range of {up_to}{seeds} seeds" if seeds > 1 else "one seed")
         short = ", ".join([name, *words])
@@ -125,10 +128,15 @@ def tables(runs, called=None):
     return found
 
 
+def preference(run):
+    """Return a key that sorts runs with the same settings and seed: the first one counts."""
+    return ["finished", "diverged", "unfinished"].index(run.state), -len(run.accuracies), str(run.path)
+
+
 def without_repeats(runs):
     """Return the runs with one for each seed and settings: a copied folder counts once. Finished runs are preferred."""
     kept = {}
-    for run in sorted(runs, key=lambda run: (run.state != "finished", -len(run.accuracies), str(run.path))):
+    for run in sorted(runs, key=preference):
         first = kept.setdefault((as_key(run.settings), run.config.seed), run)
         if first is not run:
             print(f"skipped {run.path}: {first.path} has the same settings and seed {run.config.seed}")
@@ -143,7 +151,7 @@ def epochs_of(run):
 def shared_settings(runs, names):
     """Return text on the settings of all runs: steps, epochs, optimizer, rate, test images and data."""
     settings, words = runs[0].settings, []
-    if "max_training_step" not in names:
+    if not LENGTH & set(names):
         steps, images = settings["max_training_step"], settings["max_batch_size"]
         words.append(f"{steps} steps of {images} images ({epochs_of(runs[0]):.3g} epochs)")
     if not {"optimizer", "base_learning_rate"} & set(names):
@@ -151,7 +159,9 @@ def shared_settings(runs, names):
         words += (
             [rates[runs[0].norm]] if len(set(rates.values())) == 1 else [f"{norm}: {rates[norm]}" for norm in rates]
         )
-    words.append(f"{settings['test']} {'training images held out' if settings.get('validation') else 'test images'}")
+    if not {"test", "validation"} & set(names):
+        kind = "training images held out" if settings.get("validation") else "test images"
+        words.append(f"{settings['test']} {kind}")
     made_from = settings.get("made_from") if "made_from" not in names else None
     return "".join(f", {word}" for word in words) + (f"; data: {made_from}" if made_from else "")
 
@@ -206,7 +216,7 @@ def comparison(other, base, images):
     seeds = min(len(base), len(other))
     details = [f"{spread(other)} and {spread(base)} %", f"{seeds} seed{'s' * (seeds > 1)}"]
     verdict = f"{100 * abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
-    if abs(difference) < LEVEL * error:
+    if abs(difference) <= LEVEL * error:
         verdict = "level with"
         details.insert(0, f"{100 * difference:+.1f} points, standard error {100 * error:.1f}")
     if seeds >= SPREAD_SEEDS:
@@ -268,7 +278,8 @@ def as_row(run):
 def write_csv(runs, path):
     """Write results.csv, with a row per run sorted by CSV_ORDER."""
     rows = sorted(map(as_row, runs), key=lambda row: [str(row[name]).zfill(9) for name in CSV_ORDER])
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())

@@ -1,7 +1,7 @@
-"""Measure speed as ratios: the norms alone, training steps and their memory, trainer.py, and ImageNet's input.
+"""Measure speed as ratios: the norms alone, training steps, trainer.py, and ImageNet's input.
 
     python figure/speed.py alone            # the norms alone
-    python figure/speed.py steps            # training steps and their memory; draws figure/speed.png
+    python figure/speed.py steps            # training steps
     python figure/speed.py trainer          # images per second of trainer.py on CIFAR10, and of the input alone
     python figure/speed.py imagenet         # ImageNet's input, compared with decoding alone
     python figure/speed.py steps --quick    # fewer cases and rounds
@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from command import ArgumentParser, ExternalError, UserError, one_line, run, set_threads, start
 
-COMPARED = ("group", "batch", "none")
-MEMORY_NORMS = ("batch", "group", "none")
+COMPARED = ("group", "group+ws", "batch", "none")
+MEMORY_NORMS = ("batch", "group", "group+ws")
 
 
 def parse_flags(argv=None):
@@ -45,16 +45,14 @@ FLAGS = start(__name__, parse_flags)  # flags first: TensorFlow takes seconds to
 import keras
 import numpy as np
 import tensorflow as tf
-from matplotlib.figure import Figure
 
 import datasets
 import input_ops
 import ops
 import runs
 import trainer
-from config import Config
+from config import Config, spell_out
 from model import create_model
-from results import COLOURS
 
 GROUPS = 8
 SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (1, 8, 8, 64), (8, 14, 14, 512)]
@@ -166,7 +164,7 @@ def print_alone(quick):
 def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
     """Return a function that runs `updates` updates of trainer.py; variant: a norm, 'group XLA' or 'group bfloat16'."""
     norm_type, _, option = variant.partition(" ")
-    config = Config(
+    flags = Config(
         model=model,
         norm_type=norm_type,
         optimizer="adam",
@@ -176,6 +174,7 @@ def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
         jit_compile=option == "XLA",
         dtype="bfloat16" if option == "bfloat16" else "float32",
     )
+    config = spell_out(flags)
     keras.utils.set_random_seed(0)
     state = trainer.make_state(create_model(config, image_shape, num_classes), config)
     state.optimizer.learning_rate.assign(1e-5)
@@ -231,48 +230,23 @@ def print_memory(model, image_shape, num_classes, batch_sizes):
 
 
 def print_steps(quick):
+    columns = [("group", "batch"), ("group+ws", "batch"), ("group", "none")]
+    print(f"{machine()}\nA training step with Adam; others: the time divided by that of group norm")
     print(
-        f"{machine()}\nA training step with Adam; others: the time divided by that of group norm, and the peak memory"
+        f"{'model':<10}{'batch':>6}{'group, images/s':>17}  "
+        + "".join(f"{f'{a} / {b}':<18}" for a, b in columns)
+        + "others"
     )
-    print(f"{'model':<10}{'batch':>6}{'group, images/s':>17}  {'group / batch':<18}{'group / none':<18}others")
-    found = {}
     for model, size, batch_size in [STEPS[1], STEPS[3]] if quick else STEPS:
-        more = ["group XLA", "group bfloat16"] if (model, batch_size) == ("resnet20", 32) and not quick else []
-        case = {"model": model, "size": size, "batch_size": batch_size}
-        rounds = 7 if quick or model == "resnet50" else 21
-        times = found[f"{model}\nbatch {batch_size}"] = in_own_process(
-            "step", **case, variants=[*COMPARED, *more], rounds=rounds
-        )
-        network = {"model": model, "image_shape": (size, size, 3), "num_classes": 10, "batch_size": batch_size}
-        peaks = {norm: in_own_process("memory", **network, norm_type=norm) / 1e9 for norm in COMPARED}
-        others = [f"{name} {ratio(times, name, 'group')}" for name in more]
-        others.append("GB " + " ".join(f"{norm} {peak:.2f}" for norm, peak in peaks.items()))
+        more = ["group XLA", "group bfloat16"] if model == "resnet20" and batch_size in (2, 32) and not quick else []
+        case = {"model": model, "size": size, "batch_size": batch_size, "variants": [*COMPARED, *more]}
+        times = in_own_process("step", **case, rounds=7 if quick or model == "resnet50" else 21)
         print(
             f"{model:<10}{batch_size:>6}{batch_size / statistics.median(times['group']):>17.1f}  "
-            f"{ratio(times, 'group', 'batch'):<18}{ratio(times, 'group', 'none'):<18}{'; '.join(others)}",
+            + "".join(f"{ratio(times, *pair):<18}" for pair in columns)
+            + "; ".join(f"{name} {ratio(times, name, 'group')}" for name in more),
             flush=True,
         )
-    if not quick:
-        draw_steps(found, ROOT / "figure" / "speed.png")
-
-
-def draw_steps(found, path):
-    """Draw the times of a step with group norm and without norms, relative to a step with batch norm."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for i, times in enumerate(found.values()):
-        for j, norm in enumerate(("group", "none")):
-            ratios = [a / b for a, b in zip(times[norm], times["batch"])]
-            low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-            label = None if i else f"{norm} norm"
-            axes.bar(i + 0.4 * j, median, 0.38, color=COLOURS[norm], label=label)
-            axes.plot([i + 0.4 * j] * 2, [low, high], color="black", linewidth=1)
-    axes.axhline(1, color=COLOURS["batch"], label="batch norm")
-    axes.set_xticks([i + 0.2 for i in range(len(found))], list(found), fontsize=8)
-    axes.set(ylabel="time of a training step\n(batch norm = 1)", ylim=(0, 1.4))
-    axes.set_title(machine(), fontsize=8)
-    axes.legend(fontsize=8, loc="upper right", ncols=3)
-    figure.savefig(path, dpi=120)
 
 
 def images_per_second(norm, batch_size, data_dir):
@@ -280,7 +254,11 @@ def images_per_second(norm, batch_size, data_dir):
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--dataset CIFAR10 --model convnet --norm_type {norm} --batch_size {batch_size} --max_training_step 31"
         command = [sys.executable, str(ROOT / "trainer.py"), *flags.split(), "--data_dir", data_dir]
-        subprocess.run([*command, "--train_dir", folder], check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([*command, "--train_dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if done.returncode:
+            raise ExternalError(
+                f"trainer.py ended with code {done.returncode}: {one_line(done.stderr.decode()[-300:])}"
+            )
         (path,) = Path(folder).glob("*/metrics.jsonl")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
     return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row)

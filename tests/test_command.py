@@ -10,11 +10,17 @@ import pytest
 from scripts import REPO, SMALL
 
 import command
+from config import training_parser
 
 WAITS = """
 import command, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
 command.run(lambda: (print("ready", flush=True), [time.sleep(0.1) for _ in range(300)]))
+"""
+LOADS = """
+import command, os, signal, sys
+command.import_tensorflow = lambda: os.kill(os.getpid(), int(sys.argv[1]))  # the signal comes while TensorFlow loads
+command.start("__main__", lambda: None)
 """
 STARTS = """
 import runpy, sys
@@ -56,6 +62,13 @@ def test_a_signal_ends_a_script_in_one_line(number, code):
     assert (process.returncode, rest, len(error.splitlines())) == (code, "", 1) and "error: " in error
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_tensorflow_loads_ends_a_script_in_one_line(number, code):
+    process = python(LOADS, int(number))
+    out, error = process.communicate(timeout=30)
+    assert (process.returncode, out, len(error.splitlines())) == (code, "", 1) and "error: " in error
+
+
 def test_a_terminal_without_the_letters_gets_their_numbers():
     out, error = python("import command; command.run(lambda: print('grün'))", PYTHONIOENCODING="ascii").communicate()
     assert (out, error) == ("gr\\xfcn\n", "")
@@ -68,6 +81,7 @@ def test_a_terminal_without_the_letters_gets_their_numbers():
         (FileNotFoundError(2, "No such file", "wrong value"), 2),
         (command.ExternalError("wrong value"), 1),
         (OSError(28, "No space left on device", "wrong value"), 1),
+        (type("ResourceExhaustedError", (Exception,), {})("wrong value"), 1),  # TensorFlow's
     ],
 )
 def test_an_error_that_is_no_bug_ends_a_script_in_one_line(error, code, capfd, monkeypatch):
@@ -87,6 +101,10 @@ def test_flags_are_parsed_before_tensorflow_loads():
     assert len(lines) == 12
     for _, script, flag, code, *loaded in lines:
         assert code == ("0" if flag == "--help" else "2") and loaded == ["False", "False"], script
+
+
+def test_help_shows_defaults_of_0():
+    assert "dropout (default: 0)" in " ".join(training_parser().format_help().split())
 
 
 def test_small_updates_take_one_thread_an_operation(data_dir, tmp_path):

@@ -25,6 +25,7 @@ import pictures
 import results
 
 from config import Config, derive, parse_training
+from datasets import hdf5
 import command
 import runs
 
@@ -42,7 +43,7 @@ def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None
     (run_dir / "config.json").write_text(json.dumps(stored))
     rows = [{"step": step, "loss/accuracy": 0.5, "test_loss/accuracy": accuracy} for step in range(50, steps + 1, 50)]
     write_rows(run_dir, rows + [{"step": steps + 1, "diverged": True}] * diverged)
-    if evaluation:
+    if evaluation is not None:
         record = {"step": 100, "split": "test", "accuracy": accuracy}
         record |= {measure: {"accuracy": value} for measure, value in evaluation.items()}
         (run_dir / "evaluation.json").write_text(json.dumps(record))
@@ -146,6 +147,9 @@ def test_datasets_and_models_have_tables_of_their_own_with_what_their_runs_share
     (longer,) = results.tables(runs.read_runs([tmp_path / "one", tmp_path / "longer"]))
     assert [row for row, _ in longer.rows] == [("batch", "steps 100"), ("group", "steps 150")]
     assert not results.sentences(longer) and "epochs" not in longer.title
+    write_run(tmp_path / "larger", "group", 0.5, norm_type="group", dataset="A", max_batch_size=128, images=500)
+    (larger,) = results.tables(runs.read_runs([tmp_path / "one", tmp_path / "larger"]))
+    assert not any(word in larger.title for word in ("epochs", "64 images", "test images"))
 
 
 def test_a_copied_run_does_not_count_as_another_seed(tmp_path, capsys):
@@ -162,8 +166,10 @@ def test_runs_without_a_result_are_named_and_a_last_line_cut_short_does_not_coun
     write_run(tmp_path, "half", 0.4, steps=50, seed=1)
     write_run(tmp_path, "lost", 0.1, steps=50, seed=2, diverged=True)
     write_run(tmp_path, "alone", 0.1, steps=50, norm_type="none", diverged=True)
+    write_run(tmp_path, "evaluated", 0.3, steps=50, norm_type="group", evaluation={})  # its log is incomplete
     rows = rows_of(tmp_path)
     assert rows["batch"] == ["50.0, 1 diverged, 1 not finished"] and rows["none"] == ["1 diverged"]
+    assert rows["group"] == ["1 not finished"] and not runs.read_run(tmp_path / "evaluated").accuracies
 
 
 def test_batch_norm_has_three_rows(tmp_path):
@@ -200,6 +206,7 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
     [
         ([0.50, 0.52], [0.60, 0.62], 10_000, "10.0 points above batch (60.0 ← 61.0 → 62.0 and 50.0 ← 51.0 → 52.0 %, 2"),
         ([0.70], [0.60], 10_000, "10.0 points below batch (60.0 and 70.0 %, 1 seed)"),
+        ([1.0], [1.0], 10_000, "level with batch (+0.0 points, standard error 0.0, "),
         # one image of 140 is 0.7 points, and sqrt((0.9 · 0.1 + 0.893 · 0.107) · (1 / 140 + 1 / 5300)) 3.7
         ([0.9], [0.893], 140, "level with batch (-0.7 points, standard error 3.7, "),
         # sqrt((0.6 · 0.4 + 0.615 · 0.385) · (1 / 10,000 + 1 / (5300 · seeds))) is 1.2 points with one seed, 0.9 with 3
@@ -282,6 +289,7 @@ def test_results_and_pictures_come_from_logs_alone(main, tmp_path):
     assert rows["b4"] | expected | {"training_accuracy": "0.5000", "seed": "0"} == rows["b4"]
     for name in ("batch_size.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+    assert "/nowhere" in main("--from_logs", tmp_path, "/nowhere", code=2)
 
 
 @pytest.mark.parametrize(
@@ -327,14 +335,16 @@ def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, norms, ste
     for cell in cells:
         assert (cell.config.norm, cell.config.batch_size, cell.config.seed) == (cell.norm, cell.batch_size, cell.seed)
         assert cell.config.max_training_step == steps and cell.images == steps * cell.config.max_batch_size
-        assert cell.config.log_step == log_step
-        assert [other for other in cells if other.find([run_of(cell, 1, [])])] == [cell]
+        assert cell.config.log_step == min(log_step, steps)
+        copy = run_of(cell, 1, [], "unfinished")._replace(path=Path("backup/of/it"))
+        finished = run_of(cell, 1, [])
+        assert [other for other in cells if other.find([copy, finished]) is finished] == [cell]
 
 
 def run_of(cell, step, speeds, state="finished"):
     """A Run of a cell, as far as `step`, with a row for each of its speeds."""
     rows = [{"step": step, "images_per_second": speed} for speed in speeds]
-    return runs.Run(None, cell.config, {}, cell.settings, rows, {}, {}, state)
+    return runs.Run(Path("it"), cell.config, {}, cell.settings, rows, {}, {}, state)
 
 
 def test_the_plan_has_the_hours_of_what_is_to_do(grid, monkeypatch, capsys):
@@ -349,6 +359,22 @@ def test_the_plan_has_the_hours_of_what_is_to_do(grid, monkeypatch, capsys):
     printed = capsys.readouterr().out
     hours = (6.4e6 / 100 + 6.4e6 / 1000) / 2 / 3600
     assert f"3 runs, 2 to do; about {hours:.1f} hours" in printed and "done   group, batch size 2" in printed
+    monkeypatch.setattr(compare, "available_cores", lambda: [0])  # on which two processes take turns
+    compare.print_plan(cells, compare.parse_flags(["--dataset", "Digits", *flags])[0])
+    assert f"about {2 * hours:.1f} hours with 2 processes" in capsys.readouterr().out
+
+
+def test_memory_is_needed_for_what_is_loaded_alone(digits, monkeypatch):
+    """Not for JPEG files and large splits, whose images are read batch by batch."""
+    compare.check_memory(1, *digits)
+    monkeypatch.setattr(hdf5.Dataset, "nbytes", 1 << 60)
+    with scripts.refused("1 processes", "free some memory"):
+        monkeypatch.setattr(hdf5, "IN_MEMORY", 1 << 61)
+        compare.check_memory(1, *digits)
+    monkeypatch.setattr(hdf5, "IN_MEMORY", 1 << 59)
+    compare.check_memory(1, *digits)
+    with scripts.refused("1000000 processes", "give --jobs"):
+        compare.check_memory(1_000_000, *digits)
 
 
 def test_runs_of_other_settings_do_not_belong_beside_a_grid(grid):
@@ -357,14 +383,14 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(grid):
     cells = grid(*flags, "--batch_size", 2)
     changes = (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
     beside = [cell for change in changes for cell in grid(*flags, *change)]
-    compare.check_train_dir("runs", cells, [run_of(cell, 1, [])._replace(path=Path("it")) for cell in beside])
+    compare.check_train_dir("runs", cells, [run_of(cell, 1, []) for cell in beside])
     for change, said in (
         (("--groups", 4), "groups 4, where this grid has 16"),
         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
         (("--augment", "crop"), "augment crop, where this grid has None"),
         (("--epochs", 2), "max_training_step 46, where this grid has 23"),
     ):
-        other = run_of(grid(*flags, *change)[-1], 1, [])._replace(path=Path("it"))
+        other = run_of(grid(*flags, *change)[-1], 1, [])
         with scripts.refused(said, "--train_dir"):
             compare.check_train_dir("runs", cells, [other])
 
@@ -424,22 +450,6 @@ def test_what_is_missing_is_trained_and_evaluated_and_no_more(compared, main):
     evaluation.rename(group.path / "evaluation.json")
 
 
-def test_a_run_that_was_killed_in_its_last_save_is_evaluated_at_its_last_step(data_dir, tmp_path):
-    """Its log is complete, but its newest checkpoint is of step 2."""
-    flags = "--norm_type group --batch_size 8 --max_training_step 3 --ckpt_save_step 2 --jobs 1".split()
-    flags = [*GRID, *flags, "--data_dir", data_dir, "--train_dir", str(tmp_path)]
-    given, rest = compare.parse_flags(flags)
-    (cell,), *_ = compare.make_grid(given, rest)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        scripts.run_here(monkeypatch, *cell.flags)
-    run_dir = scripts.only_run(tmp_path)
-    (run_dir / "checkpoint").write_text('model_checkpoint_path: "model-2"\n')
-    for path in run_dir.glob("model-3.*"):
-        path.unlink()
-    found = compare.run_cell(cell, given, compare.Processes(1))
-    assert found.evaluation["accuracy"] == found.rows[-1]["test_loss/accuracy"]
-
-
 def is_locked(run_dir):
     """Whether a process trains in a run folder."""
     try:
@@ -490,7 +500,6 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
     [
         ("--norm_type grupo", "grupo"),
         ("--dataset NO_SUCH", "NO_SUCH"),
-        ("--jobs 1000000", "--jobs 1000000"),
         ("--batch_sise 4", "--batch_sise"),
         ("--seed=7", "--seeds"),
         ("--steps 20", "--max_training_step"),
@@ -499,7 +508,6 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         ("--epochs 2", "--epochs"),
         ("--max_training_step 7", "6"),
         ("--learning_rate 0.5", "base_learning_rate 0.2"),
-        ("--from_logs /nowhere", "--from_logs"),
     ],
 )
 def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared, main):

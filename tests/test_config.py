@@ -93,6 +93,7 @@ def test_schedules(digits):
         ("--norm_type GN", ["did you mean group?"]),
         ("--optimizer gn", ["momentum", "adam"]),
         ("--groups 8", ["--groups 8", "--norm_type group"]),
+        ("--norm_type group --groups 7", ["16 channels", "7", "1, 2, 4, 8, 16"]),  # before anything is downloaded
         ("--accumulate", ["--accumulate", "32"]),
         ("--norm_type batch+renorm --weight_standardization", ["--weight_standardization", "--norm_type batch+renorm"]),
         ("--augment flip", ["flip", "crop"]),
@@ -124,12 +125,14 @@ def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flag):
 
 def test_an_evaluation_of_two_runs_is_refused():
     for one, other in (
-        ("RUN", "--train_dir OTHER"),
-        ("RUN", "--checkpoint OTHER/model-5"),
+        (".", "--train_dir OTHER"),
+        (".", "--checkpoint OTHER/model-5"),
         ("--checkpoint RUN", "--train_dir train_dir"),
     ):
         with scripts.refused(one, other):
             parse_evaluation([*one.split(), *other.split()])
+    with scripts.refused("RUN/model-5 is not a folder", "--checkpoint"):
+        parse_evaluation(["RUN/model-5"])
 
 
 @pytest.mark.parametrize("mode", ["--predict a.png", "--export new"])

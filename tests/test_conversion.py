@@ -219,3 +219,18 @@ def test_a_second_network_with_dropout_in_a_process_has_the_names_of_the_first(t
     checkpoints.load_weights(second, tmp_path / "model-3")
     for ours, theirs in zip(second.get_weights(), first.get_weights()):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_dropout_follows_the_seed_of_the_new_run(data_dir, tmp_path):
+    """Not that of the run whose weights it starts from."""
+    flags = "--model", "convnet", "--norm_type", "group", "--max_training_step", 1
+    old = scripts.train(data_dir, tmp_path / "old", *flags)
+    more = "--learning_rate", 1e-30, "--checkpoint", old
+    one, other, again = (
+        scripts.checkpoint(scripts.train(data_dir, tmp_path / name, *flags, *more, "--seed", seed))
+        for name, seed in (("one", 1), ("other", 2), ("again", 2))
+    )
+    states = [name for name in one if "seed_generator_state" in name and "model/" in name]
+    assert len(states) == 4
+    for name in states:
+        assert not np.array_equal(one[name], other[name]) and np.array_equal(other[name], again[name])

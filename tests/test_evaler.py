@@ -150,8 +150,8 @@ def test_synchronized_batch_norm_is_tested_on_batches_of_all_replicas(copied_run
     stored = json.loads((copied_run / "config.json").read_text())
     stored["flags"]["sync_batch_norm"], stored["derived"]["num_replicas"] = True, 2
     (copied_run / "config.json").write_text(json.dumps(stored))
-    results = scripts.evaluate_digits(data_dir, copied_run, "--batch_statistics", "batch")
-    assert results["by_batch"]["batch_size"] == 8
+    results = scripts.evaluate_digits(data_dir, copied_run, "--batch_statistics", "batch", "reestimate_small")
+    assert results["by_batch"]["batch_size"] == results["reestimated_small"]["batch_size"] == 8
 
 
 def test_top5_accuracy_where_there_are_many_classes(capsys):

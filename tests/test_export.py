@@ -1,6 +1,7 @@
 """evaler.py --export: files that load without this repo, compute the same, and can be trained on."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -78,6 +79,10 @@ def test_the_card_counts_the_images_held_out(run_dir, digits, tmp_path):
     differences = {"saved_model": 0.0, "model.keras": 0.0}
     text = export.card(scripts.network_of(run_dir), digits[1], tmp_path, 9, 0.5, differences, 1.0)
     assert "| images | 1137 to train, 360 to test, 300 held out of the training images |" in text
+    assert "From an image file" in text and "| image files |" in text
+    centred = dataclasses.replace(digits[1], image=digits[1].images() / np.float32(128) - 1, rows=np.arange(360))
+    text = export.card(scripts.network_of(run_dir), centred, tmp_path, 9, 0.5, differences, 1.0)
+    assert "From an image file" not in text and "| image files |" not in text  # it would not know the scale
 
 
 ELSEWHERE = """
@@ -215,7 +220,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(run_dir, digits, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bfloat16_run_is_exported_in_float32(run_dir, data_dir, tmp_path, monkeypatch):
+def test_a_bfloat16_run_is_exported_in_float32(exported, run_dir, data_dir, tmp_path, monkeypatch):
     shutil.copytree(run_dir, tmp_path / "run")
     config = json.loads((run_dir / "config.json").read_text())
     config["flags"]["dtype"] = "bfloat16"
@@ -224,7 +229,8 @@ def test_a_bfloat16_run_is_exported_in_float32(run_dir, data_dir, tmp_path, monk
     written = []
     monkeypatch.setattr(export, "write", lambda *arguments: written.append(arguments))
     scripts.evaluate(flags_of(tmp_path / "run", data_dir, tmp_path / "taken"))
-    ((network, *_),) = written
+    ((network, *_, accuracy),) = written
+    assert accuracy == scripts.results_of(run_dir)["accuracy"]["accuracy"]  # that of the network in float32
     assert {layer.compute_dtype for layer in network.layers} == {"float32"}
     stored = checkpoints.weights_of(scripts.network_of(run_dir))
     for name, value in checkpoints.weights_of(network).items():

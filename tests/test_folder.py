@@ -104,6 +104,20 @@ def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys, monk
     prepare_folder("Pets", "../photos", data_dir="../data")  # it knows which images it left out
 
 
+def test_a_long_list_of_images_that_were_left_out_is_kept(photos):
+    """HDF5 limits attributes to 64 kB."""
+    origin = {"--image_dir": str(photos), "skipped": ["x" * 70_000]}
+    parts = [(split, np.zeros((1, 2, 2, 3), np.uint8), [split], None) for split in (0, 1)]
+    hdf5.write(str(photos), hdf5.Source(["a", "b"], (2, 2, 3), 2, iter(parts), origin))
+    assert hdf5.read_origin(str(photos)) == origin
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    """Its images would be missing without a word."""
+    with pytest.raises(FileNotFoundError):
+        folder.find_files(tmp_path / "gone")
+
+
 def test_images_in_both_splits_are_counted(photos, capsys):
     with refused("--test_image_dir"):
         pack(photos, test_image_dir=photos / ".." / "photos")
@@ -147,7 +161,12 @@ def test_another_way_of_packing_is_refused(photos, monkeypatch):
     ):
         with refused(said, f"delete {packed}"):
             prepare_folder("Pets", *args, data_dir=photos.parent / "data")
-    with h5py.File(packed, "r+") as file:  # as it was written before
+    with h5py.File(packed, "r+") as file:  # as older versions wrote it
+        file.attrs["recipe"] = file["recipe"][()]
+        del file["recipe"]
+    with refused("--image_size 8 6, not 16 6"):
+        pack(photos, image_size=[16, 6])
+    with h5py.File(packed, "r+") as file:  # and before that
         del file.attrs["recipe"]
     assert pack(photos, image_size=[16, 6])[0].image_shape == first == (8, 6, 3)
     os.remove(packed)
@@ -174,7 +193,7 @@ def test_the_default_network_of_few_large_photographs_is_small(photos):
     assert derive(parse_training(["--dataset", "Pets"])[0], train).model == "resnet18"
 
 
-@pytest.mark.parametrize("scale, warned", [(255, True), (1, False)])
+@pytest.mark.parametrize("scale, warned", [(255, True), (-255, True), (1, False)])
 def test_own_floats_of_a_range_that_networks_learn_badly_from_are_named(scale, warned, tmp_path, capsys):
     """And the mark that some editors write before the first id is none of its letters."""
     images = np.linspace(0, scale, 10 * 12, dtype=np.float32).reshape(10, 4, 3, 1)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 from command import UserError
-from datasets.images import load_image
+from datasets.images import load_image, open_image
 
 
 def gray(values):
@@ -27,9 +27,25 @@ def loaded(path, image=None, **saved):
     return load_image(str(path), str(path))
 
 
+def planar_tiff():
+    """A TIFF file of 4 by 1 pixels with 16 bits per channel and a plane for each of the three channels."""
+    entries = [
+        (256, 3, 1, 4),
+        (257, 3, 1, 1),
+        (258, 3, 1, 16),
+        (262, 3, 1, 2),
+        (273, 4, 3, 122),
+    ]  # tag, type, count, value
+    entries += [(277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 3, 134), (284, 3, 1, 2)]
+    table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    places = struct.pack("<6I", 146, 154, 162, 8, 8, 8)  # of the planes, and their bytes
+    return struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + table + bytes(4) + places + bytes(24)
+
+
 DEEP = {
     "png": Image.fromarray(np.full((3, 4), 300, np.uint16)),
     "tiff": Image.fromarray(np.full((3, 4), 0.5, np.float32)),
+    "tif": planar_tiff(),
     "ppm": b"P6 4 3 65535 " + bytes(4 * 3 * 6),
     "PPM": b"P3 1 1 300 1 2 3",
     "PNG": tf.io.encode_png(np.full((3, 4, 3), 300, np.uint16)).numpy(),
@@ -41,6 +57,12 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, suffix):
     with pytest.raises(UserError) as error:
         loaded(tmp_path / f"0.{suffix}", DEEP[suffix])
     assert f"0.{suffix}" in str(error.value) and "-depth 8" in str(error.value) and "data.hdf5" in str(error.value)
+
+
+def test_the_images_of_phones_are_not_too_large(tmp_path):
+    Image.new("1", (16320, 12240)).save(tmp_path / "0.png")
+    with open_image(tmp_path / "0.png", "0.png") as image:
+        assert image.size == (16320, 12240)
 
 
 @pytest.mark.parametrize("data, shown", [(b"P6 1 1 15 \x0f\5\0", [[[255, 85, 0]]]), (b"P1 2 1 0 1", gray([[255, 0]]))])

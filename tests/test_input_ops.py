@@ -99,7 +99,7 @@ def test_the_test_split_comes_whole_in_order_and_as_it_is(numbered):
 def test_reading_from_the_file_gives_the_same_batches(numbered, monkeypatch):
     train, _ = numbered
     from_memory = numbers(input_ops.create_input_ops(train, 9, True, seed=1, last_step=5))
-    monkeypatch.setattr(input_ops, "IN_MEMORY", 0)
+    monkeypatch.setattr(hdf5, "IN_MEMORY", 0)
     assert numbers(input_ops.create_input_ops(train, 9, True, seed=1, last_step=5)) == from_memory
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -246,6 +247,22 @@ def test_two_workers_are_two_devices_also_when_they_are_killed_resumed_and_stopp
 
     with scripts.refused(run_dir, "2 replicas", "--replicas"):
         main_of(*resume)
+
+
+def test_each_worker_needs_a_test_image(data_dir, tmp_path, main_of, monkeypatch):
+    cluster = {"worker": ["localhost:1", "localhost:2"]}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}}))
+    with scripts.refused("1 test images", "2 workers"):
+        main_of(*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", "--validation", 1)
+
+
+def test_workers_must_resume_from_the_same_checkpoint(group_run, data_dir, tmp_path):
+    """A worker may see an old copy of the run folder."""
+    _, config, *splits = scripts.configure("--dataset", "Digits", "--data_dir", data_dir)
+    copy = shutil.copytree(group_run[0], tmp_path / group_run[0].name)
+    (copy / "checkpoint").write_text('model_checkpoint_path: "model-4"\n')
+    here, there = (trainer.identity(config, *splits, run_dir) for run_dir in (group_run[0], copy))
+    assert "newest checkpoint" in replicas.difference(here, json.loads(json.dumps(there)), 1)
 
 
 def test_workers_that_differ_are_refused_by_name(data_dir, tmp_path):

@@ -162,11 +162,15 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     run_dir = scripts.train(data_dir, tmp_path, "--max_training_step", 2, "--validation", 200)
     data = json.loads((run_dir / "config.json").read_text())["data"]
     assert (data["train"], data["test"]) == (1237, 200)
-    flags = ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path, "--validation"]
+    flags, trained = (
+        ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path, "--validation"],
+        capsys.readouterr().out,
+    )
     scripts.evaluate([*flags, 200])
     result = scripts.results_of(run_dir, "validation")["accuracy"]
     assert "Digits validation: accuracy" in capsys.readouterr().out and result["images"] == 200
     assert result["accuracy"] == scripts.metrics(run_dir)[-1]["test_loss/accuracy"]
+    assert f"validation accuracy {100 * result['accuracy']:.2f} %" in trained and "--validation 200" in trained
     with scripts.refused("--validation 100", 200):
         scripts.evaluate([*flags, 100])
     reestimated_on, reestimate = [], evaler.reestimate_batch_statistics
@@ -241,15 +245,15 @@ def read_until(process, start_of_line):
 
 def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, tmp_path):
     flags = "--max_training_step 100000 --ckpt_save_step 10 --test_sample_step 11".split()
-    process = start(data_dir, tmp_path, *flags)
+    process = start(data_dir, tmp_path / "my runs", *flags)
     read_until(process, "step     11/")
-    run_dir = scripts.only_run(tmp_path)
+    run_dir = scripts.only_run(tmp_path / "my runs")
     assert scripts.evaluate_digits(data_dir, run_dir)["accuracy"]["images"] == 360
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     saved = int(scripts.checkpoint(run_dir)[scripts.STEP])
-    assert f"after step {saved}" in rest and f"--resume {run_dir}" in rest
+    assert f"after step {saved}" in rest and f"--resume '{run_dir}'" in rest
     assert scripts.metrics(run_dir)[-1]["step"] == saved
 
 
@@ -297,6 +301,21 @@ def test_a_step_ends_with_the_update_that_failed(main_of, tmp_path):
         main_of(*flags, "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
 
 
+def test_a_run_is_saved_before_its_last_row(data_dir, main_of, monkeypatch, tmp_path):
+    """Which makes it a finished one: a kill or a full disk between the two must leave a checkpoint to continue."""
+
+    def fail(log, row, images):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, scripts.refused("--resume", kind=trainer.ExternalError):
+        patch.setattr(summaries.Log, "write", fail)
+        scripts.train(data_dir, tmp_path, "--max_training_step", 2)
+    run_dir = scripts.only_run(tmp_path)
+    assert scripts.checkpoint(run_dir)[scripts.STEP] == 2 and not scripts.metrics(run_dir)
+    main_of("--resume", run_dir)
+    assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
+
+
 def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, main_of, capsys, tmp_path):
     """No checkpoint fits, and nothing is left that would count as one."""
     with scripts.full_disk(400_000), scripts.refused("--resume", kind=trainer.ExternalError):
@@ -317,7 +336,6 @@ def test_runs_of_the_same_second_get_folders_of_their_own(digits, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--norm_type group --groups 7", ["16 channels", "7", "1, 2, 4, 8, 16"]),
         ("--dataset NO_SUCH", ["NO_SUCH"]),
         ("--checkpoint /nowhere/model-1", ["/nowhere/model-1"]),
         ("--validation 1437", ["1437"]),
@@ -348,6 +366,13 @@ def test_a_finished_run_stays_as_it_is(data_dir, main_of, capsys, tmp_path):
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
     for name, value in scripts.checkpoint(run_dir).items():
         np.testing.assert_array_equal(value, before[name])
+    for damaged in ("", "\0" * 100):  # as a power cut may leave it
+        (run_dir / "checkpoint").write_text(damaged)
+        with scripts.refused(run_dir / "checkpoint", "new run"):
+            main_of("--resume", run_dir)
+        with scripts.refused(run_dir):
+            scripts.evaluate([run_dir, "--data_dir", data_dir])
+    assert scripts.metrics(run_dir) == rows
     for path in (run_dir / "checkpoint", *run_dir.glob("model-*")):
         path.unlink()
     with scripts.refused(run_dir, "no checkpoint", "new run"):
