@@ -3,7 +3,6 @@
 import itertools
 import os
 import time
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -65,7 +64,7 @@ class State:
         with reading(f"{run_dir}/checkpoint", REMEDY):
             manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
         self.manager, newest = manager, manager.latest_checkpoint
-        if newest is None and runs.has_checkpoint(Path(run_dir)):
+        if run_dir and newest is None and runs.has_checkpoint(run_dir):
             raise UserError(f"{run_dir}/checkpoint is damaged: {REMEDY}")
         if newest:
             with reading(newest, REMEDY):

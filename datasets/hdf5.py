@@ -172,10 +172,9 @@ def read_origin(folder: str) -> dict:
     """Return the origin of the images in folder/data.hdf5, {} if it is not stored."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK), h5py.File(path, "r", locking=False) as file:
-        stored = (
-            file["recipe"][()] if "recipe" in file else file.attrs.get("recipe", "{}")
-        )  # an attribute in older files
-        return json.loads(stored)
+        if "recipe" in file:
+            return json.loads(file["recipe"][()])
+        return json.loads(file.attrs.get("recipe", "{}"))  # of an older version
 
 
 def open_packed(folder, name):

@@ -196,7 +196,7 @@ def check_memory(jobs, train, test):
         return
     if needed > free:
         raise UserError(
-            f"{jobs} processes need about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: "
+            f"training {jobs} at a time needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: "
             + (f"give --jobs {int(jobs * free / needed)}" if needed < jobs * free else "free some memory")
         )
 

@@ -111,7 +111,7 @@ def draw_curves(found, path):
         panels = part.subplots(min(2, len(batch_sizes)), across, sharex=True, sharey=True, squeeze=False).ravel()
         for axes, size in zip(panels, batch_sizes):
             axes.set_title(f"batch size {size}", fontsize=9)
-            axes.locator_params(axis="x", nbins=4)
+            axes.locator_params(axis="x", nbins=5)
             axes.grid(alpha=0.3)
             for row in rows_of(table):
                 runs = table.cells.get((row, "accuracy", size), [])

@@ -368,12 +368,12 @@ def test_memory_is_needed_for_what_is_loaded_alone(digits, monkeypatch):
     """Not for JPEG files and large splits, whose images are read batch by batch."""
     compare.check_memory(1, *digits)
     monkeypatch.setattr(hdf5.Dataset, "nbytes", 1 << 60)
-    with scripts.refused("1 processes", "free some memory"):
+    with scripts.refused("training 1 at a time", "free some memory"):
         monkeypatch.setattr(hdf5, "IN_MEMORY", 1 << 61)
         compare.check_memory(1, *digits)
     monkeypatch.setattr(hdf5, "IN_MEMORY", 1 << 59)
     compare.check_memory(1, *digits)
-    with scripts.refused("1000000 processes", "give --jobs"):
+    with scripts.refused("training 1000000 at a time", "give --jobs"):
         compare.check_memory(1_000_000, *digits)
 
 
