@@ -52,7 +52,7 @@ def test_the_memory_of_a_step_is_measured_in_a_process_of_its_own(capsys, monkey
 def test_a_batch_that_is_too_small_to_measure_is_named_on_a_line_of_its_own(capsys):
     with refused("--batch_size 1 is too small for batch norm in convnet") as error:
         model.main(config.parse_network("--model convnet --image_size 16 --memory 1".split()))
-    assert "exit code" not in str(error.value) and capsys.readouterr().out.endswith("none\n")
+    assert "exit code" not in str(error.value) and capsys.readouterr().out.endswith("group+ws\n")
 
 
 def test_the_input_is_measured_beside_decoding_alone(tmp_path, capsys):
