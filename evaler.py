@@ -343,7 +343,7 @@ def main(flags):
         raise UserError(f"{run_dir} is not writable, but holds the results: change its permissions, or copy it")
     model = create_model(config, train.network_shape, train.num_classes)
     checkpoint, step = checkpoints.load_weights(model, flags.checkpoint or run_dir)
-    print(f"{checkpoint}: {config.model}, {config.norm_type} norm, step {step}")
+    print(f"{checkpoint}: {config.model}, {config.norm.removesuffix('+acc')} norm, step {step}")
     if flags.predict:
         print_predictions(flags, files, model, train)
         return

@@ -49,6 +49,7 @@ def test_the_folder_holds_the_files_and_the_card_says_what_they_are(exported, ru
     place, printed = exported
     assert sorted(path.name for path in place.iterdir()) == ["README.md", "model.keras", "saved_model"]
     assert [path.name for path in place.parent.iterdir()] == ["taken"]  # nothing half-written beside it
+    assert "model-9: resnet8, group+ws norm, step 9" in printed
     text = (place / "README.md").read_text()
     found = re.findall(r"wrote \S+/(\S+): largest difference of a logit (\S+)", printed)
     assert [name for name, _ in found] == ["saved_model", "model.keras"]
