@@ -20,8 +20,8 @@ import threading
 import typing
 
 # The user can fix a path that is missing, of the wrong kind or not permitted, but not ENOSPC or EIO.
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 ONE_THREAD_PIXELS = 2**14  # 16 images of 32 by 32: up to here, one thread per operation was faster
 
@@ -278,8 +278,9 @@ def start(name, parse):
 
     name: __name__ of the script. If the script is imported, no flags are parsed and None is returned.
     """
-    flags = run(parse) if name == "__main__" else None
+    flags = None
     if name == "__main__":
+        flags = run(parse)
         handle_signals(end_at_once, end_at_once)  # until run() is called again
     import_tensorflow()
     return flags

@@ -213,9 +213,9 @@ def needs_evaluation(found):
     return found.state == "finished" and not needed <= found.evaluation.keys() and has_checkpoint(found)
 
 
-def to_do(cells, flags):
-    """Return the cells that must still be trained or evaluated."""
-    runs, waiting = read_runs([flags.train_dir]), []
+def to_do(cells, runs):
+    """Return the cells that must still be trained or evaluated, where `runs` are there."""
+    waiting = []
     for cell in cells:
         found = cell.find(runs)
         if found is None or found.state == "unfinished" or needs_evaluation(found):
@@ -304,12 +304,11 @@ def run_cell(cell, flags, processes):
     return found
 
 
-def train_all(cells, flags):
-    """Train and evaluate all cells that are not done, --jobs at a time. If interrupted, let them save and end.
+def train_all(waiting, number, flags):
+    """Train and evaluate the waiting cells of `number`, --jobs at a time. If interrupted, let them save and end.
 
     Raises ExternalError at the end if some failed.
     """
-    waiting = to_do(cells, flags)
     bar = tqdm(total=sum(cell.images for cell in waiting), unit="img", unit_scale=True, disable=None)
     write = bar.write if not bar.disable else lambda line: print(line, flush=True)
     processes, failures = Processes(flags.jobs), []
@@ -330,7 +329,7 @@ def train_all(cells, flags):
             processes.stop()
             raise
     if failures:
-        raise ExternalError(f"{len(failures)} of {len(cells)} runs failed; the first: {failures[0]}")
+        raise ExternalError(f"{len(failures)} of {number} runs failed; the first: {failures[0]}")
 
 
 def outcome(found):
@@ -342,10 +341,11 @@ def outcome(found):
 
 def print_plan(cells, flags):
     """Print the runs to train, and the hours they take, estimated from existing runs or two short runs."""
-    waiting = to_do(cells, flags)
+    runs = read_runs([flags.train_dir])
+    waiting = to_do(cells, runs)
     for cell in cells:
         print(f"{'to do  ' if cell in waiting else 'done   '}{cell.name}: {cell.images:,} images")
-    speeds, source = images_per_second(read_runs([flags.train_dir])), "images per second of existing runs"
+    speeds, source = images_per_second(runs), "images per second of existing runs"
     if not speeds:
         source = "two trial runs of 12 steps"
         with tempfile.TemporaryDirectory() as folder:
@@ -402,13 +402,15 @@ def main():
         challenge.challenge(flags.challenge, flags.runs, flags.steps, flags.data_dir)
         return
     cells, train, test = make_grid(flags, rest)
-    check_train_dir(flags.train_dir, cells, read_runs([flags.train_dir]))
+    runs = read_runs([flags.train_dir])
+    check_train_dir(flags.train_dir, cells, runs)
     if flags.dry_run:
         print_plan(cells, flags)
         return
-    check_memory(min(flags.jobs, len(to_do(cells, flags))), train, test)
+    waiting = to_do(cells, runs)
+    check_memory(min(flags.jobs, len(waiting)), train, test)
     try:
-        train_all(cells, flags)
+        train_all(waiting, len(cells), flags)
     finally:
         runs = read_runs([flags.train_dir])
         if runs:

@@ -29,13 +29,8 @@ def loaded(path, image=None, **saved):
 
 def planar_tiff():
     """A TIFF file of 4 by 1 pixels with 16 bits per channel and a plane for each of the three channels."""
-    entries = [
-        (256, 3, 1, 4),
-        (257, 3, 1, 1),
-        (258, 3, 1, 16),
-        (262, 3, 1, 2),
-        (273, 4, 3, 122),
-    ]  # tag, type, count, value
+    # tag, type, count and value
+    entries = [(256, 3, 1, 4), (257, 3, 1, 1), (258, 3, 1, 16), (262, 3, 1, 2), (273, 4, 3, 122)]
     entries += [(277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 3, 134), (284, 3, 1, 2)]
     table = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     places = struct.pack("<6I", 146, 154, 162, 8, 8, 8)  # of the planes, and their bytes

@@ -162,10 +162,8 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     run_dir = scripts.train(data_dir, tmp_path, "--max_training_step", 2, "--validation", 200)
     data = json.loads((run_dir / "config.json").read_text())["data"]
     assert (data["train"], data["test"]) == (1237, 200)
-    flags, trained = (
-        ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path, "--validation"],
-        capsys.readouterr().out,
-    )
+    trained = capsys.readouterr().out
+    flags = ["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path, "--validation"]
     scripts.evaluate([*flags, 200])
     result = scripts.results_of(run_dir, "validation")["accuracy"]
     assert "Digits validation: accuracy" in capsys.readouterr().out and result["images"] == 200
