@@ -1,5 +1,6 @@
 """Checkpoints: the state of training that they hold, and starting a network from the weights of another run."""
 
+import dataclasses
 import itertools
 import os
 import time
@@ -145,6 +146,7 @@ def copy_weights(checkpoint, model, config, train) -> str | None:
     other, stored = runs.read_config(runs.run_dir_of(checkpoint))
     data = stored["data"]
     converted = check_convertible(config, other, checkpoint)
+    other = dataclasses.replace(other, batch_size=None)  # it is not trained further
     source = create_model(other, train.network_shape, data["num_classes"])
     path, _ = load_weights(source, checkpoint)
     same_classes = data.get("class_names", train.class_names) == train.class_names
@@ -172,6 +174,11 @@ def check_convertible(config, other, checkpoint) -> bool:
                 f"checkpoint {checkpoint} is of a run with --{name} {getattr(other, name)}, not "
                 f"{getattr(config, name)}: use the same"
             )
+    if config.validation and config.dataset == other.dataset and config.validation != other.validation:
+        raise UserError(
+            f"checkpoint {checkpoint} was trained on some of the {config.validation} images that --validation holds "
+            f"out: omit it, or train the checkpoint with it"
+        )
     same = config.norm_type == other.norm_type
     if config.norm_type == "group":
         same = same and (config.groups, config.group_size) == (other.groups, other.group_size)

@@ -8,9 +8,11 @@ An expected error prints one line on stderr and no traceback. Exit codes:
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import difflib
 import errno
+import io
 import os
 import platform
 import re
@@ -48,7 +50,7 @@ def end_at_once(number, frame):
 
 
 def handle_signals(stop, interrupt):
-    """Set the handlers of SIGTERM and SIGHUP, and of SIGINT. A signal that is ignored, as by nohup, stays so."""
+    """Handle SIGTERM and SIGHUP with `stop`, SIGINT with `interrupt`. An ignored one (nohup) stays so."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, interrupt if number == signal.SIGINT else stop)
@@ -70,7 +72,7 @@ def run(main):
         if error.errno in DISK_FULL:
             message = f"the disk is full: {error.filename or error}; free some space, and run this again"
     except Exception as error:
-        if type(error).__name__ != "ResourceExhaustedError":  # TensorFlow's, which not all scripts import
+        if not isinstance(error, MemoryError) and type(error).__name__ != "ResourceExhaustedError":  # TensorFlow's
             raise
         code, message = 1, f"memory or disk is full: {error}"
     except KeyboardInterrupt:
@@ -151,7 +153,7 @@ def reading(path, remedy="replace this file"):
         # OSErrors of parsers have no number, or EINVAL from a seek to an impossible position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise UserError(f"{path} is broken ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
 
 
 COMMON_MISTAKES = {
@@ -170,7 +172,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show descriptions unchanged, and defaults other than None and False."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -211,11 +217,13 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [name for action in self._actions for name in action.option_strings]
         value = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         flag = re.search(r"unrecognized arguments: .*?(--\w+)", message)
-        meant = COMMON_MISTAKES.get(value[1].lower() if value else flag[1] if flag else None)
-        if value and meant not in re.findall(r"[^\s',]+", value[2]):
-            meant = None
-        if flag and meant not in flags:
-            meant = next(iter(difflib.get_close_matches(flag[1], flags, 1)), None)
+        meant = None
+        if value:
+            meant = COMMON_MISTAKES.get(value[1].lower())
+            meant = meant if meant in re.findall(r"[^\s',]+", value[2]) else None
+        elif flag:
+            meant = COMMON_MISTAKES.get(flag[1])
+            meant = meant if meant in flags else next(iter(difflib.get_close_matches(flag[1], flags, 1)), None)
         return f"{message.partition(' (choose from')[0]}: did you mean {meant}?" if meant else message
 
 
@@ -245,7 +253,7 @@ def within(kind, low=None, above=None):
 
 
 @contextlib.contextmanager
-def whole_file(path, part=None):
+def atomic_file(path, part=None):
     """Yield a temporary path to write to. It is renamed to `path` at the end, or removed after an exception."""
     part = part or f"{path}.{os.getpid()}.part"
     try:
@@ -258,10 +266,17 @@ def whole_file(path, part=None):
         raise
 
 
-def write_whole(path, text, part=None):
+def write_atomically(path, text, part=None):
     """Write a text file atomically: completely or not at all."""
-    with whole_file(path, part) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+    with atomic_file(path, part) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
+
+
+def write_csv(path, names, rows):
+    """Write a CSV file atomically: a line of names, and a line per row."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([names, *rows])
+    write_atomically(path, text.getvalue())
 
 
 def sync(path):
@@ -297,7 +312,9 @@ def import_tensorflow():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if platform.machine() in ("x86_64", "AMD64"):
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    hides = sys.modules.setdefault("sklearn") is None  # to import a module that is None raises ImportError
+    hides = "sklearn" not in sys.modules
+    if hides:
+        sys.modules["sklearn"] = None  # importing it now raises ImportError
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import datasets
 from command import ArgumentParser, UserError, flag, within
 
-SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if n != 8)  # arXiv 1512.03385, section 4.2
+# arXiv 1512.03385, section 4.2: resnet8 ... resnet110, without resnet50, which is the name of a large one.
+SMALL_RESNETS = tuple(f"resnet{6 * n + 2}" for n in range(1, 19) if n != 8)
 LARGE_RESNETS = {  # arXiv 1512.03385, table 1: whether blocks are bottlenecks, and the blocks of each stage
     "resnet18": (False, [2, 2, 2, 2]),
     "resnet34": (False, [3, 4, 6, 3]),
@@ -31,9 +32,10 @@ SCALING = {"adam": "square root", "momentum": "linear"}  # by images per update:
 WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
 MAX_BATCH_SIZE = 64  # images per step, unless the dataset has its own default
 MEMORY_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-SMALL_DATASET = 10_000  # a user's folders with fewer images get a smaller default network
+SMALL_DATASET = 10_000  # a user's folders with fewer training images get a smaller default network
 CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
-EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits; results do not depend on it
+EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits
+EVALUATION_PIXELS = 2**20  # of an evaluation batch at most, so that it needs less memory than a step of training
 PREDICTED_CLASSES = 5  # per image, with --predict
 
 # Metadata of the fields below, besides help and range:
@@ -51,7 +53,7 @@ class Network:
         None,
         f"{MODELS[0]}, {SMALL_RESNETS[0]}, {SMALL_RESNETS[1]} ... {SMALL_RESNETS[-1]} or "
         f"{', '.join(LARGE_RESNETS)}; by default resnet20 up to 64 pixels, resnet50 above, or resnet18 for "
-        f"image folders with fewer than {SMALL_DATASET} images",
+        f"image folders with fewer than {SMALL_DATASET} training images",
         choices=MODELS,
         metavar="MODEL",
         derived=True,
@@ -82,8 +84,8 @@ class Config(Network):
     prefix: str = flag("default", "first part of the run folder's name", local=True)
     batch_size: int | None = flag(
         None,
-        "images per update and replica, which batch norm normalizes together; by default a complete step in one "
-        "update, for ImageNet 32",
+        "images per batch on each replica, which batch norm normalizes together; each batch is an update, unless "
+        "--accumulate is given; by default a complete step, for ImageNet 32",
         low=1,
         derived=True,
     )
@@ -138,8 +140,8 @@ class Config(Network):
     )
     lr_schedule: str | None = flag(
         None,
-        "constant; step: a tenth after 30, 60 and 90 %% of the steps; cosine: to 0 at the end; by default cosine, "
-        "for ImageNet step",
+        "constant; step: divided by 10 after 30, 60 and 90 %% of the steps; cosine: to 0 at the end; by default "
+        "cosine, for ImageNet step",
         choices=("constant", "step", "cosine"),
         derived=True,
     )
@@ -152,8 +154,8 @@ class Config(Network):
     )
     augment: str | None = flag(
         None,
-        "crop: crop images at random, for digits and signs; flip+crop: also mirror them, the default for photographs; "
-        "--augment alone means flip+crop",
+        "crop: crop images at random, for digits and signs; flip+crop: also flip them, the default for CIFAR10, "
+        "Fashion, TinyImageNet, ImageNet and image folders; --augment alone means flip+crop",
         choices=AUGMENTATIONS,
         nargs="?",
         const="flip+crop",
@@ -177,14 +179,14 @@ class Config(Network):
     )
     checkpoint: str | None = flag(
         None,
-        "start from the weights of this checkpoint or run folder; other classes get a new last layer, and batch norm "
-        "can become group, layer or instance norm",
+        "start from the weights of this checkpoint or run folder; other classes get a new last layer, and any norm but "
+        "none can become group, layer or instance norm",
     )
     freeze_batch_norm: bool = flag(False, "with --checkpoint: keep batch norm's moving statistics of the checkpoint")
     log_step: int = flag(
         10,
         "steps between rows of metrics.jsonl, which hold the mean training loss and accuracy of the last log_step "
-        "steps; the console shows them beside the progress bar, and prints a line for each test",
+        "steps, at most an epoch; the console shows them beside the progress bar, and prints a line for each test",
         low=1,
         local=True,
         derived=True,
@@ -229,10 +231,17 @@ def default_model(image_shape: tuple, is_small: bool = False) -> str:
     return "resnet18" if is_small else "resnet50"
 
 
+def evaluation_batch(image_shape: tuple) -> int:
+    """Images at a time in evaluation. Results do not depend on it, except for re-estimated statistics."""
+    height, width = image_shape[:2]
+    return max(8, min(EVALUATION_BATCH, EVALUATION_PIXELS // (height * width)))
+
+
 def default_groups(model: str) -> int:
     """32 as in arXiv 1803.08494; 16 for SMALL_RESNETS, whose first stage has 16 channels.
 
-    16 was the best of 2, 4, 8 and 16 on held-out images (figure/studies/recipe).
+    Of 2, 4, 8 and 16, 16 was the best for group norm on held-out images; for group+ws the four were level
+    (figure/studies/recipe).
     """
     return 16 if model in SMALL_RESNETS else 32
 
@@ -268,7 +277,7 @@ def workers() -> Workers:
         if not cluster:
             return Workers()
         addresses, index = tuple(cluster["worker"]), int(task["index"])
-        [int(address.rsplit(":", 1)[1]) for address in addresses]
+        [int(address.rsplit(":", 1)[1]) for address in addresses]  # raises an error unless each is HOST:PORT
         if set(cluster) != {"worker"} or task["type"] != "worker" or not 0 <= index < len(addresses):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -310,7 +319,7 @@ def parse_training(argv=None) -> tuple[Config, Path | None]:
 
 
 def spell_out(flags: Config) -> Config:
-    """Replace a --norm_type such as group+ws+acc by the flags it stands for."""
+    """Replace a --norm_type such as group+ws+acc with the flags it stands for."""
     norm = flags.norm_type
     return dataclasses.replace(
         flags,
@@ -333,10 +342,6 @@ def check_flags(flags: Config) -> None:
     check_batches(flags)
     if flags.freeze_batch_norm and (flags.norm_type != "batch" or not flags.checkpoint):
         raise UserError("--freeze_batch_norm needs --norm_type batch and --checkpoint: add them, or remove it")
-    if flags.max_training_step is not None and flags.warmup_steps > flags.max_training_step:
-        raise UserError(
-            f"--warmup_steps {flags.warmup_steps} is more than --max_training_step {flags.max_training_step}"
-        )
 
 
 def check_network(flags: Network, model: str | None = None) -> None:
@@ -400,7 +405,8 @@ def parse_evaluation(argv=None):
     parser.add_argument("--train_dir", default="train_dir", help="folder that holds the run folders, or one run folder")
     parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
-    parser.add_argument("--batch_size", type=within(int, low=1), default=EVALUATION_BATCH, help="images at a time")
+    size = f"images at a time; by default {EVALUATION_BATCH}, or fewer above 64 pixels"
+    parser.add_argument("--batch_size", type=within(int, low=1), help=size)
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of the datasets")
     parser.add_argument(
         "--batch_statistics",
@@ -468,8 +474,8 @@ def parse_network(argv=None):
         nargs="*",
         type=positive,
         metavar="BATCH_SIZE",
-        help="also measure the peak memory of a training step with batch, group and no norm; by default at batch "
-        f"sizes {' '.join(map(str, MEMORY_BATCH_SIZES))}",
+        help="also measure the peak memory of a training step with batch norm, group norm and group+ws; by default at "
+        f"batch sizes {' '.join(map(str, MEMORY_BATCH_SIZES))}",
     )
     flags = vars(parser.parse_args(argv))
     memory = flags.pop("memory")
@@ -500,10 +506,10 @@ def batch_sizes(flags: Config) -> tuple[int, int]:
 def derive(flags: Config, train) -> Config:
     """The configuration of a run: the flags, and the settings derived from them and the training images."""
     facts, own = datasets.module_of(flags.dataset), datasets.defaults_of(flags.dataset)
-    is_small = train.from_folder and len(train) < SMALL_DATASET
+    is_small = train.from_folder and len(train) + (flags.validation or 0) < SMALL_DATASET
     model = flags.model or default_model(train.network_shape, is_small)
     check_network(flags, model)
-    is_mirrored = facts.MIRRORED or train.from_folder
+    flips = facts.FLIPPED or train.from_folder
     optimizer = flags.optimizer or ("adam" if model == "convnet" else "momentum")
     number = number_of_replicas(flags.replicas)
     batch_size, max_batch_size = batch_sizes(flags)
@@ -517,7 +523,7 @@ def derive(flags: Config, train) -> Config:
     epoch = math.ceil(len(train) / max_batch_size)
     steps = flags.max_training_step or (flags.epochs or facts.EPOCHS) * epoch
     if flags.warmup_steps > steps:
-        raise UserError(f"--warmup_steps {flags.warmup_steps} is more than the {steps} steps of this run")
+        raise UserError(f"--warmup_steps {flags.warmup_steps} exceeds the {steps} steps of this run: give fewer")
     return dataclasses.replace(
         flags,
         model=model,
@@ -535,8 +541,8 @@ def derive(flags: Config, train) -> Config:
         # A step replaces a tenth of the statistics in any number of batches, so that every batch size averages over
         # the same number of images.
         batch_norm_momentum=0.9**batch_share,
-        augment=flags.augment or ("flip+crop" if is_mirrored and not flags.no_augment else None),
+        augment=flags.augment or ("flip+crop" if flips and not flags.no_augment else None),
         max_training_step=steps,
-        log_step=min(flags.log_step, steps),  # checkpoints hold the metrics of so many steps
+        log_step=min(flags.log_step, steps, epoch),  # checkpoints hold the metrics of so many steps
         test_sample_step=flags.test_sample_step or epoch,
     )

@@ -1,4 +1,4 @@
-"""Replace the norms of a trained Keras model by other norms. Needs only ops.py, TensorFlow and Keras.
+"""Replace the batch norms of a Keras model with group norms. Needs only ops.py, TensorFlow and Keras.
 
 model = convert.replace_batch_norm(keras.applications.ResNet50(), groups=32, images=X)
 """

@@ -5,8 +5,8 @@
     python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, your own dataset
 
 Your images are converted to 8-bit RGB, with transparent parts on white; images of more than 8 bits per channel are
-refused, except for JPEG 2000 and AVIF, which lose the rest. Packed datasets are skipped. An interrupted download
-continues where it stopped.
+refused, except for JPEG 2000 and AVIF, which are reduced to 8 bits. Packed datasets are skipped. An interrupted
+download continues where it stopped.
 """
 
 import collections
@@ -29,6 +29,7 @@ from datasets import hdf5
 TIMEOUT = 60.0  # seconds without a byte after which to give up a mirror
 RETRY = Retry(
     2,
+    read=0,  # a silent mirror is given up after one timeout
     backoff_factor=0.5,
     status_forcelist=(429, 500, 502, 503, 504),
     raise_on_status=False,
@@ -128,8 +129,8 @@ def fetch(dataset, urls, path, expected, checksum, timeout=TIMEOUT):
         if not made_progress:
             break
     raise ConnectionError(
-        f"cannot download {name} ({one_line(reason, 60)}): check the network, or get the file elsewhere and run "
-        f"download.py --dataset {dataset} --archive_dir DIR"
+        f"cannot download {name} ({one_line(reason, 60)}): check the network, or get the file elsewhere, put it in "
+        f"{os.path.dirname(path)}, and run download.py --dataset {dataset} again"
     )
 
 
@@ -155,7 +156,9 @@ def receive(url, part, size, timeout, may_be_slow):
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=RETRY))
-        with session.get(url, headers=headers, stream=True, timeout=(min(timeout, 10), timeout)) as response:
+        with session.get(
+            url, headers=headers, stream=True, timeout=(min(timeout, 10), min(timeout, 86400))
+        ) as response:
             if response.status_code == 416:  # the mirror's file is shorter than `part`, so it is another file
                 os.remove(part)
             response.raise_for_status()
@@ -181,9 +184,10 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     """
     if archive_dir is not None:
         folders = [os.path.join(archive_dir, name.lower()), archive_dir]
-        folder = next((p for p in folders if all(os.path.isfile(os.path.join(p, f)) for f in module.FILES)), None)
+        found = {path: {f for f in module.FILES if os.path.isfile(os.path.join(path, f))} for path in folders}
+        folder = next((path for path in folders if len(found[path]) == len(module.FILES)), None)
         if folder is None:
-            missing = [f for f in module.FILES if not any(os.path.isfile(os.path.join(p, f)) for p in folders)]
+            missing = [f for f in module.FILES if not any(f in files for files in found.values())]
             raise UserError(
                 f"{name}: {' '.join(missing or module.FILES)} not found together in {archive_dir} or {folders[0]}"
             )
@@ -249,7 +253,7 @@ def prepare_folder(
     name, image_dir, test_image_dir=None, image_size=None, skip_broken=False, data_dir=datasets.DATA_DIR
 ):
     """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
-    from datasets.folder import read
+    from datasets.folder import class_folders, read
 
     folder = datasets.folder_of(name, data_dir)
     origin = {
@@ -259,12 +263,13 @@ def prepare_folder(
     }
     if name in datasets.NAMES:
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
+    if hdf5.is_packed(folder):
+        check_origin(name, folder, origin)
+        check_files(name, folder, image_dir, test_image_dir)
+        print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
+        return
+    class_folders(image_dir)  # raises UserError before the dataset's folder is made
     with locked(folder):
-        if hdf5.is_packed(folder):
-            check_origin(name, folder, origin)
-            check_files(name, folder, image_dir, test_image_dir)
-            print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
-            return
         for file in datasets.own.FILES:
             if os.path.exists(os.path.join(folder, file)):
                 raise UserError(
@@ -277,8 +282,8 @@ def prepare_folder(
 
         pack(name, folder, read_source)
         print(
-            "trainer.py will mirror and shift these images at random; for digits and signs add --augment crop, which "
-            "only shifts them; to train on unchanged images add --no_augment"
+            "trainer.py will flip and crop these images at random; for digits and signs add --augment crop, which only "
+            "crops them; to train on unchanged images add --no_augment"
         )
 
 
@@ -289,17 +294,19 @@ def check_files(name, folder, image_dir, test_image_dir):
     if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted
         return
     packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
-    skipped = set(map(os.path.realpath, hdf5.read_origin(folder).get("skipped", [])))  # once stored as typed
-    _, train, test = list_splits(image_dir, test_image_dir)
-    now = collections.Counter(
-        id_of(path, image_dir if files is train or test_image_dir is None else test_image_dir)
-        for files in (train, test)
-        for path, _ in files
-        if os.path.realpath(path) not in skipped
-    )
-    new, gone = sorted((now - packed).elements()), sorted((packed - now).elements())
-    if new or gone:
-        changes = [f"{len(ids)} {word}, such as {ids[0]}" for word, ids in (("more", new), ("fewer", gone)) if ids]
+    skipped, packed_at = hdf5.read_origin(folder).get("skipped", []), os.path.getmtime(os.path.join(folder, hdf5.DATA))
+
+    def is_newer(path):
+        return os.path.getmtime(path) > packed_at
+
+    _, *splits = list_splits(image_dir, test_image_dir, lambda p: os.path.realpath(p) not in skipped or is_newer(p))
+    tops = image_dir, test_image_dir or image_dir
+    files = [(path, id_of(path, top)) for top, split in zip(tops, splits) for path, _ in split]
+    now = collections.Counter(id for _, id in files)
+    changed = packed & collections.Counter(id for path, id in files if is_newer(path))
+    found = {"more": now - packed, "fewer": packed - now, "changed": changed}
+    changes = [f"{ids.total()} {word}, such as {min(ids)}" for word, ids in found.items() if ids]
+    if changes:
         raise UserError(
             f"{image_dir} has changed since {name} was packed from {packed.total()} images: {' and '.join(changes)}; "
             f"delete {folder}/{hdf5.DATA} to pack it again, or choose another name"
@@ -307,16 +314,18 @@ def check_files(name, folder, image_dir, test_image_dir):
 
 
 def check_origin(name, folder, origin):
-    """Raise UserError if `folder` was packed with other flags; a file that does not store them is accepted."""
+    """Raise UserError if `folder` was packed with other flags."""
 
     def words(value):
-        return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else value
+        if isinstance(value, list):
+            return " ".join(map(str, value))
+        return "none" if value is None else value
 
     packed = hdf5.read_origin(folder)
     for flag, value in origin.items():
-        if flag in packed and packed[flag] != value:
+        if packed.get(flag) != value:
             raise UserError(
-                f"{name} was packed with {flag} {words(packed[flag])}, not {words(value)}: delete "
+                f"{name} was packed with {flag} {words(packed.get(flag))}, not {words(value)}: delete "
                 f"{folder}/{hdf5.DATA} to pack it again, or choose another name"
             )
 
@@ -373,7 +382,7 @@ def parse_args():
     add("--skip_broken", action="store_true", help="print and skip images of --image_dir that cannot be read")
     add("--no_checksum", action="store_true", help="accept archives with another hash, with a warning")
     add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="folder of the datasets")
-    add("--keep_archives", action="store_true", help="do not delete downloaded archives after packing")
+    add("--keep_archives", action="store_true", help="do not delete the archives that this run downloads")
     seconds = within(float, above=0)
     add(
         "--timeout",

@@ -12,15 +12,13 @@ file instead, and writes only --output.
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
 import itertools
 import math
 import os
 import sys
 
-from command import UserError, complain, run, start, write_whole
+from command import UserError, complain, run, start, write_csv
 from config import parse_evaluation
 
 FLAGS = start(__name__, parse_evaluation)  # flags first: TensorFlow takes seconds to import
@@ -34,7 +32,7 @@ import ops
 import replicas
 import runs
 import summaries
-from config import EVALUATION_BATCH, PREDICTED_CLASSES
+from config import PREDICTED_CLASSES, evaluation_batch
 from datasets import folder
 from input_ops import create_input_ops, image_of_file
 from model import create_model
@@ -107,9 +105,9 @@ def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
     }
 
 
-def evaluate(model, split, batch_size=EVALUATION_BATCH):
+def evaluate(model, split, batch_size=None):
     """summarize() the predictions of a model on a complete split, a datasets.hdf5.Dataset."""
-    batches = create_input_ops(split, batch_size, is_training=False)
+    batches = create_input_ops(split, batch_size or evaluation_batch(split.network_shape), is_training=False)
     return summarize(*predict_all(make_predictor(model), batches), split.labels, split.num_classes)
 
 
@@ -130,7 +128,7 @@ def by_batch(model, momentum):
             norm.momentum, norm.use_batch_statistics = before, False
 
 
-def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=EVALUATION_BATCH):
+def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=None):
     """Set the moving statistics of every BatchNorm to those of training images with the current weights.
 
     Meanwhile each norm normalizes by its batch. The moving mean becomes the mean over all batches, and the moving
@@ -142,9 +140,9 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=E
         train: the training split, of which REESTIMATION_IMAGES are used.
         augment: the augmentation of the run, so that the images are like those in training.
         seed: of the order of the images and the augmentation.
-        batch_size: images per batch.
+        batch_size: images per batch; by default evaluation_batch().
     """
-    size = min(batch_size, len(train))
+    size = min(batch_size or evaluation_batch(train.network_shape), len(train))
     steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
 
     @tf.function
@@ -240,16 +238,8 @@ def write_predictions(path, rows):
     names = ["class", "probability"]
     for rank in range(2, len(rows[0][1]) + 1):
         names += [f"class_{rank}", f"probability_{rank}"]
-    write_csv(path, ["file", *names], [[file, *itertools.chain(*best)] for file, best in rows])
+    write_csv(os.path.realpath(path), ["file", *names], [[file, *itertools.chain(*best)] for file, best in rows])
     print(f"wrote {path}")
-
-
-def write_csv(path, names, rows):
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows(rows)
-    write_whole(os.path.realpath(path), table.getvalue())
 
 
 def print_result(title, result, class_names):
@@ -278,11 +268,12 @@ def summary_of(result):
 def check_request(flags, run_dir, config):
     """Raise UserError for flags that do not fit the run."""
     if flags.dataset not in (None, config.dataset):
-        raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}")
+        raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}: remove --dataset")
     further = [choice for choice in flags.batch_statistics if choice != "moving"]
     if further and config.norm_type != "batch":
         raise UserError(
-            f"--batch_statistics {further[0]} is for batch norm, but {run_dir} has --norm_type {config.norm_type}"
+            f"--batch_statistics {further[0]} is for batch norm, but {run_dir} has --norm_type {config.norm_type}: "
+            f"remove it"
         )
     if flags.validation is not None and flags.validation != config.validation:
         raise UserError(
@@ -295,7 +286,8 @@ def check_request(flags, run_dir, config):
 def print_predictions(flags, files, model, dataset):
     """Print the most likely classes of each file and write them to --output; exit code 1 if a file cannot be read."""
     rows = []
-    for file, best in predict_files(model, dataset, files, flags.batch_size):
+    batch_size = flags.batch_size or evaluation_batch(dataset.network_shape)
+    for file, best in predict_files(model, dataset, files, batch_size):
         print(file, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
         rows.append((file, best))
     if flags.output is not None and rows:
@@ -311,9 +303,9 @@ def measure_all(flags, config, model, train, split, name):
     small = config.batch_size * (config.num_replicas if config.sync_batch_norm else 1)  # images that batch norm saw
     if "batch" in flags.batch_statistics:
         measured["by_batch"] = evaluate_by_batch(model, split, small, config.seed) | {"batch_size": small}
-        print_result(f"{name}, statistics of each {small} test images", measured["by_batch"], split.class_names)
+        print_result(f"{name}{runs.MEASURES['by_batch']} ({small} images)", measured["by_batch"], split.class_names)
     for choice, measure, size in (
-        ("reestimate", "reestimated", EVALUATION_BATCH),
+        ("reestimate", "reestimated", evaluation_batch(train.network_shape)),
         ("reestimate_small", "reestimated_small", small),
     ):
         if choice in flags.batch_statistics:
@@ -357,13 +349,15 @@ def main(flags):
         tf.summary.scalar(f"evaluation_{split_name}/loss", result["loss"])
         confusion = summaries.draw_confusion(result["confusion"], split.class_names)
         tf.summary.image(f"evaluation_{split_name}/confusion", summaries.as_pixels(confusion))
-    confusion.savefig(run_dir / "confusion.png", dpi=200)
-    summaries.draw_mistakes(run_dir / "mistakes.png", split, result)
+    suffix = "" if split_name == "test" else f"_{split_name}"
+    confusion.savefig(run_dir / f"confusion{suffix}.png", dpi=200)
+    summaries.draw_mistakes(run_dir / f"mistakes{suffix}.png", split, result)
     classes = zip(split.class_names, result["confusion"].sum(axis=1), result["per_class_accuracy"])
-    write_csv(run_dir / "classes.csv", ("class", "images", "accuracy"), classes)
+    write_csv(run_dir / f"classes{suffix}.csv", ("class", "images", "accuracy"), classes)
     results = {measure: summary_of(found) for measure, found in measured.items()}
     runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
-    print(f"wrote evaluation.json, classes.csv, confusion.png, mistakes.png and TensorBoard summaries to {run_dir}")
+    files = f"classes{suffix}.csv, confusion{suffix}.png, mistakes{suffix}.png"
+    print(f"wrote evaluation.json, {files} and TensorBoard summaries to {run_dir}")
     if flags.export is not None:  # in float32: in bfloat16 no two implementations agree within export.TOLERANCE
         network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
         network.set_weights(model.get_weights())

@@ -14,7 +14,7 @@ import tensorflow as tf
 import layers
 import ops
 from command import UserError, ExternalError, one_line, sync
-from runs import flags_given, read_config, versions
+from runs import changed_flags, read_config, versions
 from input_ops import create_input_ops, to_float
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit if it exceeds 1: float32 rounding
@@ -167,8 +167,8 @@ def to_keras_layers(model):
     """Copy a network with Keras' own layers only, so that its file loads and trains without this repo.
 
     Standardized weights become the kernels, and the scalar of SkipInit is multiplied into the kernel and bias of the
-    convolution before it. Further training therefore has neither. Keras' batch norm also averages the biased variance
-    of the batch, but ops.BatchNorm the unbiased one.
+    convolution before it. Further training therefore uses neither. It also differs in the moving variance of
+    batch norm: Keras averages the biased variance of the batch, ops.BatchNorm the unbiased one.
 
     Args:
         model: a functional Keras model of any layers; those of ops.py and layers.py are replaced.
@@ -247,7 +247,7 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
     config, stored = read_config(run_dir)
     data = stored["data"]
     shape = ", ".join(map(str, test.network_shape))
-    given = flags_given(stored).items()
+    given = changed_flags(stored).items()
     source = stored.get("source") or {}
     rows = {
         "data": f"{test.name}, images of {shape}; {test.made_from or 'made from: unknown'}",
@@ -255,7 +255,7 @@ def card(model, test, run_dir, step, accuracy, differences, largest) -> str:
         + (f", {config.validation} held out of the training images" if config.validation else ""),
         "network": f"{config.model}, {model.count_params():,} parameters",
         "norm": describe_norm(config),
-        "batch size": f"{config.batch_size} images per update",
+        "batch size": f"{config.batch_size} images" + ", gradients accumulated" * config.accumulate,
         "accuracy": f"{100 * accuracy:.2f} % of the test images",
         "trained": f"`trainer.py {' '.join(f'--{n}' if v is True else f'--{n} {v}' for n, v in given)}`, {step} steps",
         "run": Path(run_dir).resolve().name,

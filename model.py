@@ -129,7 +129,7 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
 def norm(x, config, name, gamma):
     """Apply the norm of a configuration to x [N, ..., C]; gamma: 'ones' or 'zeros', its initial value."""
     arguments = {"gamma_initializer": gamma, "name": name}
-    if config.norm_type.startswith("batch"):
+    if config.norm_type.startswith("batch") and not config.freeze_batch_norm:
         check_batch(x, config, name)
     if config.norm_type == "batch":
         layer = ops.BatchNorm(momentum=config.batch_norm_momentum, synchronized=config.sync_batch_norm, **arguments)

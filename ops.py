@@ -47,7 +47,7 @@ def group_norm(
 
     so that the gradient keeps one large tensor, centred. We sum over the positions first, to [N, C], and then over the
     few channels of a group: no large tensor is transposed or split into groups. _fold may pack several positions into a
-    row, for speed; then the sum over these is the last one.
+    row, for speed; these are summed last.
 
     Args:
         x: [N, ..., C] (or [N, C, ...] with 'channels_first'), rank 2 to 5, any float type. Only C must be static.

@@ -5,6 +5,7 @@ for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accura
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -19,9 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-from command import UserError, write_whole
+from command import UserError, write_atomically
 from config import FIELDS, Config, check_path
-from datasets.hdf5 import OWN_IMAGES
 
 MEASURES = {
     "accuracy": "",
@@ -64,7 +64,7 @@ def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> No
         "source": source(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    write_whole(run_dir / "config.json", json.dumps(stored, indent=1) + "\n")
+    write_atomically(run_dir / "config.json", json.dumps(stored, indent=1) + "\n")
 
 
 def read_config(run_dir) -> tuple[Config, dict]:
@@ -75,10 +75,8 @@ def read_config(run_dir) -> tuple[Config, dict]:
         stored = json.loads(path.read_text())
         settings = {**stored["flags"], **stored["derived"]}
         for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
-            settings[name]
+            settings[name]  # raises KeyError if it is missing
         stored["data"]["train"], stored["data"]["test"]
-        if str(stored["data"].get("made_from")).startswith("images in "):  # and the path, of an older version
-            stored["data"]["made_from"] = OWN_IMAGES
     except FileNotFoundError:
         runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
         raise UserError(
@@ -102,16 +100,18 @@ def describe_data(train, test) -> dict:
         "num_classes": train.num_classes,
         "class_names": list(train.class_names),
         "made_from": train.made_from,
+        "split": hashlib.sha256("\n".join([*train.ids, "", *test.ids]).encode()).hexdigest()[:16],
     }
 
 
 def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
     """Raise UserError unless the splits match `data`, the description of a run's data in config.json.
 
-    counts: whether to compare the numbers of images, which differ if other images are held out now.
+    counts: whether to compare the images of each split, which differ if other images are held out now.
     """
     here = describe_data(train, test)
-    for name in here.keys() & data.keys() - (set() if counts else {"train", "test"}):
+    free = () if counts else ("train", "test", "split")
+    for name in [name for name in here if name in data and name not in free]:
         there, now = data[name], here[name]
         if there == now:
             continue
@@ -137,7 +137,7 @@ def open_data(run_dir: Path, config: Config, data: dict, data_dir: str, validati
     return train, test
 
 
-def flags_given(stored: dict) -> dict:
+def changed_flags(stored: dict) -> dict:
     """The flags in config.json that differ from their defaults, without local ones such as paths."""
     given = stored["flags"]
     return {
@@ -158,7 +158,7 @@ def settings_of(config: Config, data: dict) -> dict:
         settings |= {"groups": None, "group_size": None}
     elif config.group_size is not None:
         settings["groups"] = None
-    return settings | {name: value for name, value in data.items() if name != "class_names"}
+    return settings | {name: value for name, value in data.items() if name not in ("class_names", "split")}
 
 
 def versions() -> dict:
@@ -257,7 +257,7 @@ def drop_after(run_dir: Path, step: int) -> None:
     for leftover in run_dir.glob("model-*temp*"):  # a checkpoint whose writing was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     path = run_dir / "metrics.jsonl"
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
 
 
 class Run(NamedTuple):
@@ -318,8 +318,8 @@ def last_epochs(config: Config, data: dict, rows: list) -> dict:
 
 def read_rows(path: Path) -> list:
     """The rows of metrics.jsonl, without an incomplete last line, as a kill may leave."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
         [row["step"] for row in rows]
         return rows
@@ -337,7 +337,7 @@ def write_evaluation(run_dir: Path, split: str, step: int, checkpoint: str, clas
     splits = read_evaluations(path)
     new = {measure: {"step": step, "checkpoint": checkpoint} | result for measure, result in results.items()}
     splits[split] = splits.get(split, {}) | new
-    write_whole(path, json.dumps({"class_names": class_names, "splits": splits}, indent=1) + "\n")
+    write_atomically(path, json.dumps({"class_names": class_names, "splits": splits}, indent=1) + "\n")
 
 
 def read_evaluations(path: Path) -> dict:

@@ -44,7 +44,7 @@ class Log:
 
     def __init__(self, run_dir, config, train, test, first_step, writes=True, batches_done=lambda: 0):
         self.config, self.first_step, self.steps = config, first_step, config.max_training_step
-        self.num_tests, self.shown = len(test), test.subset(np.arange(min(SHOWN_IMAGES, len(test))))
+        self.num_test_images, self.shown = len(test), test.subset(np.arange(min(SHOWN_IMAGES, len(test))))
         self.epoch = -(-len(train) // config.max_batch_size)  # in steps
         self.in_epochs = self.steps % self.epoch == 0 and config.test_sample_step % self.epoch == 0
         self.writes, self.path = writes, run_dir and run_dir / "metrics.jsonl"
@@ -106,7 +106,7 @@ class Log:
             self.bar.refresh()
 
     def stepped(self, step):
-        """Count a step; after the second one print the expected times of an epoch and of the run."""
+        """Count a step; after the second one print the expected time of an epoch, and the time left."""
         self.done = step
         self.bar.update(step * self.batches - self.bar.n)
         self.timed_steps += 1
@@ -115,12 +115,13 @@ class Log:
         if step == self.first_step + 2:
             self.seconds_per_step = time.perf_counter() - self.clock
             epoch = as_time(self.epoch * self.seconds_per_step)
-            self.print(f"an epoch takes about {epoch}, the run {as_time(self.seconds_left(step))}, tests included")
+            self.print(f"an epoch takes about {epoch}; {as_time(self.seconds_left(step))} left, tests included")
 
     def seconds_left(self, step):
         tests = self.steps // self.config.test_sample_step - step // self.config.test_sample_step
-        tests += self.steps % self.config.test_sample_step > 0 and step < self.steps
-        guess = self.seconds_per_step * self.num_tests / self.config.max_batch_size / 3  # forward pass only
+        if self.steps % self.config.test_sample_step and step < self.steps:
+            tests += 1  # after the last step
+        guess = self.seconds_per_step * self.num_test_images / self.config.max_batch_size / 3  # forward pass only
         return (self.steps - step) * self.seconds_per_step + tests * (self.seconds_per_test or guess)
 
     def print(self, line):
@@ -200,9 +201,9 @@ def print_plan(config, train, test):
         updates = f"one update each, of {config.batches_per_step} batches"
     size, norm = "x".join(map(str, train.network_shape)), config.norm.removesuffix("+acc")
     shown = {
-        "flip+crop": "mirrored and randomly cropped (--augment crop: cropped only, as for digits; --no_augment)",
-        "crop": "randomly cropped, not mirrored",
-        None: "unchanged (--augment crop: randomly cropped; --augment: mirrored, too)",
+        "flip+crop": "flipped and cropped at random (--augment crop: only cropped; --no_augment: unchanged)",
+        "crop": "cropped at random, not flipped",
+        None: "unchanged (--augment crop: cropped at random; --augment: flipped, too)",
     }
     print(
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"

@@ -12,6 +12,7 @@ batch_size images on each replica, or with --accumulate one in all. Batch norm s
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import signal
 import sys
@@ -30,7 +31,7 @@ import evaler
 import replicas
 import runs
 from checkpoints import State
-from config import CLIP_NORM, EVALUATION_BATCH, derive, number_of_replicas, workers
+from config import CLIP_NORM, derive, evaluation_batch, number_of_replicas, workers
 from input_ops import create_input_ops
 from model import create_model
 from runs import describe_data
@@ -203,7 +204,7 @@ def make_test(state, test, interruption):
     """Make a function that tests on the complete test split, shared by all workers: {"test_loss/accuracy": ...}."""
     who = workers()
     test_here = test if len(who.addresses) == 1 else test.subset(replicas.test_share(who, len(test)))
-    batches = create_input_ops(test_here, EVALUATION_BATCH, is_training=False)
+    batches = create_input_ops(test_here, evaluation_batch(test.network_shape), is_training=False)
     predict = evaler.make_predictor(state.model, state.strategy)
     join = replicas.make_join(state.strategy, who, len(test))
 
@@ -283,9 +284,16 @@ def end_diverged(state, log, loss):
 def reopen(run_dir, flags):
     """(configuration, train, test) of a run to resume.
 
-    UserError if its data or its number of replicas changed, or if it is finished and only its logs are left.
+    UserError if its data, its number of replicas or its convolutions changed, or if it is finished and only its logs
+    are left.
     """
     found = runs.read_run(run_dir)
+    onednn, now = found.stored.get("machine", {}).get("onednn"), os.environ.get("TF_ENABLE_ONEDNN_OPTS")
+    if onednn and now and onednn != now:
+        raise UserError(
+            f"{run_dir} was trained with TF_ENABLE_ONEDNN_OPTS={onednn}, but it is {now}, which rounds differently: "
+            f"set it to {onednn}"
+        )
     config, here = found.config, flags.replicas or found.config.replicas
     if number_of_replicas(here) != config.num_replicas:
         raise UserError(
@@ -298,7 +306,7 @@ def reopen(run_dir, flags):
     return dataclasses.replace(config, replicas=here, worker_timeout=flags.worker_timeout), *splits
 
 
-def identity(config, train, test, run_dir):
+def shared_settings(config, train, test, run_dir):
     """The settings that all workers of a run must share."""
     settings = dataclasses.asdict(config) | describe_data(train, test) | {"source": runs.source()}
     path = run_dir and run_dir / "checkpoint"
@@ -320,7 +328,7 @@ def main(flags, run_dir):
     print_plan(config, train, test)
     if len(test) < len(who.addresses):
         raise UserError(f"{len(test)} test images are too few for {len(who.addresses)} workers: use fewer workers")
-    with replicas.all_workers(who, identity(config, train, test, run_dir), config.worker_timeout):
+    with replicas.all_workers(who, shared_settings(config, train, test, run_dir), config.worker_timeout):
         set_threads(config.batch_size, train.network_shape)
         strategy = replicas.start(config.replicas or 1, who)
     interruption = Interruption(alone=len(who.addresses) == 1)

@@ -47,7 +47,7 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
 def module_of(name: str):
     """Return the module of dataset `name`; for a user's own dataset it is datasets.own.
 
-    Its constants: EPOCHS to train by default, whether images may be MIRRORED, and whether trainer.py downloads the
+    Its constants: EPOCHS to train by default, whether images may be FLIPPED, and whether trainer.py downloads the
     dataset if it is missing (FETCHED_ON_FIRST_USE). Modules of known datasets also have FILES, MIRRORS and read().
     """
     return importlib.import_module(f"datasets.{name.lower()}") if name in NAMES else own

@@ -9,7 +9,7 @@ import numpy as np
 from command import reading
 from datasets.hdf5 import Source
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, True
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 30, True, True
 FILES = {"cifar-10-python.tar.gz": (170498071, "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce")}
 MIRRORS = ("https://www.cs.toronto.edu/~kriz/", "https://storage.googleapis.com/skypilot-example-data/datasets/")
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]

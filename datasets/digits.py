@@ -4,7 +4,7 @@ import numpy as np
 
 from datasets.hdf5 import Source
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 20, False, True  # mirroring changes a digit
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 20, False, True  # flipping changes a digit
 FILES = {}
 MIRRORS = ()
 CLASS_NAMES = [str(digit) for digit in range(10)]

@@ -2,7 +2,7 @@
 
 from datasets import mnist
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, True, True
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 10, True, True
 FILES = {
     "train-images-idx3-ubyte.gz": (26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
     "train-labels-idx1-ubyte.gz": (29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),

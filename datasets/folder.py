@@ -4,6 +4,7 @@ import collections
 import hashlib
 import itertools
 import os
+import re
 
 import numpy as np
 from PIL import Image
@@ -15,36 +16,39 @@ from datasets.own import SPLIT_SEED
 
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .pjpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .tga .avif".split())
 PHOTO_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # also those that cannot be read
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLIT_NAME = re.compile(
+    "(train|training|val|valid|validation|test|testing)([ _-]?(set|data|images|split))?", re.IGNORECASE
+)
 PART = 1 << 24  # bytes of images in memory at once
 
 
-def list_splits(image_dir, test_image_dir=None):
+def list_splits(image_dir, test_image_dir=None, wanted=lambda path: True):
     """Return (class names, train, test); train and test are lists of (path, label), sorted by class and path.
 
     The test split is test_image_dir, with the same classes, or by default a fifth of each class (see split_classes).
-    Raises UserError if the folders make no dataset.
+    Images of which wanted(path) is false are skipped. Raises UserError if the folders make no dataset.
     """
     class_names = class_folders(image_dir)
-    lower = {name.lower() for name in class_names}
-    if {"train", "training"} & lower and lower <= SPLIT_NAMES:
-        train, *others = sorted(class_names, key=lambda name: not name.lower().startswith("train"))
-        test = f" --test_image_dir {os.path.join(image_dir, others[-1])}" if others else ""
+    splits = [name for name in class_names if SPLIT_NAME.fullmatch(name)]
+    train = [name for name in splits if name.lower().startswith("train")]
+    if train and (len(splits) > len(train) or splits == class_names):
+        others = [f" --test_image_dir {os.path.join(image_dir, name)}" for name in splits if name not in train]
         raise UserError(
-            f"--image_dir {image_dir} holds {' '.join(class_names)}, which are splits, not classes: "
-            f"give --image_dir {os.path.join(image_dir, train)}{test}"
+            f"--image_dir {image_dir} holds {' '.join(splits)}, which are splits, not classes: "
+            f"give --image_dir {os.path.join(image_dir, train[0])}{''.join(others[-1:])}"
         )
     if len(class_names) < 2:
         raise UserError(
             f"--image_dir {image_dir} has {len(class_names)} class folders: expected DIR/<class>/<image>, "
             "at least 2 classes"
         )
-    if test_image_dir is not None and os.path.realpath(test_image_dir) == os.path.realpath(image_dir):
+    top = os.path.realpath(image_dir)
+    if test_image_dir is not None and os.path.commonpath([top, os.path.realpath(test_image_dir)]) == top:
         raise UserError(
-            f"--test_image_dir {test_image_dir} is also --image_dir, so the training images would be tested: "
-            "omit --test_image_dir to test on a fifth of each class"
+            f"--test_image_dir {test_image_dir} is --image_dir or in it, so its images would be trained on: give "
+            "another folder, or omit --test_image_dir to test on a fifth of each class"
         )
-    files = list_images(image_dir, class_names)
+    files = list_images(image_dir, class_names, wanted)
     empty = sorted(set(range(len(class_names))) - {label for _, label in files})
     if empty:  # neither skipped, which would change later labels, nor kept, as no network can learn it
         raise UserError(
@@ -60,7 +64,7 @@ def list_splits(image_dir, test_image_dir=None):
                 f"--test_image_dir {test_image_dir} has the class {unknown[0]}, which {image_dir} does not have: "
                 "rename or remove it"
             )
-        train, test = files, list_images(test_image_dir, class_names)
+        train, test = files, list_images(test_image_dir, class_names, wanted)
     if not test:
         raise UserError(
             f"no test images: no class of {image_dir} has 2 images, so none is left to test: add some, or give "
@@ -77,16 +81,14 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     Files that cannot be read are printed. They are skipped with skip_broken; otherwise packing fails at the end.
     Raises UserError.
     """
-    class_names, train, test = list_splits(image_dir, test_image_dir)
     skipped = []
-    if skip_broken:
-        splits = [[file for file in files if try_load(file[0]) is not None] for files in (train, test)]
-        skipped = {path for path, _ in train + test} - {path for path, _ in splits[0] + splits[1]}
-        train, test = splits
-    if not train or not test:
-        raise UserError(
-            f"no {'test' if train else 'training'} image of {image_dir} can be read: repair the files above"
-        )
+
+    def wanted(path):
+        if skip_broken and try_load(path) is None:
+            skipped.append(os.path.realpath(path))
+        return not skipped or skipped[-1] != os.path.realpath(path)
+
+    class_names, train, test = list_splits(image_dir, test_image_dir, wanted)
     warn_of_copies(train, test)
     shape = (*image_size, 3) if image_size else first_shape(train)
     return Source(
@@ -94,7 +96,7 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
         shape,
         len(train) + len(test),
         parts((train, test), (image_dir, test_image_dir or image_dir), shape, image_size),
-        {"skipped": sorted(map(os.path.realpath, skipped))},
+        {"skipped": sorted(skipped)},
     )
 
 
@@ -124,11 +126,11 @@ def first_shape(files):
 
 def warn_of_copies(train, test):
     """Print how many test images are copies of training images, with an example."""
-    sizes = [{path: os.path.getsize(path) for path, _ in files} for files in (train, test)]
-    in_both = set(sizes[0].values()) & set(sizes[1].values())  # only files of the same size can be copies
-    originals, candidates = ([path for path in of_split if of_split[path] in in_both] for of_split in sizes)
-    originals = {digest(path): path for path in originals}
-    copies = [(path, original) for path in candidates if (original := originals.get(digest(path)))]
+    train_sizes, test_sizes = ({path: os.path.getsize(path) for path, _ in files} for files in (train, test))
+    in_both = set(train_sizes.values()) & set(test_sizes.values())  # only files of the same size can be copies
+    originals = {digest(path): path for path, size in train_sizes.items() if size in in_both}
+    digests = {path: digest(path) for path, size in test_sizes.items() if size in in_both}
+    copies = [(path, originals[found]) for path, found in digests.items() if found in originals]
     if copies:
         print(
             f"warning: {len(copies)} of {len(test)} test images are copies of training images, which makes the test "
@@ -160,14 +162,22 @@ def class_folders(folder):
     return [name for name in names if not name.startswith(".")]
 
 
-def list_images(folder, class_names):
-    """Return [(path, label)] of the images in and below the class folders, and print the files skipped."""
+def list_images(folder, class_names, wanted):
+    """Return [(path, label)] of the wanted images in and below the class folders, and print the files skipped.
+
+    A class may lack a folder: then it has no images here.
+    """
     files, skipped = [], []
+    loose = sorted(name for name in os.listdir(folder) if is_image_name(name) and not name.startswith("."))
+    if loose:
+        print(f"warning: skipped {len(loose)} images outside the class folders of {folder}, such as {loose[0]}")
     for label, name in enumerate(class_names):
-        found, others = find_files(os.path.join(folder, name))
+        found, others = (
+            find_files(os.path.join(folder, name)) if os.path.isdir(os.path.join(folder, name)) else ((), ())
+        )
         for path in found:
             check_name(os.path.relpath(path, folder), folder)
-        files += [(path, label) for path in found]
+        files += [(path, label) for path in found if wanted(path)]
         skipped += others
     print_skipped(skipped)
     return files
@@ -185,6 +195,7 @@ def find_files(folder):
     found, others = [], []
     for directory, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        others += [path for path in (os.path.join(directory, name) for name in folders) if os.path.islink(path)]
         for name in [name for name in names if not name.startswith(".")]:
             file = os.path.join(directory, name)
             (found if is_image_name(name) and os.path.isfile(file) else others).append(file)
@@ -204,10 +215,10 @@ def is_image_name(name):
 
 def print_skipped(files):
     """Print how many files are skipped: links, images of other formats, by suffix, and other files."""
-    links = [file for file in files if not os.path.exists(file)]
+    links = [file for file in files if os.path.islink(file) and not os.path.isfile(file)]
     if links:
-        print(f"warning: skipped {len(links)} links to files that do not exist, such as {links[0]}", flush=True)
-    files = [file for file in files if os.path.exists(file)]
+        print(f"warning: skipped {len(links)} links to folders or missing files, such as {links[0]}", flush=True)
+    files = [file for file in files if os.path.isfile(file)]
     photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
     if photos:
         counts = collections.Counter(map(suffix_of, photos))

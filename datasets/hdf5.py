@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import h5py
 import numpy as np
 
-from command import UserError, reading, sync, whole_file, write_whole
+from command import UserError, reading, sync, atomic_file, write_atomically
 from datasets.images import load_image
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
@@ -58,14 +58,14 @@ def write(folder: str, source: Source, bar=None) -> None:
     data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
     remove_unfinished(folder)
     try:
-        with whole_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
+        with atomic_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
             with h5py.File(part, "w") as file:
                 names = fill(file, source, bar)
                 if source.origin is not None:
                     file["recipe"] = json.dumps(source.origin)
                 file.flush()
                 file.attrs["packed"] = FORMAT
-            write_whole(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
+            write_atomically(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)
         sync(folder)
     except Exception as error:
         number = re.search(r"errno = (\d+)", str(error))  # h5py raises many types for errors of the disk
@@ -120,8 +120,6 @@ def check(labels, splits, ids, class_names, num_images):
     for split, name in enumerate(("train", "test")):
         if not np.any(splits == split):
             raise UserError(f"the {name} split is empty")
-    if np.any(np.diff(splits) < 0):
-        raise UserError("split has 1 before 0: expected all train images (0) before the test images (1)")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
     if len(set(ids)) != len(ids):
@@ -164,7 +162,9 @@ def is_packed(folder: str) -> bool:
     try:
         with h5py.File(os.path.join(folder, DATA), "r", locking=False) as file:
             return bool(file.attrs.get("packed") == FORMAT)
-    except (OSError, RuntimeError):  # missing or broken
+    except PermissionError:
+        raise
+    except (OSError, RuntimeError):  # missing or damaged
         return False
 
 
@@ -172,9 +172,7 @@ def read_origin(folder: str) -> dict:
     """Return the origin of the images in folder/data.hdf5, {} if it is not stored."""
     path = os.path.join(folder, DATA)
     with reading(path, REPACK), h5py.File(path, "r", locking=False) as file:
-        if "recipe" in file:
-            return json.loads(file["recipe"][()])
-        return json.loads(file.attrs.get("recipe", "{}"))  # of an older version
+        return json.loads(file["recipe"][()])
 
 
 def open_packed(folder, name):
@@ -261,9 +259,7 @@ class Dataset:
 
     @property
     def nbytes(self):
-        """Bytes of the images of this split."""
-        if self.encoded:
-            return int((self.offset[self.rows + 1] - self.offset[self.rows]).sum())
+        """Bytes of the images of this split, which are not encoded."""
         return len(self) * int(np.prod(self.image_shape)) * np.dtype(self.dtype).itemsize
 
     @property
@@ -333,4 +329,4 @@ class Dataset:
         if self.encoded:
             image = load_image(io.BytesIO(image), f"{self.name}, id {id}")
         image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
-        return image, np.eye(self.num_classes, dtype=np.float32)[self.labels[position]]
+        return image, (np.arange(self.num_classes) == self.labels[position]).astype(np.float32)

@@ -15,7 +15,7 @@ from command import UserError, reading
 from datasets.hdf5 import Source
 from datasets.images import as_jpeg
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 100, True, False
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 100, True, False
 DEFAULTS = {  # of arXiv 1803.08494, section 4.1
     "batch_size": 32,
     "max_batch_size": 256,

@@ -67,7 +67,8 @@ def to_rgb(image):
         image = ImageChops.invert(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.getextrema()[3][1] > 0:  # some TGA files declare alpha, but store 0 everywhere
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

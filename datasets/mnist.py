@@ -9,7 +9,7 @@ import numpy as np
 from command import reading
 from datasets.hdf5 import Source
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 5, False, True  # mirroring changes a digit
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 5, False, True  # flipping changes a digit
 FILES = {  # name: bytes, hash
     "train-images-idx3-ubyte.gz": (9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
     "train-labels-idx1-ubyte.gz": (28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),

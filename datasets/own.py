@@ -17,10 +17,10 @@ import zipfile
 import h5py
 import numpy as np
 
-from command import UserError, reading, whole_file
+from command import UserError, reading, atomic_file
 from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, False, False
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
 MANY_IDS, CACHE = 5000, ".cache.npz"
@@ -74,7 +74,7 @@ def read_ids(path):
             "data.hdf5 is damaged: delete it, and run download.py again"
         )
     if len(set(ids)) != len(ids):
-        raise UserError(f"{path}: id {first_repeated(ids)!r} is repeated")
+        raise UserError(f"{path}: id {first_repeated(ids)!r} is repeated: remove one")
     if not ids:
         raise UserError(f"{path} is empty: it must hold the ids, one per line")
     return ids
@@ -123,7 +123,7 @@ def read_or_reuse(path, ids, num_train):
     with contextlib.suppress(OSError):
         for left in glob.glob(f"{glob.escape(copy)}.*.part"):  # of a process that was killed, or will do without
             os.remove(left)
-        with whole_file(copy) as part, open(part, "wb") as file:
+        with atomic_file(copy) as part, open(part, "wb") as file:
             np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])
     return labels, num_classes, images
 
@@ -167,8 +167,6 @@ def read_examples(file, ids, num_train):
                 f"of {shape}: all images must agree"
             )
         read_image(title, image, next(into))
-    if num_classes < 2:
-        raise UserError(f"{file.filename}: the labels have {num_classes} class: a classifier needs at least 2")
     warn_of_range(file.filename, images[0])
     return labels, num_classes, images
 
@@ -208,7 +206,7 @@ def warn_of_range(path, images):
 
 
 def image_type(title, data):
-    """Return (np.uint8 or np.float32, (h, w, c)), the type and shape to read an image, an h5py array, as."""
+    """Return (np.uint8 or np.float32, (h, w, c)): the type and shape in which to read an image, an h5py array."""
     shape, dtype = data.shape, data.dtype
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
         raise UserError(f"{title} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")

@@ -8,7 +8,7 @@ from scipy.io import loadmat
 from command import reading
 from datasets.hdf5 import Source
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 10, False, True  # mirroring changes a digit
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 10, False, True  # flipping changes a digit
 FILES = {
     "train_32x32.mat": (182040794, "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8"),
     "test_32x32.mat": (64275384, "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b"),

@@ -11,7 +11,7 @@ from command import reading
 from datasets.hdf5 import Source
 from datasets.images import load_image
 
-EPOCHS, MIRRORED, FETCHED_ON_FIRST_USE = 30, True, False
+EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 30, True, False
 FILES = {"tiny-imagenet-200.zip": (248100043, "6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821")}
 MIRRORS = ("http://cs231n.stanford.edu/",)
 ROOT = "tiny-imagenet-200/"

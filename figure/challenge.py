@@ -39,14 +39,16 @@ def challenge(folder, number, steps, data_dir):
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
-        raise ExternalError(f"a row differs by {max(results):.3g}, but rounding should differ by at most {TOLERANCE}")
+        raise ExternalError(
+            f"a row differs by {max(results):.3g}, but rounding should change it by at most {TOLERANCE}"
+        )
 
 
 def find_problem(run, data_dir):
     """Return why a run cannot be trained here (other data, no checkpoint to start from), '' if it can."""
     try:
         splits = datasets.create_default_splits(run.config.dataset, data_dir, validation=run.config.validation)
-        runs.check_data("it", run.stored["data"] | {"made_from": splits[0].made_from}, *splits)
+        runs.check_data("the run", run.stored["data"] | {"made_from": splits[0].made_from}, *splits)
         if run.config.checkpoint:
             runs.run_dir_of(run.config.checkpoint)
     except UserError as error:

@@ -35,9 +35,9 @@ import datasets
 import download
 import pictures
 import results
-from command import ArgumentParser, UserError, ExternalError, one_line, run, within, write_whole
+from command import ArgumentParser, UserError, ExternalError, one_line, run, within, write_atomically
 from config import NORM_NAMES, derive, parse_training, training_parser
-from runs import MEASURES, describe_data, read_runs, settings_of
+from runs import MEASURES, describe_data, read_runs, run_dir_of, settings_of
 
 FIRST_BATCH_SIZES = (2, 32)  # trained first, because they show most of the result
 SMALL = 2  # up to this batch size, batch norm is also evaluated with statistics re-estimated at that batch size
@@ -136,8 +136,10 @@ class Cell:
             self.flags += [f"--{name}", str(value)] if value is not None else []
 
     def derive(self, train, test):
-        """Derive the settings as trainer.py does, so that its errors come before any training."""
+        """Derive the settings as trainer.py does, so that wrong flags are reported before any training."""
         self.config = derive(parse_training(self.flags)[0], train)
+        if self.config.checkpoint:
+            run_dir_of(self.config.checkpoint)
         self.settings = settings_of(self.config, describe_data(train, test))
         self.images = self.config.max_training_step * self.config.max_batch_size
 
@@ -201,7 +203,7 @@ def check_memory(jobs, train, test):
         )
 
 
-def has_checkpoint(found):
+def has_model_files(found):
     return any(found.path.glob("model-*.index"))
 
 
@@ -210,7 +212,7 @@ def needs_evaluation(found):
     needed = {"accuracy"}
     if found.config.norm_type == "batch":
         needed |= {"reestimated", "by_batch"} | ({"reestimated_small"} if found.config.batch_size <= SMALL else set())
-    return found.state == "finished" and not needed <= found.evaluation.keys() and has_checkpoint(found)
+    return found.state == "finished" and not needed <= found.evaluation.keys() and has_model_files(found)
 
 
 def to_do(cells, runs):
@@ -339,7 +341,7 @@ def outcome(found):
     return "; ".join(f"{100 * value:.2f} %{MEASURES[name]}" for name, value in found.accuracies.items())
 
 
-def print_plan(cells, flags):
+def print_grid(cells, flags):
     """Print the runs to train, and the hours they take, estimated from existing runs or two short runs."""
     runs = read_runs([flags.train_dir])
     waiting = to_do(cells, runs)
@@ -355,7 +357,11 @@ def print_plan(cells, flags):
                 places = ["--train_dir", folder, "--data_dir", flags.data_dir]
                 Processes(flags.jobs).run(["trainer.py", *trial, *places], os.path.join(folder, "log"))
             speeds = images_per_second(read_runs([folder]))
-    seconds = sum(cell.images / speeds[min(speeds, key=lambda size: abs(size - cell.batch_size))] for cell in waiting)
+    seconds = 0
+    for cell in waiting:
+        nearest, found = min(speeds, key=lambda size: abs(size - cell.batch_size)), cell.find(runs)
+        done = found.rows[-1]["step"] / cell.config.max_training_step if found and found.rows else 0
+        seconds += (1 - done) * cell.images / speeds[nearest]
     jobs = max(1, min(flags.jobs, len(waiting)))
     at_once = min(jobs, len(available_cores()))
     print(
@@ -375,12 +381,13 @@ def images_per_second(runs):
 
 def report(runs, folder, called=None):
     """Print the tables and sentences of `runs`, and write table.md, results.csv and two pictures to `folder`."""
-    found, folder = results.tables(runs, called), Path(folder)
-    parts = [part for table in found for part in (results.markdown(table), "\n".join(results.sentences(table))) if part]
-    text = "\n\n".join(parts) + "\n"
+    found, folder, parts = results.tables(runs, called), Path(folder), []
+    for table in found:
+        parts += [results.markdown(table), "\n".join(results.sentences(table))]
+    text = "\n\n".join(filter(None, parts)) + "\n"
     print(text)
-    write_whole(folder / "table.md", text)
-    results.write_csv(runs, folder / "results.csv")
+    write_atomically(folder / "table.md", text)
+    results.write_results(runs, folder / "results.csv")
     of_norms = [table for table in found if not any(settings for (_, settings), _ in table.rows)]  # not of settings
     drawn = ""
     if of_norms and any(run.state == "finished" for run in runs):
@@ -405,7 +412,7 @@ def main():
     runs = read_runs([flags.train_dir])
     check_train_dir(flags.train_dir, cells, runs)
     if flags.dry_run:
-        print_plan(cells, flags)
+        print_grid(cells, flags)
         return
     waiting = to_do(cells, runs)
     check_memory(min(flags.jobs, len(waiting)), train, test)

@@ -4,9 +4,10 @@
     python figure/finetune.py --from_logs       # makes the table from the logs in --train_dir, without training
 
 Networks are trained at batch size 32 on the classes 0 to 4 of CIFAR-10, one for each norm and seed, then fine-tuned on
-500 images of each of the classes 5 to 9, in the WAYS below. Each way uses the learning rate of RATES that is best on
-held-out training images with seed 0, and is tested on the 5,000 test images of its classes. Every run is a run folder
-of trainer.py, as for compare.py. Writes table.md to --train_dir.
+500 images of each of the classes 5 to 9, in five ways: batch norm, batch norm with frozen statistics, group norm
+converted from batch norm, group norm, and group+ws. Each way uses the learning rate (0.02, 0.06, 0.2 or 0.6) that is
+best on held-out training images with seed 0, and is tested on the 5,000 test images of its classes. Every run is a run
+folder of trainer.py, as for compare.py. Writes table.md to --train_dir.
 """
 
 import functools
@@ -64,7 +65,8 @@ class Task:
     def __init__(self, name, flags, epochs, *more):
         given = ["--dataset", name, "--train_dir", str(Path(flags.train_dir) / name), "--data_dir", flags.data_dir]
         given += ["--jobs", str(flags.jobs), "--model", "resnet8", "--augment", "--epochs", str(epochs), *more]
-        self.name, (self.flags, self.rest) = name, compare.parse_flags(given)
+        self.name = name
+        self.flags, self.rest = compare.parse_flags(given)
         self.splits = functools.cache(
             lambda held_out: datasets.create_default_splits(name, flags.data_dir, validation=held_out)
         )
@@ -143,8 +145,10 @@ def text_of(runs):
 def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per way, with the seeds 0, 1, ...")
-    parser.add_argument("--epochs", type=within(int, low=1), default=8, help="on the first five classes")
-    parser.add_argument("--finetune_epochs", type=within(int, low=1), default=20, help="on the last five classes")
+    parser.add_argument("--epochs", type=within(int, low=1), default=8, help="epochs on the first five classes")
+    parser.add_argument(
+        "--finetune_epochs", type=within(int, low=1), default=20, help="epochs on the last five classes"
+    )
     parser.add_argument("--train_dir", default="studies/finetune", help="folder of the run folders")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of CIFAR10, and of its two halves")
     jobs = "processes to run at the same time"

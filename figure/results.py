@@ -4,15 +4,13 @@ Runs that differ only in seed share a cell of the table. The rows of a table dif
 norm, and in the settings in their names.
 """
 
-import csv
-import io
 import json
 import math
 import re
 import statistics
 from typing import NamedTuple
 
-from command import write_whole
+from command import write_csv
 from runs import MEASURES
 
 COLOURS = {
@@ -32,7 +30,8 @@ COLOURS = {name: colour for norm, colour in COLOURS.items() for name in (norm, f
 CSV_ORDER = "dataset model norm accumulate batch_size rate groups channels_per_group seed run".split()
 LEVEL = 2  # standard errors; smaller differences are called level
 SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of equal norms are disjoint 1 time in 10
-SEED_IMAGES = 5300  # with fewer seeds, their variance is that of so many images: pooled over figure/studies/cifar10
+# with fewer, the variance between seeds is accuracy * (1 - accuracy) / SEED_IMAGES, as in figure/studies/cifar10
+SEED_IMAGES = 5300
 DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
 OF_NORM = {"norm_type", "weight_standardization", "accumulate", "groups", "group_size", "base_learning_rate"}
 LENGTH = {"max_training_step", "max_batch_size", "train"}  # the settings that make the number of epochs
@@ -179,7 +178,7 @@ def cell_text(runs, measure, most):
 def markdown(table):
     """Return a Table as Markdown."""
     title, _, most, rows, batch_sizes, cells = table
-    kind = "smallest ← median → largest of " + f"{most} seeds" if most > 1 else "one seed"
+    kind = f"smallest ← median → largest of {most} seeds" if most > 1 else "one seed"
     lines = [
         f"{title}. Accuracy in %, {kind}:",
         "",
@@ -195,13 +194,14 @@ def markdown(table):
 def standard_error(first, second, images):
     """Return the standard error of the difference of two norms' accuracies, each a list with a value per seed.
 
-    It has two causes: which test images were chosen, and the seeds of the runs.
+    It has two causes: which test images were chosen, and the seeds of the runs. It is that of two means, and ignores
+    that both norms have the same test images.
     """
     variance = 0
     for values in (first, second):
         share = statistics.median(values)
         of_image = share * (1 - share)
-        of_seed = statistics.variance(values) if len(values) >= SPREAD_SEEDS else of_image / SEED_IMAGES
+        of_seed = max(of_image / SEED_IMAGES, statistics.variance(values) if len(values) > 1 else 0)
         variance += of_image / images + of_seed / len(values)
     return math.sqrt(variance)
 
@@ -218,7 +218,7 @@ def comparison(other, base, images):
     verdict = f"{100 * abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
     if abs(difference) <= LEVEL * error:
         verdict = "level with"
-        details.insert(0, f"{100 * difference:+.1f} points, standard error {100 * error:.1f}")
+        details.insert(0, f"{round(100 * difference, 1) + 0.0:+.1f} points, standard error {100 * error:.1f}")
     if seeds >= SPREAD_SEEDS:
         apart = min(other) > max(base) or min(base) > max(other)
         details.append("the ranges " + ("do not overlap" if apart else "overlap"))
@@ -275,11 +275,7 @@ def as_row(run):
     }
 
 
-def write_csv(runs, path):
+def write_results(runs, path):
     """Write results.csv, with a row per run sorted by CSV_ORDER."""
     rows = sorted(map(as_row, runs), key=lambda row: [str(row[name]).zfill(9) for name in CSV_ORDER])
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_csv(path, list(rows[0]), [row.values() for row in rows])

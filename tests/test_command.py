@@ -81,6 +81,7 @@ def test_a_terminal_without_the_letters_gets_their_numbers():
         (FileNotFoundError(2, "No such file", "wrong value"), 2),
         (command.ExternalError("wrong value"), 1),
         (OSError(28, "No space left on device", "wrong value"), 1),
+        (MemoryError("wrong value"), 1),
         (type("ResourceExhaustedError", (Exception,), {})("wrong value"), 1),  # TensorFlow's
     ],
 )

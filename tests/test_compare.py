@@ -108,7 +108,7 @@ def different(value):
 
 def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(compared, tmp_path):
     """Every flag, derived value and fact of the data of a run in turn; what makes another row is named in it."""
-    listed = "prefix data_dir train_dir log_step write_summary_step worker_timeout class_names seed replicas "
+    listed = "prefix data_dir train_dir log_step write_summary_step worker_timeout class_names split seed replicas "
     listed += "test_sample_step ckpt_save_step learning_rate no_adjust_learning_rate no_augment epochs "
     listed += "peak_learning_rate batch_norm_momentum updates_per_step"  # these and the four before follow from others
     run_dir, parts, alike = runs.read_runs([compared[0]])[1].path, ("flags", "derived", "data"), set()
@@ -213,6 +213,7 @@ def test_an_evaluation_of_another_step_or_split_does_not_count(tmp_path):
         ([0.6], [0.615], 10_000, "level with batch (+1.5 points, standard error 1.2, "),
         ([0.6] * 3, [0.62] * 3, 10_000, "2.0 points above batch"),
         ([0.5, 0.6, 0.6, 0.6, 0.7], [0.65] * 5, 10_000, "level with batch (+5.0 points, standard error 3.2, "),
+        ([0.6, 0.75, 0.9], [0.8] * 3, 10_000, "level with batch (+5.0 points, standard error 8.7, "),
         ([0.60] * 4 + [0.69], [0.70] * 5, 10_000, "5 seeds, the ranges do not overlap"),
         ([0.60] * 4 + [0.75], [0.70] * 5, 10_000, "5 seeds, the ranges overlap"),
     ],
@@ -298,12 +299,13 @@ def test_results_and_pictures_come_from_logs_alone(main, tmp_path):
         ("config.json", '{"flags": 3}'),
         ("metrics.jsonl", '{"loss": 1}\n'),
         ("metrics.jsonl", "nothing\n"),
+        ("metrics.jsonl", "\xff\n"),
         ("evaluation.json", '{"step": '),
     ],
 )
 def test_damaged_logs_are_named(file, text, main, tmp_path):
     run_dir = write_run(tmp_path, "run", 0.5)
-    (run_dir / file).write_text(text)
+    (run_dir / file).write_text(text, encoding="latin1")
     assert str(run_dir / file) in main("--from_logs", tmp_path, code=2)
 
 
@@ -335,7 +337,7 @@ def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, norms, ste
     for cell in cells:
         assert (cell.config.norm, cell.config.batch_size, cell.config.seed) == (cell.norm, cell.batch_size, cell.seed)
         assert cell.config.max_training_step == steps and cell.images == steps * cell.config.max_batch_size
-        assert cell.config.log_step == min(log_step, steps)
+        assert cell.config.log_step == min(log_step, steps, cell.config.test_sample_step)  # at most an epoch
         copy = run_of(cell, 1, [], "unfinished")._replace(path=Path("backup/of/it"))
         finished = run_of(cell, 1, [])
         assert [other for other in cells if other.find([copy, finished]) is finished] == [cell]
@@ -349,18 +351,18 @@ def run_of(cell, step, speeds, state="finished"):
 
 def test_the_plan_has_the_hours_of_what_is_to_do(grid, monkeypatch, capsys):
     """By the median speed of the runs that are there, of the nearest batch size: 100,000 steps of 64 images
-    are to do of batch size 4 at 100 per second, and of 32 at 1000, with two processes."""
+    are to do of batch size 4 at 100 per second, and half of them of 32 at 1000, with two processes."""
     flags = "--norm_type group --batch_size 2 32 4 --seeds 1 --max_training_step 100000 --jobs 2".split()
     two, thirty_two, four = cells = grid(*flags)
     done = run_of(two, 100_000, [100.0, 50.0, 400.0])._replace(evaluation={"accuracy": 0.5})
-    found = [done, run_of(thirty_two, 40, [1000.0], "unfinished")]
+    found = [done, run_of(thirty_two, 50_000, [1000.0], "unfinished")]
     monkeypatch.setattr(compare, "read_runs", lambda folders: found)
-    compare.print_plan(cells, compare.parse_flags(["--dataset", "Digits", *flags])[0])
+    compare.print_grid(cells, compare.parse_flags(["--dataset", "Digits", *flags])[0])
     printed = capsys.readouterr().out
-    hours = (6.4e6 / 100 + 6.4e6 / 1000) / 2 / 3600
+    hours = (6.4e6 / 100 + 3.2e6 / 1000) / 2 / 3600
     assert f"3 runs, 2 to do; about {hours:.1f} hours" in printed and "done   group, batch size 2" in printed
     monkeypatch.setattr(compare, "available_cores", lambda: [0])  # on which two processes take turns
-    compare.print_plan(cells, compare.parse_flags(["--dataset", "Digits", *flags])[0])
+    compare.print_grid(cells, compare.parse_flags(["--dataset", "Digits", *flags])[0])
     assert f"about {2 * hours:.1f} hours with 2 processes" in capsys.readouterr().out
 
 
@@ -506,6 +508,7 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         ("--groups 7", "7 groups"),
         ("--norm_type batch --groups 8", "--groups"),
         ("--epochs 2", "--epochs"),
+        ("--checkpoint nowhere", "not in a run folder"),
         ("--max_training_step 7", "6"),
         ("--learning_rate 0.5", "base_learning_rate 0.2"),
     ],

@@ -1,11 +1,14 @@
 """config.py: what follows from flags and data, which flags are refused, and config.json."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import scripts
 
 import checkpoints
+import config
 import trainer
 from command import UserError
 from config import Workers, derive, parse_evaluation, parse_training, workers
@@ -69,6 +72,20 @@ def test_what_follows_from_flags(flags, expected, digits):
     assert {name: getattr(config, name) for name in expected} == pytest.approx(expected)
 
 
+def test_what_needs_the_number_of_images(digits):
+    """Held-out images count for the default network, so that settings are chosen on the network of the final run."""
+    with scripts.refused("--warmup_steps 46", "45 steps"):
+        derived(digits, f"{SMALL} --warmup_steps 46 --epochs 1")
+    photos = dataclasses.replace(digits[0].subset(np.arange(437)), image=np.zeros((1, 80, 80, 3)), from_folder=True)
+    for held_out, model in (("", "resnet18"), ("--validation 9563", "resnet50")):
+        assert derived([photos], f"--dataset Digits {held_out}").model == model
+
+
+@pytest.mark.parametrize("shape, images", [((32, 32, 3), 250), ((64, 64), 250), ((224, 224, 3), 20), ((999, 999), 8)])
+def test_a_test_of_large_images_needs_no_more_memory_than_training(shape, images):
+    assert config.evaluation_batch(shape) == images
+
+
 def test_schedules(digits):
     def rates(flags):
         config = derived(digits, f"{SMALL} --learning_rate 2 --max_training_step 100 --lr_schedule {flags}")
@@ -87,7 +104,6 @@ def test_schedules(digits):
         ("--dataset ImageNet --batch_size 48", ["--batch_size 48", "--max_batch_size 48"]),
         ("--batch_size 0", ["at least 1", "0"]),
         ("--learning_rate nan", ["above 0", "nan"]),
-        ("--warmup_steps 20 --max_training_step 10", ["20", "10"]),
         ("--batch 2", ["--batch"]),
         ("--lr 1", ["did you mean --learning_rate?"]),
         ("--norm_type GN", ["did you mean group?"]),

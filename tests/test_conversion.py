@@ -197,6 +197,11 @@ def test_other_groups_are_converted_and_the_same_are_taken_as_they_are(flags, co
     assert changed == {path for path in same | changed if "_norm" in path and converted}
 
 
+def test_held_out_images_must_be_new_to_the_checkpoint(group_run, data_dir):
+    with scripts.refused("--validation", "100"):
+        start_from(group_run[0], data_dir, "--norm_type", "group", "--validation", 100)
+
+
 def test_other_classes_get_a_new_last_layer(batch_run, data_dir, capsys):
     kind, same, changed = start_from(batch_run, data_dir, classes=3)
     assert kind is None and changed == {"logits/kernel", "logits/bias"} and "stem_conv/kernel" in same

@@ -4,7 +4,6 @@ import os
 import shutil
 
 import archives
-import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +12,7 @@ from scripts import refused
 import datasets
 from config import derive, parse_training
 from datasets import folder, hdf5
+import runs
 from download import prepare_folder
 
 
@@ -58,6 +58,9 @@ def test_folders_that_are_no_dataset(tmp_path, numbers, said):
     with refused(said, tmp_path / "photos"):
         pack(tmp_path / "photos")
     assert not datasets.is_prepared("Pets", tmp_path / "data")
+    with refused("nowhere"):
+        prepare_folder("Nothing", tmp_path / "nowhere", data_dir=tmp_path / "data")
+    assert not (tmp_path / "data" / "Nothing").exists()
 
 
 def test_subfolders_of_a_class_belong_to_it(photos):
@@ -70,6 +73,8 @@ def test_subfolders_of_a_class_belong_to_it(photos):
 
 def test_suffixes_are_read_or_counted(photos, capsys):
     os.symlink("nowhere", photos / "class0" / "link.jpg")
+    os.symlink(photos / "class1", photos / "class0" / "linked")
+    shutil.copy(photos / "class0" / "000.png", photos / "loose.png")
     pixels = Image.open(photos / "class0" / "000.png")
     for name, kind in (("0.jfif", "JPEG"), ("1.pjpeg", "JPEG"), ("2.jp2", "JPEG2000"), ("3.tga", "TGA")):
         pixels.save(photos / "class0" / name, kind)
@@ -78,10 +83,10 @@ def test_suffixes_are_read_or_counted(photos, capsys):
     train, test = pack(photos)
     said = capsys.readouterr().out
     assert len(train) + len(test) == 24 and "2 .heic, 1 .heif" in said and "notes.txt" in said
-    assert "1 .jpg" not in said and "1 links" in said and "class0/link.jpg" in said
+    assert "1 .jpg" not in said and "2 links" in said and "class0/link.jpg" in said and "loose.png" in said
 
 
-@pytest.mark.parametrize("names", [("train", "val"), ("train", "test", "val"), ("Training", "Testing")])
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "single", "test"), ("Training_set", "Testing_set")])
 def test_a_folder_of_splits_is_refused_with_the_flags(photos, names):
     for name in names:
         shutil.copytree(photos, photos.parent / "splits" / name)
@@ -95,13 +100,21 @@ def test_all_broken_images_are_named_and_left_out_if_wanted(photos, capsys, monk
         (photos / name).write_bytes(b"broken")
     with refused("2 of 20", "--skip_broken"):
         pack(photos)
+    os.makedirs(photos / "class2")
+    (photos / "class2" / "0.png").write_bytes(b"broken")
+    with refused("class2", "no images"):
+        pack(photos, skip_broken=True)
+    shutil.rmtree(photos / "class2")
     said = capsys.readouterr().out
     assert "class0/003.png" in said and "class1/007.png" in said
     assert not os.path.exists(photos.parent / "data" / "Pets" / hdf5.DATA)
+    for name in ("class0/004.png", "class0/005.png"):
+        (photos / name).unlink()
     train, test = pack(photos, skip_broken=True)
-    assert len(train) + len(test) == 18
+    assert np.bincount(train.labels).tolist() == [6, 7]  # of 7 and 9 images that can be read
+    assert np.bincount(test.labels).tolist() == [1, 2]
     monkeypatch.chdir(photos)
-    prepare_folder("Pets", "../photos", data_dir="../data")  # it knows which images it left out
+    prepare_folder("Pets", "../photos", data_dir="../data")  # it knows which images it skipped
 
 
 def test_a_long_list_of_images_that_were_left_out_is_kept(photos):
@@ -119,9 +132,13 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
 
 
 def test_images_in_both_splits_are_counted(photos, capsys):
-    with refused("--test_image_dir"):
-        pack(photos, test_image_dir=photos / ".." / "photos")
+    for inside in (photos / ".." / "photos", photos / "class1"):
+        with refused("--test_image_dir", inside):
+            pack(photos, test_image_dir=inside)
     shutil.copytree(photos, photos.parent / "test")
+    shutil.copytree(photos / "class0", photos / "class2")  # without a test image
+    for path in (photos / "class2").iterdir():
+        Image.fromarray(np.full((12, 10, 3), int(path.stem), np.uint8)).save(path)
     (photos.parent / "test" / "class0" / "000.png").unlink()
     pack(photos, test_image_dir=photos.parent / "test")
     assert "19 of 19" in capsys.readouterr().out
@@ -134,8 +151,22 @@ def test_a_folder_that_changed_is_named(photos):
     pack(photos)
     shutil.copytree(photos / "class1", photos / "wolf")
     (photos / "class0" / "005.png").unlink()
-    with refused("10 more", "wolf/", "1 fewer", "class0/005.png", "delete"):
+    os.utime(photos / "class1" / "002.png", (2e9, 2e9))  # written again
+    with refused("10 more", "wolf/", "1 fewer", "class0/005.png", "1 changed", "class1/002.png", "delete"):
         pack(photos)
+
+
+def test_a_run_knows_a_folder_that_was_packed_again_with_other_images(photos):
+    """The numbers are the same, but images that it was trained on may be test images now."""
+    before = pack(photos)
+    os.rename(photos / "class0" / "005.png", photos / "class1" / "a.png")
+    os.rename(photos / "class1" / "005.png", photos / "class0" / "a.png")
+    os.remove(photos.parent / "data" / "Pets" / "data.hdf5")
+    now = pack(photos)
+    assert [len(split) for split in before] == [len(split) for split in now]
+    runs.check_data("RUN", runs.describe_data(*before), *before)
+    with refused("RUN was trained on other data", "split"):
+        runs.check_data("RUN", runs.describe_data(*before), *now)
 
 
 def test_a_damaged_file_is_named_with_the_remedy(photos):
@@ -161,14 +192,7 @@ def test_another_way_of_packing_is_refused(photos, monkeypatch):
     ):
         with refused(said, f"delete {packed}"):
             prepare_folder("Pets", *args, data_dir=photos.parent / "data")
-    with h5py.File(packed, "r+") as file:  # as older versions wrote it
-        file.attrs["recipe"] = file["recipe"][()]
-        del file["recipe"]
-    with refused("--image_size 8 6, not 16 6"):
-        pack(photos, image_size=[16, 6])
-    with h5py.File(packed, "r+") as file:  # and before that
-        del file.attrs["recipe"]
-    assert pack(photos, image_size=[16, 6])[0].image_shape == first == (8, 6, 3)
+    assert first == (8, 6, 3)
     os.remove(packed)
     assert pack(photos, image_size=[16, 6])[0].image_shape == (16, 6, 3)
 
@@ -182,7 +206,7 @@ def test_a_name_that_cannot_be_an_id(photos, place):
         pack(photos)
 
 
-def test_photographs_are_mirrored_unless_flags_say_no(photos):
+def test_photographs_are_flipped_unless_flags_say_no(photos):
     train, _ = pack(photos)
     for flags, augment in (((), "flip+crop"), (("--no_augment",), None), (("--augment", "crop"), "crop")):
         assert derive(parse_training(["--dataset", "Pets", *flags])[0], train).augment == augment

@@ -96,6 +96,12 @@ def test_every_mode_becomes_rgb_with_transparent_parts_on_white(tmp_path, image,
     np.testing.assert_array_equal(loaded(tmp_path / "0.png", image, **saved), shown)
 
 
+def test_alpha_of_0_everywhere_hides_nothing(tmp_path):
+    """As in TGA files whose header says that they have no alpha."""
+    pixels = np.array([[[200, 100, 50, 0]]], np.uint8)
+    np.testing.assert_array_equal(loaded(tmp_path / "0.png", Image.fromarray(pixels)), pixels[..., :3])
+
+
 # Rows first, as NumPy has them: what an image [h, w, c] that was stored with an EXIF orientation looks like.
 SHOWN = {
     1: lambda image: image,

@@ -111,13 +111,13 @@ def test_float_images_are_taken_as_they_are(tmp_path):
 
 
 def test_augmentation_is_drawn_anew_by_seed_and_step(tmp_path):
-    """A dataset of one image many times: all crops of an eighth of a side at most, each mirrored too with 'flip+crop',
+    """A dataset of one image many times: all crops of an eighth of a side at most, each flipped too with 'flip+crop',
     and no others."""
     image = np.random.default_rng(0).integers(1, 256, (16, 8, 1), dtype=np.uint8)
     train, _ = open_own(tmp_path, [image] * 37, np.arange(37) % 2)
     padded = np.pad(image, [(2, 2), (1, 1), (0, 0)])
     crops = [padded[row : row + 16, column : column + 8] for row in range(5) for column in range(3)]
-    mirrored = {crop[:, ::-1].tobytes() for crop in crops}
+    flipped = {crop[:, ::-1].tobytes() for crop in crops}
     crops = {crop.tobytes() for crop in crops}
 
     def pictures(augment, seed=0, step=0):
@@ -126,8 +126,8 @@ def test_augmentation_is_drawn_anew_by_seed_and_step(tmp_path):
 
     assert set(pictures(None)) == {image.tobytes()}
     assert set(pictures("crop")) == crops
-    assert set(pictures("flip+crop")) == crops | mirrored
-    assert 256 < sum(picture in mirrored for picture in pictures("flip+crop")) < 384  # 5 standard deviations
+    assert set(pictures("flip+crop")) == crops | flipped
+    assert 256 < sum(picture in flipped for picture in pictures("flip+crop")) < 384  # 5 standard deviations
     assert pictures("crop") == pictures("crop") != pictures("crop", seed=1)
     assert pictures("crop") != pictures("crop", step=1)
 
@@ -139,7 +139,7 @@ def test_what_a_seed_draws_is_the_same_in_every_version(numbered, imagenet, tmp_
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     train, _ = open_own(tmp_path, [image] * 17, np.arange(17) % 2)
     images, _ = first_batch(train, 6, True, "flip+crop", seed=1, first_step=2)
-    middles = [[27, 28], [28, 29], [34, 35], [28, 27], [44, 45], [44, 45]]  # the fourth is mirrored
+    middles = [[27, 28], [28, 29], [34, 35], [28, 27], [44, 45], [44, 45]]  # the fourth is flipped
     assert np.round(images[:, 4, 3:5, 0] * 255).astype(int).tolist() == middles
     photographs, _ = first_batch(imagenet[0], 3, True, "crop", seed=1, first_step=2)
     np.testing.assert_allclose(np.mean(photographs, axis=(1, 2, 3)), [0.397, 0.701, 0.710], rtol=0, atol=0.002)
@@ -222,19 +222,19 @@ def test_a_training_crop_is_its_window_interpolated(height, width, numbers, rati
     assert found == ratios
 
 
-def test_encoded_images_are_mirrored_half_of_the_time(imagenet):
+def test_encoded_images_are_flipped_half_of_the_time(imagenet):
     """The same crops with and without: each is either the same or its mirror image."""
 
     def made(augment):
         batches = input_ops.create_input_ops(imagenet[0], 8, True, augment, seed=1, last_step=8)
         return np.concatenate([images for images, _ in batches])
 
-    mirrored = 0
+    flipped = 0
     for plain, flipped in zip(made("crop"), made("flip+crop"), strict=True):
         same = np.array_equal(flipped, plain)
         assert same or np.array_equal(flipped, plain[:, ::-1])
-        mirrored += not same
-    assert 12 <= mirrored <= 52  # 5 standard deviations of 64 draws
+        flipped += not same
+    assert 12 <= flipped <= 52  # 5 standard deviations of 64 draws
 
 
 def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path):

@@ -280,6 +280,9 @@ def test_the_table_has_every_layer_and_the_totals(capsys):
 def test_images_that_leave_a_norm_a_single_value_are_refused():
     with scripts.refused("convnet", "--norm_type instance", "(16, 16, 3)", "512"):
         build("convnet", (16, 16, 3), norm_type="instance")
+    with scripts.refused("--batch_size 1", "resnet18"):
+        build("resnet18", batch_size=1)
+    build("resnet18", batch_size=1, freeze_batch_norm=True)  # its batches have no statistics
 
 
 @pytest.mark.parametrize(

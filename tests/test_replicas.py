@@ -261,7 +261,7 @@ def test_workers_must_resume_from_the_same_checkpoint(group_run, data_dir, tmp_p
     _, config, *splits = scripts.configure("--dataset", "Digits", "--data_dir", data_dir)
     copy = shutil.copytree(group_run[0], tmp_path / group_run[0].name)
     (copy / "checkpoint").write_text('model_checkpoint_path: "model-4"\n')
-    here, there = (trainer.identity(config, *splits, run_dir) for run_dir in (group_run[0], copy))
+    here, there = (trainer.shared_settings(config, *splits, run_dir) for run_dir in (group_run[0], copy))
     assert "newest checkpoint" in replicas.difference(here, json.loads(json.dumps(there)), 1)
 
 

@@ -34,6 +34,7 @@ def test_config_json_has_the_flags_what_follows_and_what_made_the_run(group_run)
     assert config["derived"]["updates_per_step"] == 4 and config["derived"]["groups"] == 16
     assert config["versions"]["tensorflow"] == tf.__version__
     assert len(config["data"].pop("class_names")) == 10
+    assert len(config["data"].pop("split")) == 16
     counts = {"train": 1437, "test": 360, "image_shape": [8, 8, 1], "num_classes": 10}
     assert config["data"] == counts | {"made_from": "the original archives"}
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=scripts.REPO, capture_output=True, text=True)
@@ -346,10 +347,13 @@ def test_what_does_not_suit_the_data_is_one_line(flags, words, data_dir, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_that_changed_is_not_trained_on(data_dir, digits, main_of, tmp_path):
+def test_a_run_is_not_resumed_with_other_data_or_convolutions(data_dir, digits, main_of, monkeypatch, tmp_path):
     flags, _ = parse_training(["--dataset", "Digits", "--data_dir", data_dir])
     write_config(tmp_path, flags, derive(flags, digits[0]), describe_data(*digits) | {"train": 1000})
     with scripts.refused(1000, 1437, tmp_path):
+        main_of("--resume", tmp_path)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    with scripts.refused("TF_ENABLE_ONEDNN_OPTS=1", "but it is 0"):
         main_of("--resume", tmp_path)
 
 
