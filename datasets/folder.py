@@ -218,7 +218,7 @@ def print_skipped(files):
     links = [file for file in files if os.path.islink(file) and not os.path.isfile(file)]
     if links:
         print(f"warning: skipped {len(links)} links to folders or missing files, such as {links[0]}", flush=True)
-    files = [file for file in files if os.path.isfile(file)]
+    files = sorted(set(files) - set(links))
     photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
     if photos:
         counts = collections.Counter(map(suffix_of, photos))

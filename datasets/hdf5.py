@@ -61,8 +61,7 @@ def write(folder: str, source: Source, bar=None) -> None:
         with atomic_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
             with h5py.File(part, "w") as file:
                 names = fill(file, source, bar)
-                if source.origin is not None:
-                    file["recipe"] = json.dumps(source.origin)
+                file["recipe"] = json.dumps(source.origin or {})
                 file.flush()
                 file.attrs["packed"] = FORMAT
             write_atomically(ids, "".join(name + "\n" for name in names), ids + UNFINISHED)

@@ -18,15 +18,25 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+import datasets
+import download
+
 FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 WNIDS = ("n03000001", "n01000002", "n02000003", "n00500004")  # not sorted: order matters
 
 
-def make(name, folder, per_class=2, seed=0):
+def pack(name, folder, **kwargs):
+    """Make and pack archives; return (their splits, class names, train and test)."""
+    splits, class_names = make(name, folder / "archives", **kwargs)
+    download.prepare(name, folder / "data", folder / "archives", checksum=False)
+    return splits, class_names, datasets.create_default_splits(name, folder / "data")
+
+
+def make(name, folder, per_class=2):
     """Write the archives of dataset `name` into `folder`; return ({"train": ..., "test": ...}, class names)."""
     os.makedirs(folder, exist_ok=True)
-    return MAKERS[name](str(folder), per_class, np.random.default_rng(seed))
+    return MAKERS[name](str(folder), per_class, np.random.default_rng(0))
 
 
 def pictures(rng, classes, per_class, shape):
@@ -80,7 +90,6 @@ def python2_pickle(value):
 
 
 def add(tar, name, data):
-    """Add a file to a tar."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
@@ -125,10 +134,8 @@ def picture_file(image, mode="RGB", kind="JPEG"):
 
 
 def cmyk_file(values, is_adobe):
-    """Return CMYK values, uint8 [h, w, 4] with 0 for no ink, as a JPEG file: inverted with Adobe's marker, or neither.
-
-    Pillow writes the marker (0xFFEE, of 14 bytes) and inverts.
-    """
+    """Return CMYK values, uint8 [h, w, 4] with 0 for no ink, as a JPEG file: inverted with Adobe's marker, as Pillow
+    writes them (0xFFEE, of 14 bytes), or neither."""
     buffer = io.BytesIO()
     Image.fromarray(values if is_adobe else 255 - values, "CMYK").save(buffer, "JPEG", quality=100)
     start = buffer.getvalue().index(b"\xff\xee\x00\x0eAdobe")
@@ -208,13 +215,22 @@ MAKERS = {
 }
 
 
-def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", seed=0):
-    """Write random images as an own dataset into `folder`; return (ids, images, labels)."""
-    rng = np.random.default_rng(seed)
+def make_own(folder, num=20, classes=2, shape=(8, 8, 3), dtype=np.uint8, file="data.hy", scale=1):
+    """Write random images of 0 to 255 * scale as an own dataset into `folder`; return (ids, images, labels)."""
+    rng = np.random.default_rng(0)
     ids, labels = [str(i) for i in rng.permutation(num)], np.arange(num) % classes
-    images = rng.integers(0, 256, (num, *shape), np.uint8).astype(dtype)
+    images = (rng.integers(0, 256, (num, *shape), np.uint8) * scale).astype(dtype)
     write_own(folder, ids, images, np.eye(classes)[labels], file)
     return ids, images, labels
+
+
+def open_own(folder, images, labels):
+    """Write and open a dataset in the original repo's layout, of which the last five images are the test split."""
+    ids = [f"example{i}" for i in range(len(images))]
+    write_own(folder / "OWN", ids, images, np.eye(max(labels) + 1)[labels])
+    for split, found in (("train", ids[:-5]), ("test", ids[-5:])):
+        (folder / "OWN" / f"id_{split}.txt").write_text("\n".join(found))
+    return datasets.create_default_splits("OWN", folder)
 
 
 def write_own(folder, ids, images, one_hot, file="data.hy"):
@@ -226,3 +242,13 @@ def write_own(folder, ids, images, one_hot, file="data.hy"):
             group["image"], group["label"] = image, label
     with open(os.path.join(folder, "id.txt"), "w") as text:
         text.writelines(id + "\n" for id in ids)
+
+
+def write_photos(folder, numbers):
+    """Write numbers[i] images of 12 by 10 pixels, all different, into the class folder i."""
+    rng = np.random.default_rng(0)
+    for label, number in enumerate(numbers):
+        os.makedirs(folder / f"class{label}")
+        for i in range(number):
+            pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"class{label}" / f"{i:03d}.png")

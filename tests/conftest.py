@@ -1,14 +1,16 @@
 """Data that several files of tests share; TensorFlow starts here as the scripts start it."""
 
 import contextlib
-import io
 import os
 import signal
+import sys
 
 import pytest
 import scripts  # first: it quietens TensorFlow as it loads
 import tensorflow as tf
+from matplotlib.figure import Figure
 
+import command
 import datasets
 import download
 
@@ -36,18 +38,33 @@ def digits(data_dir):
 
 
 @pytest.fixture
-def main_of(monkeypatch):
-    return lambda *flags: scripts.run_here(monkeypatch, *flags)
+def call(monkeypatch, capsys):
+    """Run main() of a script in this process; returns what it printed, its error of one line if it ends with `code`."""
+
+    def run_main(main, *flags, code=0):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, flags)])
+        with pytest.raises(SystemExit) if code else contextlib.nullcontext() as end:
+            command.run(main)
+        out, error = capsys.readouterr()
+        if code:
+            assert end.value.code == code and error.count("\n") == 1, error
+            assert error.startswith(f"{sys.argv[0]}: error: "), error
+        return error if code else out
+
+    return run_main
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, in place of files."""
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    return drawn
 
 
 @pytest.fixture(scope="session")
 def group_run(data_dir, tmp_path_factory):
     """(folder, what it printed) of a run of 9 steps that logged, tested and saved at intervals that do not divide 9."""
-    train_dir = tmp_path_factory.mktemp("group_run")
-    flags = (
-        "--norm_type group --weight_standardization --batch_size 8 --max_training_step 9 --log_step 2 "
-        "--write_summary_step 4 --test_sample_step 5 --ckpt_save_step 4 --learning_rate 0.01 --prefix mine"
-    )
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        run_dir = scripts.train(data_dir, train_dir, *flags.split())
-    return run_dir, printed.getvalue()
+    flags = "--norm_type group --weight_standardization --batch_size 8 --learning_rate 0.01 --prefix mine".split()
+    flags += "--max_training_step 9 --log_step 2 --write_summary_step 4 --test_sample_step 5 --ckpt_save_step 4".split()
+    return scripts.recorded(scripts.train, data_dir, tmp_path_factory.mktemp("group_run"), *flags)

@@ -1,37 +1,16 @@
-"""What tests of the norms compare with: the definitions, in float64, with gradients by the chain rule.
-
-The oracle walks over the sets of values that the papers normalize together, one by one, and takes the gradient by the
-chain rule of arXiv 1502.03167 (section 3), not by the closed form that ops.py uses.
-"""
+"""What tests of the norms compare with: the definitions in float64, over one set after another of the values that the
+papers normalize together, and gradients by the chain rule of arXiv 1502.03167 (section 3), not by a closed form."""
 
 import numpy as np
 import tensorflow as tf
 
 import ops
 
-NORMS = ["group", "layer", "instance", "batch"]
 # (shape, channels last; groups): ranks 2 to 5, odd sizes, one group, a group for each channel, one channel, no example
-GROUP_CASES = [
-    ((4, 6), 1),
-    ((4, 6), 2),
-    ((5, 7), 1),
-    ((3, 5, 6), 3),
-    ((2, 5, 7), 7),
-    ((3, 4, 1), 1),
-    ((2, 5, 3, 12), 4),
-    ((1, 7, 5, 9), 3),
-    ((2, 7, 5, 9), 9),
-    ((2, 7, 5, 9), 1),
-    ((3, 1, 1, 8), 4),
-    ((2, 19, 17, 64), 32),
-    ((2, 16, 8, 6), 3),
-    ((2, 4, 16, 16), 8),
-    ((2, 3, 4, 5, 8), 2),
-    ((2, 2, 3, 3, 5), 5),
-    ((1, 3, 2, 5, 6), 1),
-    ((0, 12), 4),
-    ((0, 5, 3, 12), 4),
-]
+GROUP_CASES = [((4, 6), 1), ((4, 6), 2), ((5, 7), 1), ((3, 5, 6), 3), ((2, 5, 7), 7), ((3, 4, 1), 1)]
+GROUP_CASES += [((2, 5, 3, 12), 4), ((1, 7, 5, 9), 3), ((2, 7, 5, 9), 9), ((2, 7, 5, 9), 1), ((3, 1, 1, 8), 4)]
+GROUP_CASES += [((2, 19, 17, 64), 32), ((2, 16, 8, 6), 3), ((2, 4, 16, 16), 8), ((2, 3, 4, 5, 8), 2)]
+GROUP_CASES += [((2, 2, 3, 3, 5), 5), ((1, 3, 2, 5, 6), 1), ((0, 12), 4), ((0, 5, 3, 12), 4)]
 BATCH_SHAPES = [(5, 7), (2, 3), (3, 5, 6), (2, 5, 3, 12), (1, 7, 5, 9), (9, 1, 1, 4), (2, 3, 4, 5, 3)]
 FORMATS = ["channels_last", "channels_first"]
 
@@ -53,17 +32,14 @@ def batch_sets(shape):
 
 def sets_of(norm_type, shape, groups=2):
     """Index tuples of the values of [N, ..., C] that a norm normalizes together."""
-    if norm_type == "batch":
-        return batch_sets(shape)
-    return group_sets(shape, {"group": groups, "layer": 1, "instance": shape[-1]}[norm_type])
+    return batch_sets(shape) if norm_type == "batch" else group_sets(shape, groups)
 
 
 def norm_of(norm_type, channels, groups=2, **options):
-    """A norm as a function of x, gamma and beta: of NORMS in training, or "inference", batch norm without training."""
+    """A norm as a function of x, gamma and beta: "group", "batch" in training, or "inference", batch norm without."""
     if norm_type in ("batch", "inference"):
         moving = np.linspace(-1, 1, channels), np.linspace(0.5, 3, channels)
         return lambda *args: ops.batch_norm(*args, *moving, norm_type == "batch", **options)[0]
-    groups = {"group": groups, "layer": 1, "instance": channels}[norm_type]
     return lambda *args: ops.group_norm(*args, groups, **options)
 
 
@@ -82,36 +58,23 @@ def oracle(x, gamma, beta, dy, sets, epsilon=1e-5):
         dmu = -dxhat.sum() / std - dvar * 2 * (x[values] - mu).sum() / m
         dx[values] = dxhat / std + dvar * 2 * (x[values] - mu) / m + dmu / m
         terms = max(terms, np.abs(dxhat).max() / std)
-    others = tuple(range(x.ndim - 1))
-    return {
-        "y": xhat * gamma + beta,
-        "dx": dx,
-        "dgamma": (dy * xhat).sum(others),
-        "dbeta": dy.sum(others),
-        "terms": terms,
-    }
+    rest = tuple(range(x.ndim - 1))
+    sums = {"dgamma": (dy * xhat).sum(rest), "dbeta": dy.sum(rest)}
+    return {"y": xhat * gamma + beta, "dx": dx, "terms": terms} | sums
 
 
-def random_case(shape, dtype, seed=0):
+def random_case(shape, dtype):
     """x, gamma, beta and dy for [N, ..., C], none of them with mean 0 or size 1, as arrays of dtype."""
-    rng = np.random.default_rng(seed)
-    channels = shape[-1]
-    arrays = (
-        rng.normal(0.5, 2.0, shape),
-        rng.normal(1.0, 0.5, channels),
-        rng.normal(0.3, 0.5, channels),
-        rng.normal(0.2, 1.0, shape),
-    )
-    return [array.astype(dtype) for array in arrays]
+    rng, channels = np.random.default_rng(0), shape[-1]
+    moments = (0.5, 2.0, shape), (1.0, 0.5, channels), (0.3, 0.5, channels), (0.2, 1.0, shape)
+    return [rng.normal(*each).astype(dtype) for each in moments]
 
 
 def to_format(array, data_format):
-    """[N, ..., C] → data_format."""
     return np.moveaxis(array, -1, 1) if data_format == "channels_first" else array
 
 
 def from_format(array, data_format):
-    """data_format → [N, ..., C]."""
     return np.moveaxis(np.asarray(array), 1, -1) if data_format == "channels_first" else np.asarray(array)
 
 
@@ -129,12 +92,8 @@ def run_with_gradients(function, x, gamma, beta, dy, data_format="channels_last"
 
 def assert_close(actual, expected, dtype):
     """Compare element by element what run_with_gradients and oracle return."""
-    scale = {
-        "y": np.abs(expected["y"]).max(initial=0),
-        "dx": expected["terms"],
-        "dgamma": np.abs(expected["dgamma"]).max() + 1,
-        "dbeta": np.abs(expected["dbeta"]).max() + 1,
-    }
+    scale = {"y": np.abs(expected["y"]).max(initial=0), "dx": expected["terms"]}
+    scale |= {name: np.abs(expected[name]).max() + 1 for name in ("dgamma", "dbeta")}
     for name, size in scale.items():
         assert actual[name].dtype == dtype, name
         allowed = ROUNDINGS * np.finfo(dtype).eps * size
@@ -150,10 +109,8 @@ def gradients_of_cube(function, arguments):
 
 
 def assert_second_derivatives(function, arrays, dtype="float64", in_graph=False):
-    """The gradient of function can be derived again, by every argument, as a gradient penalty does.
-
-    The product of all second derivatives with a direction is the gradient's central difference along it, in float64.
-    """
+    """The gradient can be derived again by every argument: the product of all second derivatives with a direction is
+    the gradient's central difference along it, in float64."""
     rng = np.random.default_rng(1)
     directions = [rng.normal(size=array.shape) for array in arrays]
     above, below = (

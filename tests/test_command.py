@@ -12,13 +12,12 @@ from scripts import REPO, SMALL
 import command
 from config import training_parser
 
-WAITS = """
-import command, signal, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
-command.run(lambda: (print("ready", flush=True), [time.sleep(0.1) for _ in range(300)]))
+RUNS = """
+import command, os, sys, time
+command.run(lambda: (os.kill(os.getpid(), int(sys.argv[1])), [time.sleep(0.1) for _ in range(300)]))
 """
 LOADS = """
-import command, os, signal, sys
+import command, os, sys
 command.import_tensorflow = lambda: os.kill(os.getpid(), int(sys.argv[1]))  # the signal comes while TensorFlow loads
 command.start("__main__", lambda: None)
 """
@@ -41,30 +40,21 @@ print("threads", tf.config.threading.get_intra_op_parallelism_threads())
 trainer.main(*config.parse_training())
 print("threads", tf.config.threading.get_intra_op_parallelism_threads())
 sys.path.insert(0, "tests")
-from test_group_norm import test_an_example_is_bitwise_the_same_in_every_batch as compare
+from test_ops import test_an_example_is_bitwise_the_same_in_every_batch as compare
 compare((6, 9, 5, 33), 3, False, "channels_last")
 print("bitwise")
 """
 
 
 def python(code, *flags, **environment):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    arguments = [sys.executable, "-c", code, *map(str, flags)]
-    return subprocess.Popen(arguments, cwd=REPO, env=os.environ | environment, **pipes)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPO}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, flags)], env=os.environ | environment, **options)
 
 
+@pytest.mark.parametrize("script", [RUNS, LOADS])
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_script_in_one_line(number, code):
-    process = python(WAITS)
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
-    rest, error = process.communicate(timeout=30)
-    assert (process.returncode, rest, len(error.splitlines())) == (code, "", 1) and "error: " in error
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_tensorflow_loads_ends_a_script_in_one_line(number, code):
-    process = python(LOADS, int(number))
+def test_a_signal_ends_a_script_in_one_line_also_while_tensorflow_loads(script, number, code):
+    process = python(script, int(number))
     out, error = process.communicate(timeout=30)
     assert (process.returncode, out, len(error.splitlines())) == (code, "", 1) and "error: " in error
 
@@ -85,19 +75,14 @@ def test_a_terminal_without_the_letters_gets_their_numbers():
         (type("ResourceExhaustedError", (Exception,), {})("wrong value"), 1),  # TensorFlow's
     ],
 )
-def test_an_error_that_is_no_bug_ends_a_script_in_one_line(error, code, capfd, monkeypatch):
+def test_an_error_that_is_no_bug_ends_a_script_in_one_line(error, code, call):
     def main():
         raise error
 
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as end:
-        command.run(main)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert end.value.code == code and "wrong value" in line
+    assert "wrong value" in call(main, code=code)
 
 
 def test_flags_are_parsed_before_tensorflow_loads():
-    """--help and wrong flags take a fraction of a second; TensorFlow takes five."""
     lines = [line.split() for line in python(STARTS).communicate()[0].splitlines() if line.startswith("ended")]
     assert len(lines) == 12
     for _, script, flag, code, *loaded in lines:

@@ -10,8 +10,7 @@ import scripts
 import checkpoints
 import config
 import trainer
-from command import UserError
-from config import Workers, derive, parse_evaluation, parse_training, workers
+from config import Workers, derive, parse_evaluation, parse_network, parse_training, workers
 
 STEPS_PER_EPOCH = 23  # of the 1,437 images of Digits, 64 a step
 SMALL = "--dataset Digits --model resnet8 --max_batch_size 32"
@@ -97,9 +96,8 @@ def test_schedules(digits):
     assert cosine[10] == 2.0 and cosine[55] == pytest.approx(1.0) and 0 < cosine[99] < 0.001
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
+WRONG = {  # parser: [(flags, words of the error: the wrong value, and what would be right)]
+    parse_training: [
         ("--batch_size 3", ["--batch_size 3", "--max_batch_size 33"]),
         ("--dataset ImageNet --batch_size 48", ["--batch_size 48", "--max_batch_size 48"]),
         ("--batch_size 0", ["at least 1", "0"]),
@@ -123,41 +121,43 @@ def test_schedules(digits):
         ("--sync_batch_norm", ["--sync_batch_norm", "one replica"]),
         ("--replicas 2 --sync_batch_norm --norm_type group", ["--sync_batch_norm", "--norm_type group"]),
         ("--replicas 2 --jit_compile", ["--jit_compile", "2"]),
+        ("--resume RUN --norm_type batch", ["--norm_type batch", "--checkpoint RUN"]),  # though it is the default
+        ("--resume RUN --augment flip+crop", ["--augment flip+crop", "--checkpoint RUN"]),
+        ("--resume RUN --max_training_step 8", ["--max_training_step 8", "--checkpoint RUN"]),
     ],
-)
-def test_wrong_flags_are_one_line(flags, words, capsys):
-    with pytest.raises((UserError, SystemExit)) as error:
-        parse_training(f"{SMALL} {flags}".split())
-    text = str(error.value) if error.type is UserError else capsys.readouterr().err
-    assert len(text.splitlines()) == 1 and all(word in text for word in words), text
+    parse_network: [
+        ("--groups 128 --norm_type group --model resnet18", ["64 channels", "128 groups", "1, 2, 4, 8, 16, 32, 64"]),
+        ("--group_size 5 --norm_type group", ["16 channels", "groups of 5", "1, 2, 4, 8, 16"]),
+        ("--group_size 4 --norm_type none", ["--group_size 4", "--norm_type none", "--norm_type group"]),
+        ("--groups 4 --group_size 4 --norm_type group", ["--groups", "--group_size"]),
+        ("--groups 0 --norm_type group", ["--groups", "at least 1", "0"]),
+        ("--groups four --norm_type group", ["--groups", "int", "four"]),
+        ("--image_size 0 0 3", ["--image_size", "at least 1", "0"]),
+        ("--classes 1", ["--classes", "at least 2", "1"]),
+        ("--model resnet9", ["resnet9", "resnet8", "resnet50"]),
+    ],
+    parse_evaluation: [
+        (". --train_dir OTHER", [". and --train_dir OTHER"]),
+        (". --checkpoint OTHER/model-5", [". and --checkpoint OTHER/model-5"]),
+        ("--checkpoint RUN --train_dir train_dir", ["--checkpoint RUN", "--train_dir train_dir"]),  # the default
+        ("RUN/model-5", ["RUN/model-5 is not a folder", "--checkpoint"]),
+        ("--output a.csv", ["--output", "--predict"]),
+        ("--output a.csv --export new", ["--output", "--export"]),
+        ("--split test --predict a.png", ["--split", "--predict"]),
+        ("--batch_statistics moving --predict a.png", ["--batch_statistics", "--predict"]),
+        ("--validation 5 --predict a.png", ["--validation", "--predict"]),
+        ("--split test --export new", ["--split", "--export"]),
+        ("--batch_statistics moving --export new", ["--batch_statistics", "--export"]),
+        ("--validation 5 --export new", ["--validation", "--export"]),
+    ],
+}
 
 
-@pytest.mark.parametrize("flag", ["--norm_type batch", "--augment flip+crop", "--max_training_step 8"])
-def test_flags_beside_resume_are_refused_though_they_are_the_defaults(flag):
-    """With a longer schedule the first steps would have had other rates; --checkpoint starts a new run."""
-    with scripts.refused(flag, "--checkpoint RUN"):
-        parse_training(["--resume", "RUN", *flag.split()])
-
-
-def test_an_evaluation_of_two_runs_is_refused():
-    for one, other in (
-        (".", "--train_dir OTHER"),
-        (".", "--checkpoint OTHER/model-5"),
-        ("--checkpoint RUN", "--train_dir train_dir"),
-    ):
-        with scripts.refused(one, other):
-            parse_evaluation([*one.split(), *other.split()])
-    with scripts.refused("RUN/model-5 is not a folder", "--checkpoint"):
-        parse_evaluation(["RUN/model-5"])
-
-
-@pytest.mark.parametrize("mode", ["--predict a.png", "--export new"])
-def test_flags_without_effect_on_a_prediction_or_an_export_are_refused(mode):
-    for flag in ("--split test", "--batch_statistics moving", "--validation 5"):
-        with scripts.refused(flag.split()[0], mode.split()[0]):
-            parse_evaluation(["--dataset", "Digits", *flag.split(), *mode.split()])
-    with scripts.refused("--output", "--export" if "export" in mode else "--predict"):
-        parse_evaluation(f"--dataset Digits --output a.csv {mode if 'export' in mode else ''}".split())
+@pytest.mark.parametrize("parse, flags, words", [(parse, *case) for parse, cases in WRONG.items() for case in cases])
+def test_wrong_flags_are_one_line(parse, flags, words, call):
+    given = f"{SMALL} {flags}" if parse is parse_training and "--resume" not in flags else flags
+    error = call(lambda: parse(given.split()), code=2)
+    assert all(word in error for word in words), error
 
 
 @pytest.mark.parametrize(

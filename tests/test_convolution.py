@@ -86,14 +86,11 @@ def test_convolve_takes_empty_and_unknown_batches(shape):
 SAME = {"padding": "same"}
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, SAME | {"strides": (2, 1)}, SAME | {"dilation_rate": 2}, SAME | {"groups": 2}]
-)
-def test_conv2d_layer_is_that_of_keras(arguments):
-    """Conv2D gives what keras.layers.Conv2D gives, gradients included, for all arguments."""
+@pytest.mark.parametrize("given", [{}, SAME | {"strides": (2, 1)}, SAME | {"dilation_rate": 2}, SAME | {"groups": 2}])
+def test_conv2d_layer_is_that_of_keras(given):
     x = np.random.default_rng(0).normal(size=(1, 6, 5, 4)).astype("float32")
     results = []
-    for layer in (layers.Conv2D(64, 3, **arguments), keras.layers.Conv2D(64, 3, **arguments)):
+    for layer in (layers.Conv2D(64, 3, **given), keras.layers.Conv2D(64, 3, **given)):
         layer.build(x.shape)
         layer.set_weights([np.linspace(-1, 1, math.prod(w.shape)).reshape(w.shape) for w in layer.get_weights()])
         with tf.GradientTape() as tape:
@@ -118,7 +115,6 @@ def test_standardized_weights_have_mean_0_and_variance_1_by_fan_in(shape, dtype)
 
 
 def test_standardized_weights_pass_gradients_on():
-    """The first derivative passes through the mean and variance of each filter, and so does the second one."""
     kernel = np.random.default_rng(0).normal(size=(2, 3, 2, 3))
     cube = tf.function(lambda kernel: layers.standardize_weights(kernel) ** 3)
     theoretical, numerical = tf.test.compute_gradient(cube, [tf.constant(kernel)], delta=1e-5)
@@ -128,7 +124,6 @@ def test_standardized_weights_pass_gradients_on():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_standardized_convolution_is_the_convolution_with_standardized_weights(policy):
-    """StandardizedConv2D keeps Conv2D's arguments and stored kernel; only the kernel in use is standardized."""
     x = np.random.default_rng(0).normal(size=(2, 9, 7, 4)).astype("float32")
     settings = {"strides": 2, "padding": "same", "bias_initializer": "ones", "activation": "relu", "dtype": policy}
     layer = layers.StandardizedConv2D(6, (3, 2), **settings)

@@ -1,21 +1,18 @@
 """evaler.py: the whole split, in inference mode, the same number that the trainer printed; and its pictures."""
 
-import contextlib
 import csv
 import dataclasses
-import io
 import json
 import os
 import shutil
 
+import archives
 import imageio.v3 as iio
 import keras
 import numpy as np
 import pytest
 import scripts
 import tensorflow as tf
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 import checkpoints
 import download
@@ -33,15 +30,12 @@ def batch_run(data_dir, tmp_path_factory):
     train_dir = tmp_path_factory.mktemp("batch_run")
     training = "--norm_type batch --augment crop --seed 3 --batch_size 4 --max_training_step 12 --ckpt_save_step 5"
     run_dir = scripts.train(data_dir, train_dir, *training.split())
-    flags = ("--dataset", "Digits", "--data_dir", data_dir, "--train_dir", train_dir, "--batch_statistics")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        scripts.evaluate([*flags, "reestimate", "reestimate_small"])
-    return run_dir, printed.getvalue()
+    choices = "--batch_statistics", "reestimate", "reestimate_small"
+    return run_dir, scripts.recorded(scripts.evaluate_digits, data_dir, run_dir, *choices)[1]
 
 
 @pytest.fixture
 def copied_run(batch_run, tmp_path):
-    """A copy that a test may change."""
     return shutil.copytree(batch_run[0], tmp_path / "run")
 
 
@@ -104,7 +98,6 @@ def test_the_newest_run_of_the_dataset_is_taken(batch_run, data_dir, capsys, tmp
 
 
 def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
-    """By moving statistics, without dropout, whatever the batch; nothing moves."""
     state, test = scripts.state_of(*scripts.SMALL, "--model", "convnet", "--data_dir", data_dir), digits[1]
     before = [weight.copy() for weight in state.model.get_weights()]
     whole, parts = (evaler.evaluate(state.model, test, size) for size in (360, 7))
@@ -181,12 +174,9 @@ def test_evaluate_by_hand():
     labels = np.array([0, 1, 0, 0, 1])
 
     def predict(rows, _):
-        return (
-            tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], tf.gather(logits, rows)),
-            tf.argmax(tf.gather(logits, rows), axis=1),
-            tf.ones([len(rows)], tf.bool),
-            tf.reduce_max(tf.exp(tf.gather(logits, rows)), axis=1),
-        )
+        chosen = tf.constant(logits[rows])
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels[rows], chosen)
+        return losses, tf.argmax(chosen, axis=1), tf.ones([len(rows)], tf.bool), tf.reduce_max(tf.exp(chosen), axis=1)
 
     batches = [(np.array(rows), None) for rows in ([0, 1], [2, 3], [4])]
     result = evaler.summarize(*evaler.predict_all(predict, batches), labels, 3)
@@ -213,23 +203,18 @@ def test_floats_of_any_range_become_pictures():
     assert summaries.to_uint8(np.array([3, 200], np.uint8)).tolist() == [3, 200]
 
 
-def test_the_confusion_picture_shows_shares_of_each_label(monkeypatch):
+def test_the_confusion_picture_shows_shares_of_each_label():
     """Rows are labels: 8 of 10 and 3 of 4 are right, the third label has no images."""
-    shown, imshow = [], Axes.imshow
-    monkeypatch.setattr(
-        Axes, "imshow", lambda axes, values, **options: shown.append(values) or imshow(axes, values, **options)
-    )
     figure = summaries.draw_confusion(np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]]), ["cost_$5_$6", "b", "c"])
-    np.testing.assert_allclose(shown, [[[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]]], rtol=1e-12)
+    shares = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(shares, [[0.8, 0.2, 0], [0.25, 0.75, 0], [0, 0, 0]], rtol=1e-12)
     assert [text.get_text() for text in figure.axes[0].texts] == ["8", "2", "1", "3"]
     picture = summaries.as_pixels(figure)
     assert picture.shape == (1, 360, 400, 3) and picture.dtype == np.uint8
 
 
-def test_the_worst_mistakes_come_first(digits, monkeypatch):
+def test_the_worst_mistakes_come_first(digits, figures):
     """Of four mistakes the three of the largest loss; a right prediction of larger loss is none."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     split = dataclasses.replace(digits[1].subset(np.arange(30)), ids=[f"test/shot_$0_and_$9_{i}" for i in range(30)])
     predictions, losses = split.labels.copy(), np.full(30, 0.1)
     for position, loss in ((4, 2.5), (11, 0.7), (17, 9.25), (26, 4.0)):
@@ -273,13 +258,13 @@ def test_requests_that_do_not_suit_the_runs_are_refused(batch_run, data_dir, tmp
 
 
 @pytest.mark.parametrize("file, size", [("data-00000-of-00001", 1000), ("data-00000-of-00001", None), ("index", None)])
-def test_a_checkpoint_that_is_cut_or_incomplete_is_named(file, size, copied_run, data_dir, main_of):
+def test_a_checkpoint_that_is_cut_or_incomplete_is_named(file, size, copied_run, data_dir):
     path = copied_run / f"model-12.{file}"
     os.truncate(path, size) if size else path.unlink()
     with scripts.refused(copied_run, "checkpoint"):
         scripts.evaluate_digits(data_dir, copied_run)
     with scripts.refused(copied_run / "model-12", "--checkpoint", "new run"):
-        main_of("--resume", copied_run)
+        scripts.run_here("--resume", copied_run)
 
 
 def test_a_checkpoint_of_other_classes_is_named(batch_run):
@@ -288,34 +273,28 @@ def test_a_checkpoint_of_other_classes_is_named(batch_run):
         checkpoints.load_weights(model, batch_run[0])
 
 
-def test_a_run_is_opened_on_its_own_classes_alone(main_of, tmp_path, capsys, monkeypatch):
-    """Also if the folder is packed anew by another spelling of its path, which older versions stored with the run.
-
-    Then a class of three is renamed: the labels of the images stay, their names move.
-    """
+def test_a_run_is_opened_on_its_own_classes_alone(tmp_path, capsys, monkeypatch):
+    """Also if the folder is packed again by another spelling of its path. Then
+    a class of three is renamed: the labels of the images stay, their names move."""
     photos, data_dir, train_dir = tmp_path / "photos", tmp_path / "data", tmp_path / "runs"
-    for label, name in enumerate(("apple", "leaf", "sky")):
-        (photos / name).mkdir(parents=True)
-        for i in range(5):
-            pixels = np.full((8, 8, 3), 80 * label + i, np.uint8)
-            keras.utils.save_img(photos / name / f"{i}.png", pixels, scale=False)
+    archives.write_photos(photos, (5, 5, 5))
     flags = ["--dataset", "FRUIT", "--data_dir", str(data_dir), "--train_dir", str(train_dir)]
     download.prepare_folder("FRUIT", str(photos), data_dir=str(data_dir))
     training = ["--model", "resnet8", "--max_batch_size", "4", "--max_training_step", "1"]
-    main_of(*flags, *training)
-    run_dir, image = scripts.only_run(train_dir), str(photos / "sky" / "0.png")
+    scripts.run_here(*flags, *training)
+    run_dir, image = scripts.only_run(train_dir), str(photos / "class2" / "000.png")
     (data_dir / "FRUIT" / "data.hdf5").unlink()
     monkeypatch.chdir(tmp_path)
     download.prepare_folder("FRUIT", "photos", data_dir=str(data_dir))
     scripts.evaluate([*flags, "--predict", image])
-    (photos / "apple").rename(photos / "zapple")
+    (photos / "class0").rename(photos / "class3")
     (data_dir / "FRUIT" / "data.hdf5").unlink()
     download.prepare_folder("FRUIT", str(photos), data_dir=str(data_dir))
     for ask in ([], ["--predict", image], ["--export", str(tmp_path / "exported")]):
-        with scripts.refused("class 0", "apple", "leaf"):
+        with scripts.refused("class 0", "class0", "class1"):
             scripts.evaluate([*flags, *ask])
-    with scripts.refused("class 0", "apple", "leaf"):
-        main_of("--resume", run_dir, "--data_dir", data_dir)
+    with scripts.refused("class 0", "class0", "class1"):
+        scripts.run_here("--resume", run_dir, "--data_dir", data_dir)
     capsys.readouterr()
-    main_of(*flags, *training, "--checkpoint", run_dir)
+    scripts.run_here(*flags, *training, "--checkpoint", run_dir)
     assert "new: logits/kernel, logits/bias" in capsys.readouterr().out

@@ -1,8 +1,6 @@
 """evaler.py --export: files that load without this repo, compute the same, and can be trained on."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import re
 import shutil
@@ -16,6 +14,7 @@ import pytest
 import scripts
 import tensorflow as tf
 from PIL import Image
+from scripts import build, randomize
 
 import checkpoints
 import export
@@ -24,7 +23,6 @@ import ops
 from command import ExternalError
 from config import NORM_TYPES
 from input_ops import to_float
-from networks import build, randomize
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +34,7 @@ def run_dir(group_run):
 def exported(run_dir, data_dir, tmp_path_factory):
     """The run's export, and what evaler.py printed."""
     place = tmp_path_factory.mktemp("export") / "taken"
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        scripts.evaluate(flags_of(run_dir, data_dir, place))
-    return place, printed.getvalue()
+    return place, scripts.recorded(scripts.evaluate, flags_of(run_dir, data_dir, place))[1]
 
 
 def flags_of(run_dir, data_dir, place):
@@ -61,7 +57,7 @@ def test_the_folder_holds_the_files_and_the_card_says_what_they_are(exported, ru
         f"| accuracy | {100 * result['accuracy']:.2f} % of the test images |",
         "| norm | group, 16 groups, weight standardization |",
         "| images | 1437 to train, 360 to test |",
-        "| batch size | 8 images per update |",
+        "| batch size | 8 images |",
         f"| versions, training | python {config['versions']['python']}, tensorflow {tf.__version__}",
         f"| commit | {(config['source'] or {'commit': 'unknown'})['commit']}",
         "| classes, in the order of the logits | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
@@ -159,9 +155,8 @@ def test_a_network_of_keras_layers_computes_the_same(name, norm_type, weight_sta
     twin = export.to_keras_layers(model)
     assert all(type(layer).__module__.startswith("keras.") for layer in twin.layers)
     assert [layer.name for layer in twin.layers] == [layer.name for layer in model.layers]
-    assert [layer.rate for layer in twin.layers if type(layer) is keras.layers.Dropout] == [0.5] * 4 * (
-        name == "convnet"
-    )
+    rates = [layer.rate for layer in twin.layers if type(layer) is keras.layers.Dropout]
+    assert rates == [0.5] * 4 * (name == "convnet")
     x = np.random.default_rng(1).uniform(size=(4, 32, 32, 3)).astype("float32")
     expected = model(x).numpy()
     assert np.ptp(expected, axis=0).min() > 1e-3  # logits differ between images: the comparison says something
@@ -215,7 +210,6 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run_dir, data_d
 
 
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(run_dir, digits, tmp_path):
-    """The SavedModel does not fit."""
     with scripts.full_disk(200_000), scripts.refused(tmp_path / "taken", "too large", kind=ExternalError):
         export.write(scripts.network_of(run_dir), digits[1], tmp_path / "taken", run_dir, 9, 0.5)
     assert list(tmp_path.iterdir()) == []
@@ -238,28 +232,20 @@ def test_a_bfloat16_run_is_exported_in_float32(exported, run_dir, data_dir, tmp_
         np.testing.assert_array_equal(value, stored[name], err_msg=name)
 
 
-def test_a_saved_model_trains_as_the_network_does(tmp_path):
-    """serve(images, training=True) normalizes by the batch and moves the statistics, as the network does."""
-    model = build(shape=(8, 8, 1), batch_norm_momentum=0.5)
-    data = SimpleNamespace(network_shape=(8, 8, 1), dtype=np.uint8, class_names=list("abcdefghij"))
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_a_saved_model_trains_as_the_network_does(dtype, tmp_path):
+    """serve(images, training=True) normalizes by the batch and moves the statistics, as the network does. Float images
+    are taken as they are: nothing is divided by 255."""
+    model = build(shape=(8, 8, 1), classes=3, batch_norm_momentum=0.5)
+    data = SimpleNamespace(network_shape=(8, 8, 1), dtype=dtype, class_names=["a", "b|c", "ü"])
     export.write_saved_model(model, data, tmp_path / "saved_model")
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(dtype)
     loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
     for training in (True, False):
-        expected = model(to_float(tf.constant(images)), training=training)
+        expected = model(images / np.float32(255 if dtype == np.uint8 else 1), training=training)
         np.testing.assert_allclose(loaded.serve(images, training=training)["logits"], expected, rtol=0, atol=1e-5)
     moving = [variable for variable in model.non_trainable_variables if "moving" in variable.path]
     assert len(moving) == len(loaded.state) > 4 and abs(moving[0].numpy()).max() > 0
     for variable, state in zip(moving, loaded.state):
         np.testing.assert_allclose(state, variable, rtol=1e-5, atol=1e-6)
-
-
-def test_float_images_are_taken_as_they_are(tmp_path):
-    """A dataset of float images: the SavedModel takes float32, and nothing is divided by 255."""
-    model = build(shape=(8, 8, 1), classes=3, norm_type="group")
-    data = SimpleNamespace(network_shape=(8, 8, 1), dtype=np.float32, name="MINE", class_names=["a", "b|c", "ü"])
-    export.write_saved_model(model, data, tmp_path / "saved_model")
-    x = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype("float32")
-    loaded = tf.saved_model.load(str(tmp_path / "saved_model"))
-    np.testing.assert_allclose(loaded.serve(x)["logits"], model(x), rtol=0, atol=1e-5)
     assert [name.decode() for name in loaded.class_names.numpy()] == data.class_names

@@ -4,23 +4,18 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import archives
 import numpy as np
 import pytest
 import tensorflow as tf
-from scripts import REPO, command, refused
+from scripts import refused, start, wait_for
 
 import config
 import datasets
 import model
 from datasets import hdf5
-
-sys.path.insert(0, str(REPO / "figure"))
 
 import scaling
 import speed
@@ -101,14 +96,11 @@ def test_speeds_are_of_rows_written_while_all_runs_train(tmp_path, monkeypatch):
 
 @on_linux
 def test_scaling_ends_its_workers_when_it_is_ended():
-    with subprocess.Popen(command("figure/scaling.py", "--quick"), stdout=subprocess.DEVNULL) as script:
+    with start("figure/scaling.py", "--quick") as script:
         try:
             children = Path(f"/proc/{script.pid}/task/{script.pid}/children")
-            deadline = time.monotonic() + 120
-            while "trainer.py" not in commands_of(children.read_text().split()) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            wait_for(lambda: "trainer.py" in commands_of(children.read_text().split()))
             found = children.read_text().split()
-            assert found
             script.send_signal(signal.SIGTERM)
             assert script.wait(60) == 143
         finally:

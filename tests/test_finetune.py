@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import archives
@@ -11,12 +10,9 @@ import numpy as np
 import pytest
 import scripts
 
-sys.path.insert(0, str(scripts.REPO / "figure"))
-
 import finetune
 
 import datasets
-import download
 import runs
 
 STUDY = scripts.REPO / "figure" / "studies" / "finetune"
@@ -25,9 +21,8 @@ STUDY = scripts.REPO / "figure" / "studies" / "finetune"
 @pytest.fixture
 def cifar10(tmp_path):
     """A data folder with a small CIFAR10 in it."""
-    archives.make("CIFAR10", tmp_path / "archives", per_class=7)
-    download.prepare("CIFAR10", tmp_path, tmp_path / "archives", checksum=False)
-    return tmp_path
+    archives.pack("CIFAR10", tmp_path, per_class=7)
+    return tmp_path / "data"
 
 
 def test_the_tasks_are_the_two_halves_of_cifar10(cifar10, monkeypatch):
@@ -75,24 +70,20 @@ def test_a_run_that_is_not_of_the_grid_is_not_in_the_table(cifar10, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [("--seeds 9", "--seeds"), ("--jobs 3", "--jobs"), ("", "no run folder in")])
-def test_logs_alone_need_no_flags_for_training_but_runs(flags, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "--from_logs", "--train_dir", str(tmp_path), *flags.split()])
-    with scripts.refused(said):
-        finetune.main()
+def test_logs_alone_need_no_flags_for_training_but_runs(flags, said, tmp_path, call):
+    assert said in call(finetune.main, "--from_logs", "--train_dir", tmp_path, *flags.split(), code=2)
 
 
-def run_of(way, rate, accuracy, validation=None):
-    return SimpleNamespace(
-        way=way,
-        config=SimpleNamespace(validation=validation, base_learning_rate=rate),
-        accuracies={} if accuracy is None else {"accuracy": accuracy},
-    )
+def run_of(way, rate, validation=None, **accuracies):
+    config = SimpleNamespace(validation=validation, base_learning_rate=rate)
+    return SimpleNamespace(way=way, config=config, accuracies=accuracies)
 
 
 def test_a_rate_is_chosen_on_images_held_out(monkeypatch):
     monkeypatch.setattr(finetune, "way_of", lambda found: found.way)
-    held_out = [("group", 0.02, 0.5), ("group", 0.2, 0.7), ("batch", 0.02, 0.6), ("batch", 0.2, None)]  # it diverged
-    found = [*(run_of(*run, validation=500) for run in held_out), run_of("group", 0.06, 0.9)]  # on the test split
+    found = [run_of("group", 0.02, 500, accuracy=0.5), run_of("group", 0.2, 500, accuracy=0.7)]
+    found += [run_of("batch", 0.02, 500, accuracy=0.6), run_of("batch", 0.2, 500)]  # it diverged
+    found.append(run_of("group", 0.06, accuracy=0.9))  # on the test split
     assert finetune.best_rates(found) == {"group": 0.2, "batch": 0.02}
 
 

@@ -16,20 +16,10 @@ import runs
 from download import prepare_folder
 
 
-def write_photos(folder, numbers):
-    """Write numbers[i] images of 12 by 10 pixels, all different, into the class folder i."""
-    rng = np.random.default_rng(0)
-    for label, number in enumerate(numbers):
-        os.makedirs(folder / f"class{label}")
-        for i in range(number):
-            pixels = rng.integers(0, 256, (12, 10, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"class{label}" / f"{i:03d}.png")
-
-
 @pytest.fixture
 def photos(tmp_path):
     """photos/{class0,class1}/000.png ... 009.png."""
-    write_photos(tmp_path / "photos", (10, 10))
+    archives.write_photos(tmp_path / "photos", (10, 10))
     return tmp_path / "photos"
 
 
@@ -41,7 +31,7 @@ def pack(photos, **kwargs):
 
 def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
     numbers = (50, 2, 3, 10, 1, 7, 8)
-    write_photos(tmp_path / "photos", numbers)
+    archives.write_photos(tmp_path / "photos", numbers)
     train, test = pack(tmp_path / "photos")
     assert "class4" in capsys.readouterr().out  # its single image is in train
     assert np.bincount(test.labels, minlength=7).tolist() == [10, 1, 1, 2, 0, 1, 2]
@@ -54,7 +44,7 @@ def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
 
 @pytest.mark.parametrize("numbers, said", [((1, 1, 1), "2 images"), ((3, 0, 4), "class1"), ((5,), "1 class")])
 def test_folders_that_are_no_dataset(tmp_path, numbers, said):
-    write_photos(tmp_path / "photos", numbers)
+    archives.write_photos(tmp_path / "photos", numbers)
     with refused(said, tmp_path / "photos"):
         pack(tmp_path / "photos")
     assert not datasets.is_prepared("Pets", tmp_path / "data")
@@ -63,26 +53,20 @@ def test_folders_that_are_no_dataset(tmp_path, numbers, said):
     assert not (tmp_path / "data" / "Nothing").exists()
 
 
-def test_subfolders_of_a_class_belong_to_it(photos):
-    os.makedirs(photos / "class1" / "puppies" / "small")
-    shutil.copy(photos / "class0" / "000.png", photos / "class1" / "puppies" / "small" / "a.png")
-    splits = pack(photos)
-    labels = {id.partition("/")[2]: label for split in splits for id, label in zip(split.ids, split.labels)}
-    assert len(labels) == 21 and labels["class1/puppies/small/a.png"] == 1
-
-
-def test_suffixes_are_read_or_counted(photos, capsys):
+def test_suffixes_are_read_or_counted_in_subfolders_too(photos, capsys):
     os.symlink("nowhere", photos / "class0" / "link.jpg")
     os.symlink(photos / "class1", photos / "class0" / "linked")
     shutil.copy(photos / "class0" / "000.png", photos / "loose.png")
+    os.makedirs(photos / "class1" / "puppies" / "small")
     pixels = Image.open(photos / "class0" / "000.png")
-    for name, kind in (("0.jfif", "JPEG"), ("1.pjpeg", "JPEG"), ("2.jp2", "JPEG2000"), ("3.tga", "TGA")):
-        pixels.save(photos / "class0" / name, kind)
+    for name, kind in (("0.jfif", "JPEG"), ("1.pjpeg", "JPEG"), ("2.jp2", "JPEG2000"), ("puppies/small/3.tga", "TGA")):
+        pixels.save(photos / "class1" / name, kind)
     for name in ("a.HEIC", "b.heic", "c.heif", "notes.txt"):
         (photos / "class1" / name).write_bytes(b"no image")
-    train, test = pack(photos)
+    labels = {id.partition("/")[2]: label for split in pack(photos) for id, label in zip(split.ids, split.labels)}
     said = capsys.readouterr().out
-    assert len(train) + len(test) == 24 and "2 .heic, 1 .heif" in said and "notes.txt" in said
+    assert len(labels) == 24 and labels["class1/puppies/small/3.tga"] == 1
+    assert "2 .heic, 1 .heif" in said and "notes.txt" in said
     assert "1 .jpg" not in said and "2 links" in said and "class0/link.jpg" in said and "loose.png" in said
 
 
@@ -179,7 +163,7 @@ def test_a_damaged_file_is_named_with_the_remedy(photos):
 
 
 def test_another_way_of_packing_is_refused(photos, monkeypatch):
-    write_photos(photos.parent / "others", (5, 5))
+    archives.write_photos(photos.parent / "others", (5, 5))
     packed, others = photos.parent / "data" / "Pets" / "data.hdf5", photos.parent / "others"
     first = pack(photos, image_size=[8, 6])[0].image_shape
     monkeypatch.chdir(photos.parent)
@@ -206,15 +190,11 @@ def test_a_name_that_cannot_be_an_id(photos, place):
         pack(photos)
 
 
-def test_photographs_are_flipped_unless_flags_say_no(photos):
-    train, _ = pack(photos)
-    for flags, augment in (((), "flip+crop"), (("--no_augment",), None), (("--augment", "crop"), "crop")):
-        assert derive(parse_training(["--dataset", "Pets", *flags])[0], train).augment == augment
-
-
-def test_the_default_network_of_few_large_photographs_is_small(photos):
+def test_photographs_are_flipped_unless_flags_say_no_and_few_large_ones_get_a_small_network(photos):
     train, _ = pack(photos, image_size=(70, 70))
-    assert derive(parse_training(["--dataset", "Pets"])[0], train).model == "resnet18"
+    for flags, augment in (((), "flip+crop"), (("--no_augment",), None), (("--augment", "crop"), "crop")):
+        config = derive(parse_training(["--dataset", "Pets", *flags])[0], train)
+        assert (config.augment, config.model) == (augment, "resnet18")
 
 
 @pytest.mark.parametrize("scale, warned", [(255, True), (-255, True), (1, False)])

@@ -8,19 +8,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-import datasets
-import download
 import input_ops
 from datasets import hdf5
-
-
-def open_own(folder, images, labels):
-    """Write and open a dataset in the original repo's layout, of which the last five images are the test split."""
-    ids = [f"example{i}" for i in range(len(images))]
-    archives.write_own(folder / "OWN", ids, images, np.eye(max(labels) + 1)[labels])
-    for split, found in (("train", ids[:-5]), ("test", ids[-5:])):
-        (folder / "OWN" / f"id_{split}.txt").write_text("\n".join(found))
-    return datasets.create_default_splits("OWN", folder)
 
 
 def first_batch(*arguments, **keywords):
@@ -31,15 +20,12 @@ def first_batch(*arguments, **keywords):
 def numbered(tmp_path_factory):
     """27 training and 5 test images 6×5×3, in which every pixel of image i is i (uint8); its label is i % 3."""
     images = np.ones((32, 6, 5, 3), np.uint8) * np.arange(32, dtype=np.uint8).reshape(-1, 1, 1, 1)
-    return open_own(tmp_path_factory.mktemp("numbered"), images, np.arange(32) % 3)
+    return archives.open_own(tmp_path_factory.mktemp("numbered"), images, np.arange(32) % 3)
 
 
 @pytest.fixture(scope="module")
 def imagenet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("imagenet")
-    archives.make("ImageNet", folder / "archives")
-    download.prepare("ImageNet", folder / "data", folder / "archives", checksum=False)
-    return datasets.create_default_splits("ImageNet", folder / "data")
+    return archives.pack("ImageNet", tmp_path_factory.mktemp("imagenet"))[2]
 
 
 def numbers(batches):
@@ -64,7 +50,6 @@ def test_epochs_are_permutations_of_which_no_two_are_alike():
 
 
 def test_batches_go_over_the_end_of_an_epoch(numbered):
-    """They are full, and ten epochs hold each of the 27 images ten times."""
     batches = numbers(input_ops.create_input_ops(numbered[0], 10, True, seed=0, last_step=27))
     assert {len(batch) for batch in batches} == {10}
     for epoch in np.concatenate(batches).reshape(10, 27):
@@ -105,7 +90,7 @@ def test_reading_from_the_file_gives_the_same_batches(numbered, monkeypatch):
 
 def test_float_images_are_taken_as_they_are(tmp_path):
     images = np.random.default_rng(0).normal(0, 50, (12, 4, 4, 2)).astype(np.float32)
-    _, test = open_own(tmp_path, images, np.arange(12) % 2)
+    _, test = archives.open_own(tmp_path, images, np.arange(12) % 2)
     batch, _ = first_batch(test, 5, False)
     np.testing.assert_array_equal(batch, images[-5:])
 
@@ -114,7 +99,7 @@ def test_augmentation_is_drawn_anew_by_seed_and_step(tmp_path):
     """A dataset of one image many times: all crops of an eighth of a side at most, each flipped too with 'flip+crop',
     and no others."""
     image = np.random.default_rng(0).integers(1, 256, (16, 8, 1), dtype=np.uint8)
-    train, _ = open_own(tmp_path, [image] * 37, np.arange(37) % 2)
+    train, _ = archives.open_own(tmp_path, [image] * 37, np.arange(37) % 2)
     padded = np.pad(image, [(2, 2), (1, 1), (0, 0)])
     crops = [padded[row : row + 16, column : column + 8] for row in range(5) for column in range(3)]
     flipped = {crop[:, ::-1].tobytes() for crop in crops}
@@ -137,7 +122,7 @@ def test_what_a_seed_draws_is_the_same_in_every_version(numbered, imagenet, tmp_
     order = numbers(input_ops.create_input_ops(numbered[0], 9, True, seed=3, last_step=1))
     assert order == [[16, 23, 19, 7, 2, 18, 6, 13, 3]]
     image = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    train, _ = open_own(tmp_path, [image] * 17, np.arange(17) % 2)
+    train, _ = archives.open_own(tmp_path, [image] * 17, np.arange(17) % 2)
     images, _ = first_batch(train, 6, True, "flip+crop", seed=1, first_step=2)
     middles = [[27, 28], [28, 29], [34, 35], [28, 27], [44, 45], [44, 45]]  # the fourth is flipped
     assert np.round(images[:, 4, 3:5, 0] * 255).astype(int).tolist() == middles
@@ -190,10 +175,7 @@ def resized(pixels, matrix, sizes):
     "height, width", [(501, 333), (400, 400), (97, 131), (240, 1001), (257, 256), (1201, 1599), (209, 575)]
 )
 def test_the_test_crop_is_that_of_the_whole_picture_resized(height, width):
-    """Element by element: shorter side to 256 with antialiasing, then the centre; float32 and no more is lost.
-
-    Of 209 by 575 pixels the decoded part ends where colours lack.
-    """
+    """Shorter side to 256 with antialiasing, then the centre. Of 209 x 575 the decoded part ends where colours lack."""
     jpeg = photograph(height, width, "L" if height == width else "RGB")
     sizes = [round(side * 256 / min(height, width)) for side in (height, width)]
     whole = resized(tf.io.decode_jpeg(jpeg, channels=3).numpy(), triangle, sizes)
@@ -223,18 +205,16 @@ def test_a_training_crop_is_its_window_interpolated(height, width, numbers, rati
 
 
 def test_encoded_images_are_flipped_half_of_the_time(imagenet):
-    """The same crops with and without: each is either the same or its mirror image."""
-
     def made(augment):
         batches = input_ops.create_input_ops(imagenet[0], 8, True, augment, seed=1, last_step=8)
         return np.concatenate([images for images, _ in batches])
 
-    flipped = 0
+    number = 0
     for plain, flipped in zip(made("crop"), made("flip+crop"), strict=True):
         same = np.array_equal(flipped, plain)
         assert same or np.array_equal(flipped, plain[:, ::-1])
-        flipped += not same
-    assert 12 <= flipped <= 52  # 5 standard deviations of 64 draws
+        number += not same
+    assert 12 <= number <= 52  # 5 standard deviations of 64 draws
 
 
 def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path):
@@ -243,12 +223,8 @@ def test_encoded_images_are_cropped_anew_in_every_place_and_by_the_seed(tmp_path
     parts = [(split, [jpeg] * 8, [0, 1] * 4, None) for split in (0, 1)]
     hdf5.write(tmp_path, hdf5.Source(["a", "b"], None, None, iter(parts)))
     train, _ = hdf5.open_packed(tmp_path, "SAME")
-    crops = [
-        image.tobytes()
-        for seed in (0, 1)
-        for images, _ in input_ops.create_input_ops(train, 4, True, "crop", seed, last_step=6)
-        for image in images.numpy()
-    ]
+    seeds = [input_ops.create_input_ops(train, 4, True, "crop", seed, last_step=6) for seed in (0, 1)]
+    crops = [image.tobytes() for batches in seeds for images, _ in batches for image in images.numpy()]
     assert len(crops) == len(set(crops)) == 48
 
 

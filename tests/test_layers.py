@@ -1,4 +1,4 @@
-"""The Keras layers on the norms: the arguments of Keras, weights, policies, saving."""
+"""The Keras layers on the norms: the arguments of Keras, weights, policies, saving; and what ops.py refuses."""
 
 import inspect
 
@@ -18,10 +18,7 @@ LAYERS = [ops.GroupNorm, ops.BatchNorm]
 @pytest.mark.parametrize("ours, theirs", PAIRS)
 def test_layers_take_the_arguments_of_keras(ours, theirs):
     """Every argument of the Keras layer but renorm, with its default but for epsilon, and the first in its order."""
-    own, taken = (
-        [p.name for p in inspect.signature(layer.__init__).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
-        for layer in (ours, theirs)
-    )
+    own, taken = (inspect.getfullargspec(layer.__init__).args for layer in (ours, theirs))
     taken = [name for name in taken if "renorm" not in name]
     assert own == taken[: len(own)]
     reference, default = theirs().get_config(), ours().get_config()
@@ -58,7 +55,6 @@ def test_layers_do_with_the_weights_of_keras_what_keras_does(layers_of, options,
 
 @pytest.mark.parametrize("layer_class", LAYERS)
 def test_center_and_scale_choose_the_weights(layer_class):
-    """center=False has no beta, scale=False no gamma, and the outputs are those of beta 0 and gamma 1."""
     x = np.random.default_rng(0).normal(0.5, 2, (2, 5, 5, 32)).astype("float32")
     expected = layer_class()(x)
     for center in (True, False):
@@ -71,28 +67,20 @@ def test_center_and_scale_choose_the_weights(layer_class):
     np.testing.assert_allclose(layer(x), 3 * expected.numpy() + 1, rtol=0, atol=1e-5)  # of size 10
 
 
-def test_batch_norm_layer_is_the_function_and_moves_only_in_training():
-    """training=True normalizes by the batch and moves the statistics; False, and nothing said, do neither."""
+@pytest.mark.parametrize("trainable", [True, False])
+def test_batch_norm_layer_is_the_function_and_moves_only_in_training(trainable):
+    """training=True normalizes by the batch and moves the statistics, unless the layer is frozen, as in Keras."""
     x = np.random.default_rng(0).normal(0.5, 2, (3, 5, 4, 6)).astype("float32")
-    layer = ops.BatchNorm(momentum=0.75, epsilon=1e-4)
+    layer = ops.BatchNorm(momentum=0.75, epsilon=1e-4, trainable=trainable)
     layer.build(x.shape)
     layer.set_weights([np.random.default_rng(i).uniform(0.5, 2, 6) for i in range(4)])
     weights = layer.get_weights()  # gamma, beta, moving mean and variance
+    assert len(layer.trainable_weights) == 2 * trainable and len(layer.non_trainable_weights) == 4 - 2 * trainable
     for kwargs in ({}, {"training": False}, {"training": True}):
-        y, *statistics = ops.batch_norm(x, *weights, "training" in kwargs and kwargs["training"], 0.75, 1e-4)
+        y, *statistics = ops.batch_norm(x, *weights, trainable and kwargs.get("training", False), 0.75, 1e-4)
         np.testing.assert_array_equal(layer(x, **kwargs), y)
         for now, wanted in zip(layer.get_weights(), [*weights[:2], *statistics]):
             np.testing.assert_array_equal(now, wanted)
-
-
-def test_frozen_batch_norm_uses_and_keeps_its_statistics():
-    """trainable=False is inference even under training=True, as in Keras: nothing to train, nothing moves."""
-    x = np.random.default_rng(0).normal(3, 2, (3, 5, 4, 6)).astype("float32")
-    layer = ops.BatchNorm(trainable=False)
-    np.testing.assert_array_equal(layer(x, training=True), layer(x, training=False))
-    np.testing.assert_array_equal(layer.moving_mean.numpy(), np.zeros(6))
-    np.testing.assert_array_equal(layer.moving_variance.numpy(), np.ones(6))
-    assert layer.trainable_weights == [] and len(layer.non_trainable_weights) == 4
 
 
 @pytest.mark.parametrize("layer_class", LAYERS)
@@ -128,7 +116,6 @@ def small_model():
 
 
 def test_saved_models_give_the_same_outputs(tmp_path):
-    """A model goes to a .keras file and back, no custom_objects needed, with its settings and identical outputs."""
     model = small_model()
     rng = np.random.default_rng(0)
     model.set_weights([rng.uniform(0.5, 1.5, weight.shape) for weight in model.get_weights()])
@@ -156,3 +143,57 @@ def test_fit_trains_every_weight():
     for variable, old, new in zip(model.weights, before, model.get_weights()):
         assert np.isfinite(new).all() and (old != new).any(), variable.path
     assert (group.gamma.numpy() == 0).any()  # where the step went below
+
+
+IMAGE = tf.ones([2, 4, 4, 12])
+
+
+def trace(function, shape):
+    tf.function(function, input_signature=[tf.TensorSpec(shape)]).get_concrete_function()
+
+
+def batch(x, **kwargs):
+    return ops.batch_norm(x, None, None, tf.zeros(12), tf.ones(12), True, **kwargs)
+
+
+def group(x, groups=4, gamma=None, beta=None, **kwargs):
+    return ops.group_norm(x, gamma, beta, groups, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: group(IMAGE, 5), ["12", "5", "1, 2, 3, 4, 6, 12"]),
+        (lambda: group(IMAGE, -1), ["12", "-1", "1, 2, 3, 4, 6, 12"]),
+        (lambda: ops.GroupNorm(5)(IMAGE), ["12", "5", "1, 2, 3, 4, 6, 12"]),
+        # a group of one value would always be 0 (pytorch#19250)
+        (lambda: group(tf.ones([2, 1, 1, 12]), 12), ["single value", "12"]),
+        (lambda: ops.group_norm(tf.ones([2, 12]), None, None, 12), ["single value", "12"]),
+        (lambda: batch(tf.ones([1, 12])), ["1", "(1, 12)", "larger batch"]),
+        (lambda: batch(tf.ones([1, 12, 1, 1]), data_format="channels_first"), ["(1, 12, 1, 1)", "larger batch"]),
+        (lambda: trace(group, [None, 4, 4, None]), ["channels"]),
+        (lambda: ops.GroupNorm(4)(keras.Input([4, 4, None])), ["channels"]),
+        (lambda: ops.BatchNorm()(keras.Input([4, 4, None])), ["channels"]),
+        (lambda: group(IMAGE, data_format="NHWC"), ["NHWC", "channels_last", "channels_first"]),
+        (lambda: group(tf.ones([12])), ["rank 2 to 5", "(12,)"]),
+        (lambda: batch(tf.ones([1, 1, 1, 2, 2, 12])), ["rank 2 to 5", "(1, 1, 1, 2, 2, 12)"]),
+        (lambda: trace(group, None), ["rank 2 to 5", "unknown"]),
+        (lambda: group(tf.ones([2, 4, 4, 12], tf.int32)), ["float", "int32"]),
+        (lambda: group(IMAGE, gamma=tf.ones(11)), ["gamma", "12", "11"]),
+        (lambda: group(IMAGE, beta=tf.ones(1)), ["beta", "12", "(1,)"]),
+        (lambda: ops.GroupNorm(4, axis=2)(IMAGE), ["axis", "2"]),
+        (lambda: ops.BatchNorm(axis=2)(IMAGE), ["axis", "2"]),
+    ],
+)
+def test_wrong_arguments_are_named(call, words):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 6, 12])
+def test_divisors_pass_also_where_positions_are_unknown_or_a_group_has_one_channel(groups):
+    ops.check_groups((None, None, None, 12), 3, groups)
+    ops.check_groups((None, 12, None, None), 1, groups)
+    ops.check_groups(tf.TensorShape([2, None, 1, 12]), 3, groups)
+    ops.check_groups((2, 12), 1, min(groups, 6))

@@ -6,7 +6,6 @@ import os
 import tarfile
 
 import archives
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -51,7 +50,6 @@ def evaluated(split):
 
 
 def predict(run_dir, data_dir, *flags):
-    """evaler.py --predict in this process."""
     scripts.evaluate(["--dataset", run_dir.name, "--data_dir", data_dir, "--train_dir", run_dir, "--predict", *flags])
 
 
@@ -81,14 +79,6 @@ def check(found, class_names, expected):
         np.testing.assert_allclose([probability for _, probability in rows], expected[file][best], rtol=1e-4)
 
 
-def random_image(rng, mode, size):
-    """A random picture of size (width, height) in a mode of Pillow's."""
-    coarse = Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
-    if mode in ("RGBA", "LA"):
-        coarse.putalpha(Image.fromarray(rng.integers(0, 256, size[::-1], np.uint8)))
-    return coarse.convert(mode)
-
-
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
     """(run folder, data folder, folder of images) of 30 images of many kinds, packed with 12 by 10 pixels."""
@@ -98,8 +88,11 @@ def pets(tmp_path_factory):
     for i in range(30):
         mode, suffix = modes[i % 7], suffixes[i % 7]
         (place / "images" / CLASSES[i % 6]).mkdir(parents=True, exist_ok=True)
-        size = tuple(int(side) for side in rng.integers(8, 40, 2))
-        random_image(rng, mode, size).save(place / "images" / CLASSES[i % 6] / f"{i:02d}.{suffix}")
+        size, coarse = rng.integers(8, 40, 2).tolist(), Image.fromarray(rng.integers(0, 256, (3, 4, 3), np.uint8))
+        image = coarse.resize(size, Image.Resampling.BICUBIC)
+        if mode in ("RGBA", "LA"):
+            image.putalpha(Image.fromarray(rng.integers(0, 256, size[::-1], np.uint8)))
+        image.convert(mode).save(place / "images" / CLASSES[i % 6] / f"{i:02d}.{suffix}")
     download.prepare_folder("Pets", place / "images", image_size=(12, 10), data_dir=place)
     return make_run(place / "runs", "Pets", place), place, place / "images"
 
@@ -218,7 +211,6 @@ def test_photographs_are_packed_upright_and_as_they_are_where_that_will_do(image
     "name, words", [("deep.png", ["I;16", "-depth 8"]), ("cut.jpg", []), ("new\nline.png", ["rename"])]
 )
 def test_each_kind_of_broken_file_is_a_line_and_the_others_go_on(name, words, pets, imagenet, tmp_path, capsys):
-    """Of 16 bits, cut off, of a name that no line of a table can hold."""
     run_dir, data_dir, images = pets
     good, last, bad = images / "ant" / "00.png", images / "bee" / "01.png", tmp_path / name
     if name == "deep.png":
@@ -273,10 +265,7 @@ def test_a_table_goes_where_a_link_leads_or_stays_as_it_was(pets, tmp_path, caps
 
 def own_run(place, dtype, channels, scale):
     """A run on own data of 8 by 8 pixels, whose values of `dtype` lie in 0 to 255 * scale."""
-    archives.make_own(place / "Mine", shape=(8, 8, channels), dtype=dtype)
-    with h5py.File(place / "Mine" / "data.hy", "r+") as file:
-        for group in file.values():
-            group["image"][...] = group["image"][...] * scale
+    archives.make_own(place / "Mine", shape=(8, 8, channels), dtype=dtype, scale=scale)
     return make_run(place / "runs", "Mine", place)
 
 

@@ -10,8 +10,6 @@ import sys
 import pytest
 import scripts
 
-sys.path.insert(0, str(scripts.REPO / "figure"))
-
 import compare
 import results
 import speed
@@ -51,9 +49,8 @@ def test_the_tables_are_those_of_the_logs(name):
 def test_each_norm_has_its_best_rate():
     """The page's table of rates is that of results.csv, with the best of a row in bold, which is not the last one."""
     with open(scripts.REPO / "figure" / "studies" / "rates" / "results.csv", newline="") as file:
-        rows = {
-            (row["norm"], row["batch_size"], row["rate"]): 100 * float(row["accuracy"]) for row in csv.DictReader(file)
-        }
+        found = list(csv.DictReader(file))
+    rows = {(row["norm"], row["batch_size"], row["rate"]): 100 * float(row["accuracy"]) for row in found}
     head, *lines = [line for line in RESULTS.splitlines() if re.match(r"\| (norm, batch size|[a-z+]+, \d+) \|", line)]
     rates = head.strip("| ").split(" | ")[1:]
     assert len(lines) == 6
@@ -132,12 +129,8 @@ def test_every_command_parses(monkeypatch):
 
 
 def anchors(path):
-    """The anchors of the headings of a page."""
-    return [
-        re.sub(r"[^\w -]", "", line.strip("# ").lower()).replace(" ", "-")
-        for line in path.read_text().splitlines()
-        if line.startswith("#")
-    ]
+    headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_links_lead_somewhere():

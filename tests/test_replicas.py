@@ -1,5 +1,6 @@
 """Several replicas train as one of their number's batch: on two devices of this process, and in two real workers."""
 
+import functools
 import json
 import os
 import shutil
@@ -22,10 +23,12 @@ import replicas
 import trainer
 from model import create_model
 
-FLAGS = (
-    "--dataset Digits --model resnet8 --max_batch_size 16 --batch_size 4 --max_training_step 30 --test_sample_step 10 "
-    "--log_step 5 --ckpt_save_step 5 --norm_type batch --augment crop"
-).split()
+FLAGS = "--dataset Digits --model resnet8 --norm_type batch --augment crop --max_batch_size 16 --batch_size 4".split()
+FLAGS += "--max_training_step 30 --test_sample_step 10 --log_step 5 --ckpt_save_step 5".split()
+
+
+def tf_config(index, addresses=("localhost:0", "localhost:1")):
+    return json.dumps({"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}})
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +37,11 @@ def two_devices():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-def weights_after(strategy, batch_size, norm_type="group", sync=False, offset=0.0, accumulate=False):
+def weights_after(strategy, batch_size, norm_type="group", offset=0.0, **settings):
     """The variables of a small network after 3 steps on 8 random images each, by trainer.py's own step."""
-    config = Config(
-        model="resnet8",
-        norm_type=norm_type,
-        groups=4,
-        batch_size=batch_size,
-        batch_norm_momentum=0.5,
-        sync_batch_norm=sync,
-        optimizer="momentum",
-        max_batch_size=8,
-        num_replicas=strategy.num_replicas_in_sync,
-        weight_decay=1e-2,
-        accumulate=accumulate,
-    )
+    settings |= dict(model="resnet8", groups=4, batch_norm_momentum=0.5, optimizer="momentum", weight_decay=1e-2)
+    settings |= dict(batch_size=batch_size, max_batch_size=8, num_replicas=strategy.num_replicas_in_sync)
+    config = Config(norm_type=norm_type, **settings)
     keras.utils.set_random_seed(3)
     with strategy.scope():
         model = create_model(config, (8, 8, 1), 10)
@@ -74,7 +67,6 @@ def test_with_group_norm_two_devices_are_one_of_twice_the_batch(two_devices, mon
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_synchronized_batch_norm_is_that_of_the_whole_batch(offset, two_devices):
-    """y, the gradient of a weighted sum of y, and the moving statistics, against the float64 formula."""
     rng = np.random.default_rng(1)
     x, weight = rng.normal(offset, 1.0, (6, 3, 3, 4)), rng.normal(size=(6, 3, 3, 4))
     gamma, beta = rng.normal(size=4), rng.normal(size=4)
@@ -85,9 +77,8 @@ def test_synchronized_batch_norm_is_that_of_the_whole_batch(offset, two_devices)
         mine, w = (replicas.part(values, 2) for values in (whole, weights))
         with tf.GradientTape() as tape:
             tape.watch(mine)
-            y, mean, variance = ops.batch_norm(
-                mine, gamma, beta, tf.zeros(4), tf.ones(4), training=True, momentum=0.0, synchronized=True
-            )
+            statistics = tf.zeros(4), tf.ones(4)
+            y, mean, variance = ops.batch_norm(mine, gamma, beta, *statistics, True, momentum=0.0, synchronized=True)
             loss = tf.reduce_sum(y * w)
         return y, tape.gradient(loss, mine), mean, variance
 
@@ -108,7 +99,7 @@ def test_synchronized_batch_norm_trains_as_one_device_with_the_whole_batch(two_d
     """In two batches of a step, whose gradients are accumulated."""
     settings = {"norm_type": "batch", "offset": 30.0, "accumulate": True}
     one, _ = weights_after(tf.distribute.get_strategy(), 4, **settings)
-    two, _ = weights_after(two_devices, 2, sync=True, **settings)
+    two, _ = weights_after(two_devices, 2, sync_batch_norm=True, **settings)
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=3e-5 * max(1.0, np.abs(value).max()), err_msg=name)
 
@@ -159,8 +150,7 @@ def test_devices_share_the_images_of_a_test(images, two_devices):
 
 def test_a_worker_tests_alone_what_is_no_run_of_all(monkeypatch):
     """As before training, where the accuracy of converted weights is said: without a strategy it is one device."""
-    task = {"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 1}}
-    monkeypatch.setenv("TF_CONFIG", json.dumps(task))
+    monkeypatch.setenv("TF_CONFIG", tf_config(1))
     tens = tf.function(lambda: replicas.map_parts(tf.distribute.get_strategy(), lambda v: v * 10, tf.range(5)))()
     np.testing.assert_array_equal(tens, 10 * np.arange(5))
 
@@ -195,18 +185,12 @@ def test_what_two_workers_predict_of_7_images_is_joined(two_devices):
 
 
 def start_workers(flags, others=((), ())):
-    """Two trainer.py processes on free ports of this machine; each has flags of its own beside the common ones, None
-    where it does not come."""
+    """Two trainer.py processes on free ports of this machine; each has flags of its own beside the common ones."""
     with socket.create_server(("localhost", 0)) as one, socket.create_server(("localhost", 0)) as two:
         addresses = [f"localhost:{server.getsockname()[1]}" for server in (one, two)]
-    workers = []
-    for index, more in enumerate(others):
-        if more is not None:
-            task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-            environment = os.environ | {"TF_CONFIG": json.dumps(task)}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            workers.append(subprocess.Popen(scripts.command("trainer.py", *flags, *more), env=environment, **pipes))
-    return workers
+    environments = (os.environ | {"TF_CONFIG": tf_config(index, addresses)} for index in range(2))
+    start = functools.partial(scripts.start, "trainer.py", *flags, stderr=subprocess.STDOUT)
+    return [start(*more, env=environment) for more, environment in zip(others, environments)]
 
 
 def end(workers, seconds=120):
@@ -215,16 +199,12 @@ def end(workers, seconds=120):
     return [(worker.returncode, ["", *text.splitlines()][-1]) for worker, text in zip(workers, printed)]
 
 
-def wait_for_step(worker, step):
-    next(line for line in worker.stdout if line.startswith(f"step {step:>2}/"))
-
-
-def test_two_workers_are_two_devices_also_when_they_are_killed_resumed_and_stopped(data_dir, tmp_path, main_of):
+def test_two_workers_are_two_devices_also_when_they_are_killed_resumed_and_stopped(data_dir, tmp_path):
     """Bitwise. kill -9 of the chief ends the other in one line within 30 seconds; SIGTERM to one worker stops both."""
     flags = [*FLAGS, "--data_dir", data_dir]
     scripts.run("trainer.py", *flags, "--replicas", 2, "--train_dir", tmp_path / "devices")
     workers = start_workers([*flags, "--train_dir", tmp_path / "workers"])
-    wait_for_step(workers[0], 10)
+    scripts.read_until(workers[0], "step 10/")
     run_dir = scripts.only_run(tmp_path / "workers")  # the chief alone makes one
     workers[0].kill()
     (code0, _), (code1, line1) = end(workers, seconds=30)
@@ -233,7 +213,7 @@ def test_two_workers_are_two_devices_also_when_they_are_killed_resumed_and_stopp
 
     resume = ["--resume", run_dir, "--data_dir", data_dir]
     workers = start_workers(resume)
-    wait_for_step(workers[0], 20)
+    scripts.read_until(workers[0], "step 20/")
     workers[1].send_signal(signal.SIGTERM)
     (code0, line0), (code1, line1) = end(workers)
     assert code0 == code1 == 143 and f"--resume {run_dir}" in line0 and f"--resume {run_dir}" in line1
@@ -246,14 +226,13 @@ def test_two_workers_are_two_devices_also_when_they_are_killed_resumed_and_stopp
         assert row == pytest.approx(other, rel=1e-6)
 
     with scripts.refused(run_dir, "2 replicas", "--replicas"):
-        main_of(*resume)
+        scripts.run_here(*resume)
 
 
-def test_each_worker_needs_a_test_image(data_dir, tmp_path, main_of, monkeypatch):
-    cluster = {"worker": ["localhost:1", "localhost:2"]}
-    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": {"type": "worker", "index": 0}}))
+def test_each_worker_needs_a_test_image(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", tf_config(0))
     with scripts.refused("1 test images", "2 workers"):
-        main_of(*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", "--validation", 1)
+        scripts.run_here(*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", "--validation", 1)
 
 
 def test_workers_must_resume_from_the_same_checkpoint(group_run, data_dir, tmp_path):
@@ -272,9 +251,9 @@ def test_workers_that_differ_are_refused_by_name(data_dir, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("others, missing", [(((), None), 1), ((None, ()), 0)])
-def test_a_worker_that_does_not_come_is_named(others, missing, data_dir, tmp_path):
-    flags = [*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path / "runs", "--worker_timeout", 1]
-    ((code, line),) = end(start_workers(flags, others))
-    assert code == 1 and f"{missing} (localhost:" in line and "--worker_timeout" in line
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_does_not_come_is_named(index, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", tf_config(index))
+    with scripts.refused(f"{1 - index} (localhost:{1 - index})", "--worker_timeout", kind=trainer.ExternalError):
+        scripts.run_here(*FLAGS, "--data_dir", data_dir, "--train_dir", tmp_path, "--worker_timeout", 1)
+    assert not list(tmp_path.iterdir())

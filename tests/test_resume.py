@@ -2,7 +2,6 @@
 
 import os
 import random
-import subprocess
 import time
 
 import scripts
@@ -12,11 +11,8 @@ import runs
 import summaries
 
 STEPS = 40
-FLAGS = (
-    *"--dataset Digits --max_batch_size 32 --batch_size 16 --max_training_step".split(),
-    STEPS,
-    *"--augment --test_sample_step 25 --log_step 7 --write_summary_step 5 --ckpt_save_step 3 --seed 5".split(),
-)
+FLAGS = f"--dataset Digits --max_batch_size 32 --batch_size 16 --max_training_step {STEPS} --augment --seed 5".split()
+FLAGS += "--test_sample_step 25 --log_step 7 --write_summary_step 5 --ckpt_save_step 3".split()
 
 
 def kill(process, folder, rng):
@@ -45,11 +41,11 @@ def test_killed_runs_end_like_the_one_left_alone(data_dir, tmp_path):
     while kills:  # a run is over after some kills: then another one is started
         part += 1
         folder = tmp_path / f"killed{part}"
-        command = scripts.command("trainer.py", *flags, folder)
+        command = ("trainer.py", *flags, folder)
         for _ in range(min(kills, 5)):
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as process:
+            with scripts.start(*command) as process:
                 kills -= kill(process, folder, rng)
-            command = scripts.command("trainer.py", "--resume", scripts.only_run(folder))
+            command = ("trainer.py", "--resume", scripts.only_run(folder))
         assert f"done: {STEPS} steps" in scripts.run("trainer.py", "--resume", scripts.only_run(folder))
         scripts.assert_same_runs(scripts.only_run(folder), scripts.only_run(tmp_path / "alone"))
 

@@ -6,9 +6,9 @@ import os
 import re
 import signal
 import subprocess
+from unittest import mock
 
 import archives
-import h5py
 import numpy as np
 import pytest
 import scripts
@@ -54,8 +54,9 @@ def test_it_prints_what_it_will_do_and_how_long_that_takes(group_run):
     assert f"{100 * accuracy:.2f} %" in lines[-3] and lines[-2].endswith(f"evaler.py {group_run[0]}")
 
 
-def test_metrics_have_a_row_each_interval_and_the_end(group_run):
-    """With the rate that the optimizer used: --learning_rate is that at max_batch_size, scaled, here on a cosine."""
+def test_metrics_and_checkpoints_are_of_each_interval_and_the_end(group_run):
+    """With the rate that the optimizer used: --learning_rate is that at max_batch_size, scaled, here on a cosine. The
+    original repo saved every so many steps only, and lost the rest."""
     rows = scripts.metrics(group_run[0], without=())
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 9]
     assert [row["step"] for row in rows if "test_loss/accuracy" in row] == [5, 9]
@@ -63,10 +64,6 @@ def test_metrics_have_a_row_each_interval_and_the_end(group_run):
         assert 0 <= row["loss/accuracy"] <= 1 and math.isfinite(row["loss/loss"]) and row["images_per_second"] > 0
         used = 0.01 * 8 / 32 * 0.5 * (1 + math.cos(math.pi * (row["step"] - 1) / 9))
         assert row["learning_rate"] == pytest.approx(used, rel=1e-6)
-
-
-def test_the_last_step_is_saved(group_run):
-    """The original repo saved every so many steps only, and lost the rest."""
     assert tf.train.latest_checkpoint(group_run[0]).endswith("model-9")
     assert scripts.checkpoint(group_run[0])[scripts.STEP] == 9
     assert {path.stem for path in group_run[0].glob("model-*.index")} == {"model-4", "model-8", "model-9"}
@@ -87,20 +84,15 @@ def test_tensorboard_shows_the_tags_of_the_original_repo(group_run):
 
 
 def test_hparams_has_one_schema_which_begins_with_the_norm(group_run):
-    shown, columns = {}, []
-    for path in group_run[0].glob("events.out.tfevents.*"):
-        for value in (value for event in scripts.events(path) for value in event.summary.value):
-            if value.tag == "_hparams_/session_start_info":
-                content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                held = content.session_start_info.hparams
-                shown = {name: getattr(held[name], held[name].WhichOneof("kind")) for name in held}
-                assert content.session_start_info.group_name == group_run[0].name
-            if value.tag == "_hparams_/experiment":
-                content = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                columns = [info.name for info in content.experiment.hparam_infos]
+    found = scripts.EventAccumulator(str(group_run[0])).Reload().PluginTagToContent("hparams")
+    parse = plugin_data_pb2.HParamsPluginData.FromString
+    session = parse(found["_hparams_/session_start_info"]).session_start_info
+    shown = {name: getattr(value, value.WhichOneof("kind")) for name, value in session.hparams.items()}
+    assert session.group_name == group_run[0].name
     main = {"1 norm": "group+ws", "2 batch size": 8, "3 model": "resnet8", "4 rate": 0.01, "5 seed": 0}
     assert sorted(shown)[:5] == list(main) and shown | main | {"dataset": "Digits", "steps": 9, "groups": 16} == shown
-    assert sorted(columns) == sorted(shown)
+    columns = parse(found["_hparams_/experiment"]).experiment.hparam_infos
+    assert sorted(column.name for column in columns) == sorted(shown)
 
 
 def test_a_run_trains_on_augmented_images_from_weights_of_its_seed_and_logs_mean_losses(data_dir, digits, tmp_path):
@@ -150,7 +142,7 @@ def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_pat
     assert len(list(run_dir.glob("model-*.index"))) == 3
 
 
-def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, main_of, capsys, monkeypatch, tmp_path):
+def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, capsys, monkeypatch, tmp_path):
     """--validation tests on training images that are left out, each class in proportion; evaler.py does the same."""
     whole, _ = datasets.create_default_splits("Digits", data_dir)
     train, held = datasets.create_default_splits("Digits", data_dir, validation=200)
@@ -172,31 +164,24 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, mai
     assert f"validation accuracy {100 * result['accuracy']:.2f} %" in trained and "--validation 200" in trained
     with scripts.refused("--validation 100", 200):
         scripts.evaluate([*flags, 100])
-    reestimated_on, reestimate = [], evaler.reestimate_batch_statistics
-    monkeypatch.setattr(
-        evaler,
-        "reestimate_batch_statistics",
-        lambda model, images, *more: reestimated_on.append(images) or reestimate(model, images, *more),
-    )
+    reestimate = mock.Mock(wraps=evaler.reestimate_batch_statistics)
+    monkeypatch.setattr(evaler, "reestimate_batch_statistics", reestimate)
     for split, images in (("train", 1237), ("test", 360)):
         scripts.evaluate([*flags[:-1], "--split", split, "--batch_statistics", "reestimate"])
         assert scripts.results_of(run_dir, split)["accuracy"]["images"] == images
-        assert reestimated_on.pop().ids == train.ids
-    main_of("--resume", run_dir)
+        assert reestimate.call_args.args[1].ids == train.ids
+    scripts.run_here("--resume", run_dir)
     assert "step 2 of 2" in capsys.readouterr().out
 
 
-def test_own_dataset_trains_and_evaluates_with_no_code_touched(main_of, tmp_path):
+def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
     """The original repo's layout, by name alone."""
-    archives.make_own(tmp_path / "data" / "MY_SHAPES", num=60, shape=(12, 10, 3))
-    with h5py.File(tmp_path / "data" / "MY_SHAPES" / "data.hy", "r+") as file:
-        for group in file.values():
-            image = group["image"][...] // 4
-            image[:, :5] += np.uint8(150 * group["label"][1])
-            group["image"][...] = image
+    images, labels = np.random.default_rng(0).integers(0, 64, (60, 12, 10, 3), np.uint8), np.arange(60) % 2
+    images[labels == 1, :, :5] += 150
+    archives.write_own(tmp_path / "data" / "MY_SHAPES", [str(i) for i in range(60)], images, np.eye(2)[labels])
     flags = ("--dataset", "MY_SHAPES", "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
     training = "--norm_type group --model resnet8 --batch_size 4 --max_batch_size 8 --max_training_step 40"
-    main_of(*flags, *training.split(), "--learning_rate", 0.1)
+    scripts.run_here(*flags, *training.split(), "--learning_rate", 0.1)
     scripts.evaluate(flags)
     result = scripts.results_of(scripts.only_run(tmp_path / "runs"))["accuracy"]
     assert (result["images"], result["accuracy"]) == (12, 1.0)
@@ -214,7 +199,7 @@ class StoppedInTest(trainer.Interruption):
         raise trainer.Stopped
 
 
-def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch):
+def test_a_stopped_test_is_made_up_for(data_dir, tmp_path, monkeypatch):
     """A signal in a test stops it between batches; the run goes on and ends like one left alone, that row included."""
     flags = "--norm_type batch --batch_size 8 --max_training_step 6 --log_step 2 --test_sample_step 3".split()
     alone = scripts.train(data_dir, tmp_path / "alone", *flags)
@@ -225,27 +210,19 @@ def test_a_stopped_test_is_made_up_for(main_of, data_dir, tmp_path, monkeypatch)
     assert ended.value.code == 128 + signal.SIGTERM
     run_dir = scripts.only_run(tmp_path / "stopped")
     assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
-    main_of("--resume", run_dir)
+    scripts.run_here("--resume", run_dir)
     scripts.assert_same_runs(run_dir, alone)
 
 
 def start(data_dir, train_dir, *flags):
     flags = (*scripts.SMALL, *flags, "--log_step", 1, "--data_dir", data_dir, "--train_dir", train_dir)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(scripts.command("trainer.py", *flags), **pipes)
-
-
-def read_until(process, start_of_line):
-    for line in process.stdout:
-        if line.startswith(start_of_line):
-            return
-    raise AssertionError(process.stderr.read())
+    return scripts.start("trainer.py", *flags)
 
 
 def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, tmp_path):
     flags = "--max_training_step 100000 --ckpt_save_step 10 --test_sample_step 11".split()
     process = start(data_dir, tmp_path / "my runs", *flags)
-    read_until(process, "step     11/")
+    scripts.read_until(process, "step     11/")
     run_dir = scripts.only_run(tmp_path / "my runs")
     assert scripts.evaluate_digits(data_dir, run_dir)["accuracy"]["images"] == 360
     process.send_signal(signal.SIGTERM)
@@ -261,10 +238,10 @@ def test_a_signal_before_the_first_step_and_a_second_one_end_the_process_at_once
     """In steps that take seconds: nothing is waited for where there is nothing to save, or the user insists."""
     flags = "--batch_size 1 --max_batch_size 512 --max_training_step 1000 --test_sample_step 1000".split()
     process = start(data_dir, tmp_path, *flags)
-    read_until(process, "an epoch takes" if insists else "run folder")
+    scripts.read_until(process, "an epoch takes" if insists else "run folder")
     process.send_signal(signal.SIGINT)
     if insists:
-        read_until(process, "SIGINT")
+        scripts.read_until(process, "SIGINT")
         process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130 and len(error.splitlines()) == 1 and "SIGINT" in error, error
@@ -283,24 +260,19 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, t
     assert all(np.isfinite(value).all() for name, value in last.items() if name.startswith("model/"))
 
 
-def test_a_step_ends_with_the_update_that_failed(main_of, tmp_path):
+def test_a_step_ends_with_the_update_that_failed(tmp_path):
     """16 updates of one image each. One of each class is so bright that the norm of a wrong one's gradient is infinite,
     which clipping makes an update of nothing: the next updates would succeed, and the run would go on."""
-    folder = tmp_path / "data" / "BRIGHT"
-    archives.make_own(folder, shape=(8, 8, 1), dtype=np.float32)
-    with h5py.File(folder / "data.hy", "r+") as file:
-        for i in range(20):
-            file[f"{i}/image"][...] = 1e20 if i < 2 else 0.5
-            file[f"{i}/label"][...] = np.eye(2)[i % 2]
-    for name, ids in (("id_train", range(16)), ("id_test", range(16, 20))):
-        (folder / f"{name}.txt").write_text("".join(f"{i}\n" for i in ids))
-    flags = "--dataset BRIGHT --model resnet8 --norm_type none --batch_size 1 --max_batch_size 16".split()
+    images = np.full((21, 8, 8, 1), 0.5, np.float32)
+    images[:2] = 1e20
+    archives.open_own(tmp_path / "data", images, np.arange(21) % 2)
+    flags = "--dataset OWN --model resnet8 --norm_type none --batch_size 1 --max_batch_size 16".split()
     flags += "--learning_rate 1e-9 --max_training_step 1".split()
     with scripts.refused("step 1:", kind=trainer.ExternalError):
-        main_of(*flags, "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
+        scripts.run_here(*flags, "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
 
 
-def test_a_run_is_saved_before_its_last_row(data_dir, main_of, monkeypatch, tmp_path):
+def test_a_run_is_saved_before_its_last_row(data_dir, monkeypatch, tmp_path):
     """Which makes it a finished one: a kill or a full disk between the two must leave a checkpoint to continue."""
 
     def fail(log, row, images):
@@ -311,17 +283,17 @@ def test_a_run_is_saved_before_its_last_row(data_dir, main_of, monkeypatch, tmp_
         scripts.train(data_dir, tmp_path, "--max_training_step", 2)
     run_dir = scripts.only_run(tmp_path)
     assert scripts.checkpoint(run_dir)[scripts.STEP] == 2 and not scripts.metrics(run_dir)
-    main_of("--resume", run_dir)
+    scripts.run_here("--resume", run_dir)
     assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
 
 
-def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, main_of, capsys, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, capsys, tmp_path):
     """No checkpoint fits, and nothing is left that would count as one."""
     with scripts.full_disk(400_000), scripts.refused("--resume", kind=trainer.ExternalError):
         scripts.train(data_dir, tmp_path, "--max_training_step", 4, "--ckpt_save_step", 1)
     run_dir = scripts.only_run(tmp_path)
     assert tf.train.latest_checkpoint(run_dir) is None
-    main_of("--resume", run_dir)
+    scripts.run_here("--resume", run_dir)
     assert "done: 4 steps" in capsys.readouterr().out
     assert not list(run_dir.glob("*temp*"))
 
@@ -347,23 +319,23 @@ def test_what_does_not_suit_the_data_is_one_line(flags, words, data_dir, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_is_not_resumed_with_other_data_or_convolutions(data_dir, digits, main_of, monkeypatch, tmp_path):
+def test_a_run_is_not_resumed_with_other_data_or_convolutions(data_dir, digits, monkeypatch, tmp_path):
     flags, _ = parse_training(["--dataset", "Digits", "--data_dir", data_dir])
     write_config(tmp_path, flags, derive(flags, digits[0]), describe_data(*digits) | {"train": 1000})
     with scripts.refused(1000, 1437, tmp_path):
-        main_of("--resume", tmp_path)
+        scripts.run_here("--resume", tmp_path)
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     with scripts.refused("TF_ENABLE_ONEDNN_OPTS=1", "but it is 0"):
-        main_of("--resume", tmp_path)
+        scripts.run_here("--resume", tmp_path)
 
 
-def test_a_finished_run_stays_as_it_is(data_dir, main_of, capsys, tmp_path):
+def test_a_finished_run_stays_as_it_is(data_dir, capsys, tmp_path):
     run_dir = scripts.train(data_dir, tmp_path, "--max_training_step", 2)
     before, rows, points = scripts.checkpoint(run_dir), scripts.metrics(run_dir), scripts.scalars(run_dir)
     with runs.lock(run_dir), scripts.refused(run_dir, "another process"):
-        main_of("--resume", run_dir)
+        scripts.run_here("--resume", run_dir)
     capsys.readouterr()
-    main_of("--resume", run_dir)
+    scripts.run_here("--resume", run_dir)
     assert "done: 2 steps" in capsys.readouterr().out
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
     for name, value in scripts.checkpoint(run_dir).items():
@@ -371,12 +343,12 @@ def test_a_finished_run_stays_as_it_is(data_dir, main_of, capsys, tmp_path):
     for damaged in ("", "\0" * 100):  # as a power cut may leave it
         (run_dir / "checkpoint").write_text(damaged)
         with scripts.refused(run_dir / "checkpoint", "new run"):
-            main_of("--resume", run_dir)
+            scripts.run_here("--resume", run_dir)
         with scripts.refused(run_dir):
             scripts.evaluate([run_dir, "--data_dir", data_dir])
     assert scripts.metrics(run_dir) == rows
     for path in (run_dir / "checkpoint", *run_dir.glob("model-*")):
         path.unlink()
     with scripts.refused(run_dir, "no checkpoint", "new run"):
-        main_of("--resume", run_dir)
+        scripts.run_here("--resume", run_dir)
     assert scripts.metrics(run_dir) == rows

@@ -1,38 +1,22 @@
-"""Every norm against float64 formulas of our own, and what group norm alone promises."""
+"""Every norm against float64 formulas of our own, and what group norm or batch norm alone promise."""
 
 import itertools
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from norm_oracle import (
-    BATCH_SHAPES,
-    FORMATS,
-    GROUP_CASES,
-    NORMS,
-    assert_close,
-    assert_second_derivatives,
-    batch_sets,
-    group_sets,
-    norm_of,
-    oracle,
-    random_case,
-    run_with_gradients,
-    sets_of,
-    to_format,
-)
+from norm_oracle import BATCH_SHAPES, FORMATS, GROUP_CASES, ROUNDINGS, assert_close, assert_second_derivatives
+from norm_oracle import batch_sets, group_sets, norm_of, oracle, random_case, run_with_gradients, sets_of, to_format
 
 import ops
 
+NORMS = ["group", "batch"]
 CASES = [("group", *case) for case in GROUP_CASES] + [("batch", shape, None) for shape in BATCH_SHAPES]
-CASES += [
-    (name, shape, None) for name in ("layer", "instance") for shape in [(3, 5, 12), (3, 5, 4, 6), (2, 2, 5, 3, 4)]
-]
 
 
 @pytest.mark.parametrize("sets", [group_sets((2, 3, 6), 2), group_sets((2, 3, 6), 6), batch_sets((2, 3, 6))])
 def test_oracle_agrees_with_numerical_differentiation(sets):
-    """The oracle itself is right: every derivative of sum(y * dy) equals a central difference."""
     x, gamma, beta, dy = random_case((2, 3, 6), np.float64)
     exact, step = oracle(x, gamma, beta, dy, sets), 1e-5
     for name, array in (("dx", x), ("dgamma", gamma), ("dbeta", beta)):
@@ -50,18 +34,14 @@ def test_oracle_agrees_with_numerical_differentiation(sets):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("norm_type, shape, groups", CASES)
 def test_output_and_gradients_are_the_formula(norm_type, shape, groups, dtype, data_format):
-    """y and all three gradients are those of the papers' equations, in either layout, at ranks 2 to 5."""
     case = random_case(shape, dtype)
     actual = run_with_gradients(norm_of(norm_type, shape[-1], groups, data_format=data_format), *case, data_format)
     assert_close(actual, oracle(*case, sets_of(norm_type, shape, groups)), dtype)
 
 
 @pytest.mark.parametrize("data_format", FORMATS)
-@pytest.mark.parametrize(
-    "norm_type, dtype, jit_compile",
-    [(norm_type, "float32", False) for norm_type in NORMS]
-    + [(norm_type, *how) for norm_type in ("group", "batch") for how in (("float64", False), ("float32", True))],
-)
+@pytest.mark.parametrize("norm_type", NORMS)
+@pytest.mark.parametrize("dtype, jit_compile", [("float32", False), ("float64", False), ("float32", True)])
 def test_one_graph_serves_every_batch_and_image_size(norm_type, data_format, dtype, jit_compile):
     """Batch, height and width are unknown, compiled or not (the original repo's #1 and #8: it crashed)."""
     shape = [None, None, None, 6] if data_format == "channels_last" else [None, 6, None, None]
@@ -86,14 +66,12 @@ def test_epsilon_counts(norm_type, dtype):
 
 
 def test_group_norm_takes_32_groups_unless_told():
-    """The paper's G = 32 is the default."""
     x, gamma, beta, _ = random_case((2, 3, 3, 64), np.float32)
     np.testing.assert_array_equal(ops.group_norm(x, gamma, beta), ops.group_norm(x, gamma, beta, 32))
 
 
 @pytest.mark.parametrize("norm_type", [*NORMS, "inference"])
 def test_gamma_and_beta_may_be_left_out(norm_type):
-    """None for gamma is a scale of 1, None for beta an offset of 0."""
     x, gamma, beta, _ = random_case((4, 3, 5, 6), np.float32)
     norm, ones, zeros = norm_of(norm_type, 6), np.ones_like(gamma), np.zeros_like(beta)
     for g, b in itertools.product((gamma, None), (beta, None)):
@@ -136,9 +114,7 @@ def test_large_means_keep_their_digits(norm_type, jit_compile):
 def test_long_sums_keep_their_digits(shape, jit_compile):
     """A row of 2^19 positions, whether the graph knows that or not."""
     x, gamma, beta, dy = random_case((1, 2**19, 4), np.float32)
-    norm = tf.function(
-        lambda x: ops.group_norm(x, gamma, beta, 2), input_signature=[tf.TensorSpec(shape)], jit_compile=jit_compile
-    )
+    norm = tf.function(lambda x: ops.group_norm(x, gamma, beta, 2), [tf.TensorSpec(shape)], jit_compile=jit_compile)
     exact = oracle(x, gamma, beta, dy, group_sets(x.shape, 2))["y"]
     np.testing.assert_allclose(norm(x), exact, rtol=0, atol=5e-6)  # of size 10
 
@@ -158,10 +134,7 @@ def test_long_sums_keep_their_digits(shape, jit_compile):
     ],
 )
 def test_an_example_is_bitwise_the_same_in_every_batch(shape, groups, known, data_format):
-    """y and dx of a batch are those of its parts, in a graph of known sizes and in one of unknown sizes.
-
-    tests/test_command.py does the same with one thread per operation.
-    """
+    """y and dx of a batch are those of its parts; test_command.py does the same with one thread per operation."""
     x, gamma, beta, dy = random_case(shape, np.float32)
     x, dy = (to_format(value, data_format) for value in (x, dy))
     sizes = [None if i == 0 or size != shape[-1] else size for i, size in enumerate(x.shape)]
@@ -181,7 +154,7 @@ def test_an_example_is_bitwise_the_same_in_every_batch(shape, groups, known, dat
 
 @pytest.mark.parametrize("data_format", FORMATS)
 @pytest.mark.parametrize("dtype, digits", [("float16", 11), ("bfloat16", 8)])
-@pytest.mark.parametrize("norm_type", ["group", "batch"])
+@pytest.mark.parametrize("norm_type", NORMS)
 def test_half_precision_is_rounded_only_once(norm_type, dtype, digits, data_format):
     """Values near 1e4, whose sums overflow in float16: finite, and right but for the rounding of the output."""
     shape, half = (4, 9, 7, 12), tf.as_dtype(dtype).as_numpy_dtype
@@ -200,7 +173,77 @@ def test_half_precision_is_rounded_only_once(norm_type, dtype, digits, data_form
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("in_graph", [False, True])
-@pytest.mark.parametrize("norm_type", ["group", "batch", "inference"])
+@pytest.mark.parametrize("norm_type", [*NORMS, "inference"])
 def test_second_derivatives(norm_type, in_graph, dtype):
     arrays = random_case((2, 3, 2, 4), np.float64)[:3]
     assert_second_derivatives(norm_of(norm_type, 4), arrays, dtype, in_graph)
+
+
+def random_statistics(channels, dtype):
+    """A moving mean and a moving variance."""
+    rng = np.random.default_rng(1)
+    return rng.normal(size=channels).astype(dtype), rng.uniform(0.5, 2, channels).astype(dtype)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape, epsilon", [*((s, 1e-5) for s in BATCH_SHAPES), ((1, 4), 0.1), ((0, 2, 3), 0.1)])
+def test_batch_norm_in_inference_is_the_formula(shape, epsilon, dtype, data_format):
+    """y = gamma * (x - moving mean) / sqrt(moving variance + epsilon) + beta, for any number of images."""
+    x, gamma, beta, dy = random_case(shape, dtype)
+    mean, variance = random_statistics(shape[-1], dtype)
+    options = {"data_format": data_format} | ({} if epsilon == 1e-5 else {"epsilon": epsilon})
+    actual = run_with_gradients(
+        lambda *args: ops.batch_norm(*args, mean, variance, False, **options)[0], x, gamma, beta, dy, data_format
+    )
+    scale, others = 1 / np.sqrt(np.float64(variance) + epsilon), tuple(range(len(shape) - 1))
+    xhat, dx = (x - np.float64(mean)) * scale, dy * (gamma * scale)
+    sums = {"dgamma": (dy * xhat).sum(others), "dbeta": dy.sum(others, dtype="float64")}
+    expected = {"y": xhat * gamma + beta, "dx": dx, "terms": np.abs(dx).max(initial=0)}
+    assert_close(actual, expected | sums, dtype)
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape, in_graph", [(shape, False) for shape in BATCH_SHAPES] + [((2, 5, 3, 12), True)])
+def test_moving_statistics_learn_the_mean_and_the_unbiased_variance(shape, dtype, data_format, in_graph):
+    """new = momentum * old + (1 - momentum) * batch, with the variance of m - 1; only returned, never assigned."""
+    x, gamma, beta, _ = random_case(shape, dtype)
+    statistics = random_statistics(shape[-1], dtype)
+    variables = [tf.Variable(value) for value in statistics]
+    arguments = [tf.constant(to_format(x, data_format)), tf.constant(gamma), tf.constant(beta), *variables]
+    batch_norm = tf.function(ops.batch_norm) if in_graph else ops.batch_norm
+    values = np.float64(x).reshape(-1, shape[-1])
+    batch = values.mean(0), values.var(0, ddof=1)
+    for kwargs, momentum in (({}, 0.9), ({"momentum": 0.75}, 0.75), ({"momentum": 0.0}, 0.0)):
+        _, *moved = batch_norm(*arguments, training=True, data_format=data_format, **kwargs)
+        for actual, old, new in zip(moved, statistics, batch):
+            assert actual.dtype == dtype
+            allowed = ROUNDINGS * np.finfo(dtype).eps * np.abs(new).max()
+            np.testing.assert_allclose(actual, momentum * old + (1 - momentum) * new, rtol=0, atol=allowed)
+    _, *kept = batch_norm(*arguments, training=False, data_format=data_format)
+    for old, variable, same in zip(statistics, variables, kept):
+        np.testing.assert_array_equal(variable, old)
+        np.testing.assert_array_equal(same, old)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])
+def test_a_batch_without_values_teaches_nothing(shape, known, dtype):
+    layer = ops.BatchNorm(momentum=0.5, dtype=dtype)
+    layer.build((None, None, 3))
+    spec = tf.TensorSpec(shape if known else (None, None, 3), dtype)
+    step = tf.function(lambda x: layer(x, training=True), input_signature=[spec])
+    assert step(tf.zeros(shape, dtype)).shape == shape
+    np.testing.assert_array_equal(layer.moving_mean, np.zeros(3))
+    np.testing.assert_array_equal(layer.moving_variance, np.ones(3))
+
+
+def test_moving_statistics_of_large_means_are_right_when_fit_compiles():
+    x = (1e5 + np.random.default_rng(0).normal(size=(64, 4, 4, 3))).astype("float32")
+    layer = ops.BatchNorm(momentum=0.0)
+    model = keras.Sequential([keras.Input((4, 4, 3)), layer])
+    model.compile("sgd", "mse", jit_compile=True)
+    model.fit(x, x * 0, batch_size=64, verbose=0)
+    np.testing.assert_allclose(layer.moving_variance, x.astype("float64").var((0, 1, 2), ddof=1), rtol=1e-2)
