@@ -156,9 +156,8 @@ def receive(url, part, size, timeout, may_be_slow):
     with requests.Session() as session:
         for scheme in ("http://", "https://"):
             session.mount(scheme, HTTPAdapter(max_retries=RETRY))
-        with session.get(
-            url, headers=headers, stream=True, timeout=(min(timeout, 10), min(timeout, 86400))
-        ) as response:
+        limits = min(timeout, 10), min(timeout, 86400)  # seconds to connect, and between two bytes
+        with session.get(url, headers=headers, stream=True, timeout=limits) as response:
             if response.status_code == 416:  # the mirror's file is shorter than `part`, so it is another file
                 os.remove(part)
             response.raise_for_status()
@@ -252,7 +251,10 @@ def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, t
 def prepare_folder(
     name, image_dir, test_image_dir=None, image_size=None, skip_broken=False, data_dir=datasets.DATA_DIR
 ):
-    """Pack image_dir/<class>/<image> as the user's own dataset `name`. Raises UserError, OSError."""
+    """Pack image_dir/<class>/<image> as the user's own dataset `name`, or check that it was packed from there.
+
+    Raises UserError, OSError.
+    """
     from datasets.folder import class_folders, read
 
     folder = datasets.folder_of(name, data_dir)
@@ -263,32 +265,38 @@ def prepare_folder(
     }
     if name in datasets.NAMES:
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
-    if hdf5.is_packed(folder):
-        check_origin(name, folder, origin)
-        check_files(name, folder, image_dir, test_image_dir)
-        print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
-        return
-    class_folders(image_dir)  # raises UserError before the dataset's folder is made
-    with locked(folder):
-        for file in datasets.own.FILES:
-            if os.path.exists(os.path.join(folder, file)):
-                raise UserError(
-                    f"{folder}/{file} is damaged or was not packed by download.py: delete it, or choose another name"
+
+    def read_source():
+        source = read(image_dir, test_image_dir, image_size, skip_broken)
+        return source._replace(origin=origin | source.origin)
+
+    if not hdf5.is_packed(folder):
+        class_folders(image_dir)  # raises UserError before the dataset's folder is made
+        with locked(folder):
+            if not hdf5.is_packed(folder):  # another process may have packed it while we waited
+                check_no_data(folder)
+                pack(name, folder, read_source)
+                print(
+                    "trainer.py will flip and crop these images at random; for digits and signs add --augment crop, "
+                    "which only crops them; to train on unchanged images add --no_augment"
                 )
+                return
+    check_origin(name, folder, origin)
+    check_files(name, folder, image_dir, test_image_dir)
+    print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
 
-        def read_source():
-            source = read(image_dir, test_image_dir, image_size, skip_broken)
-            return source._replace(origin=origin | source.origin)
 
-        pack(name, folder, read_source)
-        print(
-            "trainer.py will flip and crop these images at random; for digits and signs add --augment crop, which only "
-            "crops them; to train on unchanged images add --no_augment"
-        )
+def check_no_data(folder):
+    """Raise UserError if `folder` has data that download.py did not pack."""
+    for file in datasets.own.FILES:
+        if os.path.exists(os.path.join(folder, file)):
+            raise UserError(
+                f"{folder}/{file} is damaged or was not packed by download.py: delete it, or choose another name"
+            )
 
 
 def check_files(name, folder, image_dir, test_image_dir):
-    """Raise UserError if images were added to, or removed from, the folders that `folder` was packed from."""
+    """Raise UserError if the images that `folder` was packed from are not those in the folders now."""
     from datasets.folder import id_of, list_splits
 
     if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted

@@ -84,9 +84,10 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     skipped = []
 
     def wanted(path):
-        if skip_broken and try_load(path) is None:
-            skipped.append(os.path.realpath(path))
-        return not skipped or skipped[-1] != os.path.realpath(path)
+        if not skip_broken or try_load(path) is not None:
+            return True
+        skipped.append(os.path.realpath(path))
+        return False
 
     class_names, train, test = list_splits(image_dir, test_image_dir, wanted)
     warn_of_copies(train, test)
@@ -172,9 +173,8 @@ def list_images(folder, class_names, wanted):
     if loose:
         print(f"warning: skipped {len(loose)} images outside the class folders of {folder}, such as {loose[0]}")
     for label, name in enumerate(class_names):
-        found, others = (
-            find_files(os.path.join(folder, name)) if os.path.isdir(os.path.join(folder, name)) else ((), ())
-        )
+        top = os.path.join(folder, name)
+        found, others = find_files(top) if os.path.isdir(top) else ([], [])
         for path in found:
             check_name(os.path.relpath(path, folder), folder)
         files += [(path, label) for path in found if wanted(path)]
@@ -186,7 +186,7 @@ def list_images(folder, class_names, wanted):
 def find_files(folder):
     """Return the sorted (images, other files) in and below `folder`, by suffix.
 
-    Skips hidden files, hidden folders and links to folders. Raises OSError for a folder that cannot be read.
+    Skips hidden files and folders; links to folders are other files. Raises OSError for a folder that cannot be read.
     """
 
     def fail(error):
