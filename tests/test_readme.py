@@ -1,7 +1,6 @@
 """README.md's numbers are those of the committed logs, its commands are known, and it names files that are there."""
 
 import csv
-import math
 import re
 import shlex
 import statistics
@@ -63,52 +62,35 @@ def test_each_norm_has_its_best_rate():
     assert not rows
 
 
-def front_table(number, study):
-    """(batch sizes, lines, accuracies {(norm, batch size): [in %]}) of a table of README.md and the study it shows."""
+def accuracies_of(study):
+    """The accuracies of a study, {(norm, batch size): [of each seed]}."""
     with open(scripts.REPO / "figure" / "studies" / study / "results.csv", newline="") as file:
         rows, values = list(csv.DictReader(file)), {}
     for row in rows:
         norm = row["norm"] + "+acc" * (row["accumulate"] == "True")
-        values.setdefault((norm, row["batch_size"]), []).append(100 * float(row["accuracy"]))
-    (_, *sizes), _, *shown = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in re.findall(r"^\| norm \|(?:.*\n\|)*.*", README, re.MULTILINE)[number].splitlines()
-    ]
-    return sizes, shown, values
-
-
-def test_the_front_page_has_the_long_study():
-    """Medians; empty cells are not trained."""
-    sizes, shown, values = front_table(1, "full")
-    assert {norm for norm, _ in values} <= {norm for norm, *_ in shown} and {size for _, size in values} <= set(sizes)
-    for norm, *cells in shown:
-        found = [values.get((norm, size)) for size in sizes]
-        assert cells == [f"{statistics.median(accuracies):.1f}" if accuracies else "" for accuracies in found]
+        values.setdefault((norm, row["batch_size"]), []).append(float(row["accuracy"]))
+    return values
 
 
 def test_the_front_page_has_the_medians():
-    """Of results.csv, and the bold number of a column is ahead of the next by more than two standard errors."""
-    sizes, shown, accuracies = front_table(0, "cifar10")
-    medians, spreads = {}, []
-    for norm, *cells in shown:
-        for size, cell in zip(sizes, cells):
-            values = accuracies[norm, size]
-            medians.setdefault(size, []).append(statistics.median(values))
-            spreads.append(max(abs(value - medians[size][-1]) for value in values))
-            assert cell.strip("*") == f"{medians[size][-1]:.1f}" and len(values) == 3
-    assert f"within {math.ceil(10 * max(spreads)) / 10:.1f}" in " ".join(README.split())
-    for i, size in enumerate(sizes):
-        second, best = sorted((accuracies[norm, size] for norm, *_ in shown), key=statistics.median)[-2:]
-        ahead = statistics.median(best) - statistics.median(second)
-        error = 100 * results.standard_error(*([v / 100 for v in values] for values in (second, best)), 10_000)
-        bold = [cells[1 + i].startswith("**") for cells in shown]
-        assert bold == [value == statistics.median(best) and ahead > 2 * error for value in medians[size]], size
+    """A bold number is ahead of the next in its column by over two standard errors; empty cells are not trained."""
+    head, _, *lines = re.search(r"^\| norm \|(?:.*\n\|)*.*", README, re.MULTILINE)[0].splitlines()
+    (_, *sizes), *shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)]
+    accuracies = accuracies_of("full")
+    assert set(accuracies) <= {(norm, size) for norm, *_ in shown for size in sizes}
+    for size, *column in zip(sizes, *(cells for _, *cells in shown)):
+        found = {norm: accuracies.get((norm, size), []) for norm, *_ in shown}
+        second, best = sorted(filter(None, found.values()), key=statistics.median)[-2:]
+        error = results.standard_error(second, best, 10_000)
+        is_ahead = statistics.median(best) - statistics.median(second) > 2 * error
+        for values, cell in zip(found.values(), column, strict=True):
+            text = f"{100 * statistics.median(values):.1f}" if values else ""
+            assert cell == (f"**{text}**" if is_ahead and values is best else text), size
 
 
 def test_the_variance_between_seeds_is_that_of_the_short_budget():
     """Of all cells but batch norm at batch size 1, as a number of images with the same variance."""
-    *_, accuracies = front_table(0, "cifar10")
-    found = [[value / 100 for value in values] for cell, values in accuracies.items() if cell != ("batch", "1")]
+    found = [values for cell, values in accuracies_of("cifar10").items() if cell != ("batch", "1")]
     of_image = statistics.mean(statistics.median(values) * (1 - statistics.median(values)) for values in found)
     of_seed = statistics.mean(statistics.variance(values) for values in found)
     assert len(found) == 17 and of_image / of_seed == pytest.approx(results.SEED_IMAGES, rel=0.01)
