@@ -14,7 +14,6 @@ from input_ops import create_input_ops
 from model import create_model
 
 CONVERSION_IMAGES = 256  # training images for converting the norms of --checkpoint
-CHECKPOINTS_KEPT = 3
 REMEDY = "restore its files, give an older checkpoint with --checkpoint, or train a new run"
 CHECKPOINT_SECONDS = 600  # save after a step if the last checkpoint is older than this
 
@@ -55,15 +54,11 @@ class State:
 
     def open(self, run_dir, writes):
         """Restore the newest checkpoint of a run folder, if any. `writes`: whether this process saves checkpoints."""
-        parts = {"learning_rate": self.optimizer.learning_rate, "slots": self.optimizer.slots}
-        checkpoint = tf.train.Checkpoint(
-            model=weights_of(self.model),
-            optimizer=parts | {"beta_powers": self.optimizer.beta_powers},
-            recent=self.recent,
-            step=self.step,
-        )
+        optimizer = {name: getattr(self.optimizer, name) for name in ("learning_rate", "slots", "beta_powers")}
+        model = weights_of(self.model)
+        checkpoint = tf.train.Checkpoint(model=model, optimizer=optimizer, recent=self.recent, step=self.step)
         with reading(f"{run_dir}/checkpoint", REMEDY):
-            manager = tf.train.CheckpointManager(checkpoint, str(run_dir), CHECKPOINTS_KEPT, checkpoint_name="model")
+            manager = tf.train.CheckpointManager(checkpoint, str(run_dir), max_to_keep=3, checkpoint_name="model")
         self.manager, newest = manager, manager.latest_checkpoint
         if run_dir and newest is None and runs.has_checkpoint(run_dir):
             raise UserError(f"{run_dir}/checkpoint is damaged: {REMEDY}")
@@ -104,8 +99,7 @@ class State:
 def load_weights(model, checkpoint) -> tuple[str, int]:
     """Load a model's variables from a checkpoint, or from the newest in a run folder; returns its path and step.
 
-    Raises:
-        UserError: if the checkpoint cannot be read, or its variables do not match the model's.
+    Raises UserError if the checkpoint cannot be read, or its variables do not match the model's.
     """
     path = str(checkpoint)
     try:
@@ -114,10 +108,7 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
         reader = tf.train.load_checkpoint(path)
         shapes = reader.get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError):
-        raise UserError(
-            f"{checkpoint} is not a readable checkpoint: give one that trainer.py wrote, such as "
-            f"RUN_FOLDER/model-1000, or the run folder"
-        ) from None
+        raise UserError(f"{checkpoint} is no readable checkpoint: give RUN_FOLDER or RUN_FOLDER/model-1000") from None
     stored = {name: tuple(shape) for name, shape in shapes.items() if name.startswith("model/")}
     variables = {
         f"model/{name.replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE": variable
@@ -159,7 +150,7 @@ def copy_weights(checkpoint, model, config, train) -> str | None:
             variable.assign(taken[name])
         else:
             new.append(name)
-    print(f"starting from the weights of {path}" + (f"; new: {', '.join(new)}" if new else ""), flush=True)
+    print(f"starting from the weights of {path}" + (f"; new: {', '.join(new)}" if new else ""))
     if converted:
         batches = create_input_ops(train, min(len(train), CONVERSION_IMAGES), True, seed=config.seed, last_step=1)
         match_moments(model, source, next(iter(batches))[0])
@@ -169,16 +160,11 @@ def copy_weights(checkpoint, model, config, train) -> str | None:
 def check_convertible(config, other, checkpoint) -> bool:
     """Whether the norms of the run `other` must be converted; UserError if its weights do not fit `config`."""
     for name in ("model", "weight_standardization"):
-        if getattr(config, name) != getattr(other, name):
-            raise UserError(
-                f"checkpoint {checkpoint} is of a run with --{name} {getattr(other, name)}, not "
-                f"{getattr(config, name)}: use the same"
-            )
+        here, there = getattr(config, name), getattr(other, name)
+        if here != there:
+            raise UserError(f"checkpoint {checkpoint} is of a run with --{name} {there}, not {here}: use the same")
     if config.validation and config.dataset == other.dataset and config.validation != other.validation:
-        raise UserError(
-            f"checkpoint {checkpoint} was trained on some of the {config.validation} images that --validation holds "
-            f"out: omit it, or train the checkpoint with it"
-        )
+        raise UserError(f"checkpoint {checkpoint} saw images that --validation {config.validation} holds out: omit it")
     same = config.norm_type == other.norm_type
     if config.norm_type == "group":
         same = same and (config.groups, config.group_size) == (other.groups, other.group_size)

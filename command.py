@@ -59,7 +59,8 @@ def handle_signals(stop, interrupt):
 def run(main):
     """Return main(); on an expected error, end the script with one line on stderr and the exit code above."""
     handle_signals(terminate, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
+    # Show each line at once, also in a pipe, and characters that the terminal's encoding lacks by their numbers.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return main()
     except UserError as error:
@@ -101,26 +102,22 @@ class Interruption:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing)
         threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, lambda *_: None)
+        handle_signals(lambda *_: None, lambda *_: None)
 
     def watch(self, pipe):
         while True:
             number = os.read(pipe, 1)[0]
             if number not in STOP_SIGNALS:
                 continue
+            name = signal.Signals(number).name
             if not self.worth_saving or (self.signal and number != signal.SIGHUP):  # SIGHUP may arrive twice
-                print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+                print(f"stopped by {name}", file=sys.stderr)
                 os._exit(128 + number)
             self.signal = number
-            print(
-                f"{signal.Signals(number).name}: stopping after this step is saved; send it again to stop at once",
-                flush=True,
-            )
+            print(f"{name}: stopping after this step is saved; send it again to stop at once")
 
     def check(self, batches):
-        """Yield the batches; raise Stopped if a signal arrives between two. Several workers always finish the test."""
+        """Yield the batches; raise Stopped if a signal arrives between two. Several workers finish the test."""
         for batch in batches:
             if self.signal and self.alone:
                 raise Stopped
@@ -133,7 +130,7 @@ class Interruption:
 
 def complain(message):
     """Print an error as one line on stderr."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr, flush=True)
+    print(f"{os.path.basename(sys.argv[0])}: error: {one_line(message)}", file=sys.stderr)
 
 
 def one_line(text, limit=2000):
@@ -156,15 +153,8 @@ def reading(path, remedy="replace this file"):
         raise UserError(f"{path} is damaged ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
 
 
-COMMON_MISTAKES = {
-    "gn": "group",
-    "bn": "batch",
-    "ln": "layer",
-    "in": "instance",
-    "groupnorm": "group",
-    "batchnorm": "batch",
-}
-COMMON_MISTAKES |= {"--lr": "--learning_rate", "--norm": "--norm_type", "--bs": "--batch_size", "--data": "--data_dir"}
+MISTAKES = {"gn": "group", "bn": "batch", "ln": "layer", "in": "instance", "groupnorm": "group", "batchnorm": "batch"}
+MISTAKES |= {"--lr": "--learning_rate", "--norm": "--norm_type", "--bs": "--batch_size", "--data": "--data_dir"}
 OWN_METADATA = ("low", "above", "exclusive", "on_resume", "derived", "local", "ignored")  # the rest is argparse's
 
 
@@ -219,10 +209,10 @@ class ArgumentParser(argparse.ArgumentParser):
         flag = re.search(r"unrecognized arguments: .*?(--\w+)", message)
         meant = None
         if value:
-            meant = COMMON_MISTAKES.get(value[1].lower())
+            meant = MISTAKES.get(value[1].lower())
             meant = meant if meant in re.findall(r"[^\s',]+", value[2]) else None
         elif flag:
-            meant = COMMON_MISTAKES.get(flag[1])
+            meant = MISTAKES.get(flag[1])
             meant = meant if meant in flags else next(iter(difflib.get_close_matches(flag[1], flags, 1)), None)
         return f"{message.partition(' (choose from')[0]}: did you mean {meant}?" if meant else message
 

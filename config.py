@@ -26,7 +26,6 @@ MODELS = ("convnet",) + SMALL_RESNETS + tuple(LARGE_RESNETS)
 NORM_TYPES = ("batch", "group", "layer", "instance", "none", "batch+renorm")  # renorm: arXiv 1702.03275
 STANDARDIZED = tuple(f"{norm}+ws" for norm in NORM_TYPES if norm != "batch+renorm")  # ws: arXiv 1903.10520
 NORM_NAMES = tuple(f"{norm}{acc}" for acc in ("", "+acc") for norm in NORM_TYPES + STANDARDIZED)  # for --norm_type
-AUGMENTATIONS = ("crop", "flip+crop")
 LEARNING_RATES = {"adam": 1e-3, "momentum": 0.2}  # at max_batch_size images per update: figure/studies/recipe
 SCALING = {"adam": "square root", "momentum": "linear"}  # by images per update: arXiv 2205.10287, 1706.02677
 WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
@@ -104,9 +103,7 @@ class Config(Network):
         ignored=True,
     )
     sync_batch_norm: bool = flag(False, "compute batch norm's statistics over the images of all replicas")
-    worker_timeout: float = flag(
-        300.0, "seconds to wait for the other hosts of TF_CONFIG", above=0, on_resume=True, local=True
-    )
+    worker_timeout: float = flag(300.0, "seconds to wait for the other hosts", above=0, on_resume=True, local=True)
     accumulate: bool = flag(
         False,
         "average the gradients of all batches of a step, and update the weights once: this needs the memory of "
@@ -115,9 +112,7 @@ class Config(Network):
     max_training_step: int | None = flag(
         None, "steps to train; by default the dataset's usual number of epochs", low=1, derived=True, exclusive="length"
     )
-    epochs: int | None = flag(
-        None, "passes over the training images, instead of --max_training_step", low=1, exclusive="length", ignored=True
-    )
+    epochs: int | None = flag(None, "passes over the training images", low=1, exclusive="length", ignored=True)
     optimizer: str | None = flag(
         None,
         f"by default momentum (0.9), for convnet adam; gradients are clipped to a global norm of {CLIP_NORM:g}",
@@ -147,16 +142,13 @@ class Config(Network):
     )
     warmup_steps: int = flag(0, "steps in which the learning rate rises linearly at the start", low=0)
     weight_decay: float | None = flag(
-        None,
-        "L2 penalty on all weights, gamma and beta included; by default 1e-4 with momentum, 0 with adam",
-        low=0,
-        derived=True,
+        None, "L2 penalty, also on gamma and beta; by default 1e-4 with momentum, 0 with adam", low=0, derived=True
     )
     augment: str | None = flag(
         None,
         "crop: crop images at random, for digits and signs; flip+crop: also flip them, the default for CIFAR10, "
         "Fashion, TinyImageNet, ImageNet and image folders; --augment alone means flip+crop",
-        choices=AUGMENTATIONS,
+        choices=("crop", "flip+crop"),
         nargs="?",
         const="flip+crop",
         derived=True,
@@ -191,15 +183,11 @@ class Config(Network):
         local=True,
         derived=True,
     )
-    write_summary_step: int = flag(
-        10, "steps between TensorBoard scalars, each of which is also a row of metrics.jsonl", low=1, local=True
-    )
+    write_summary_step: int = flag(10, "steps between TensorBoard scalars, also in metrics.jsonl", low=1, local=True)
     test_sample_step: int | None = flag(
         None, "steps between tests on the complete test split; by default an epoch", low=1, derived=True, ignored=True
     )
-    ckpt_save_step: int = flag(
-        1000, "steps between checkpoints; one is also saved every 10 minutes", low=1, ignored=True
-    )
+    ckpt_save_step: int = flag(1000, "steps between checkpoints, besides one every 10 minutes", low=1, ignored=True)
     data_dir: str | None = flag(datasets.DATA_DIR, "folder of the datasets", on_resume=True, local=True)
     train_dir: str = flag("train_dir", "folder in which to create the run folder", local=True)
 
@@ -247,7 +235,7 @@ def default_groups(model: str) -> int:
 
 
 def channels_of(model: str) -> tuple:
-    """The numbers of channels of a network's norms."""
+    """The channels of a network's norms."""
     if model == "convnet":
         return 64, 128, 256, 512
     if model in SMALL_RESNETS:
@@ -347,10 +335,7 @@ def check_flags(flags: Config) -> None:
 def check_network(flags: Network, model: str | None = None) -> None:
     """Raise UserError for flags that do not suit the norm, or groups that do not divide the channels of `model`."""
     if flags.weight_standardization and f"{flags.norm_type}+ws" not in STANDARDIZED:
-        raise UserError(
-            f"--weight_standardization does not go with --norm_type {flags.norm_type}: remove it, or give one of "
-            f"{', '.join(STANDARDIZED)}"
-        )
+        raise UserError(f"--weight_standardization does not go with --norm_type {flags.norm_type}: remove it")
     for name in ("groups", "group_size"):
         value = getattr(flags, name)
         if value is not None and flags.norm_type != "group":
@@ -392,9 +377,7 @@ def check_path(path) -> None:
         raise UserError(f"{os.fsencode(path)!r} is not UTF-8: use a name of letters and digits") from None
     found = sorted(set("*?[]\\") & set(str(path)))
     if found:
-        raise UserError(
-            f"{path} contains {' '.join(found)}, which TensorFlow reads as a pattern: use a path without * ? [ ] and \\"
-        )
+        raise UserError(f"{path} contains {' '.join(found)}: TensorFlow needs a path without * ? [ ] and \\")
 
 
 def parse_evaluation(argv=None):
@@ -417,25 +400,13 @@ def parse_evaluation(argv=None):
         "from training images, augmented as in training, in large batches, and reestimate_small in batches of the "
         "training batch size; batch are those of each test batch of the training batch size",
     )
-    parser.add_argument(
-        "--validation",
-        type=within(int, low=1),
-        metavar="N",
-        help="evaluate on the N training images that the run held out with the same flag",
-    )
-    parser.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="PATH",
-        help=f"instead of evaluating, print the {PREDICTED_CLASSES} most likely classes of these image files, and of "
-        "all image files in these folders and their subfolders",
-    )
+    held_out = "evaluate on the N training images that the run held out with the same flag"
+    parser.add_argument("--validation", type=within(int, low=1), metavar="N", help=held_out)
+    shown = f"only print the {PREDICTED_CLASSES} most likely classes of these image files, and those in these folders"
+    parser.add_argument("--predict", nargs="+", metavar="PATH", help=shown)
     parser.add_argument("--output", metavar="FILE", help="also write the results of --predict to this CSV file")
-    parser.add_argument(
-        "--export",
-        metavar="DIR",
-        help="also write the network to this new folder, in files that load without this repo, with a README.md",
-    )
+    exported = "also write the network to this new folder, in files that load without this repo, with a README.md"
+    parser.add_argument("--export", metavar="DIR", help=exported)
     flags = parser.parse_args(argv)
     if flags.predict:
         without_effect, why = ("split", "batch_statistics", "validation", "export"), "with --predict"
@@ -479,8 +450,7 @@ def parse_network(argv=None):
     )
     flags = vars(parser.parse_args(argv))
     memory = flags.pop("memory")
-    if memory == []:
-        memory = MEMORY_BATCH_SIZES
+    memory = MEMORY_BATCH_SIZES if memory == [] else memory
     size, classes = flags.pop("image_size"), flags.pop("classes")
     if len(size) > 3:
         raise UserError(f"--image_size {' '.join(map(str, size))}: give height, width and channels only")

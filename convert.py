@@ -34,10 +34,8 @@ def replace_batch_norm(
             model is of another kind or has no batch norm; if `images` is not an array or is empty.
     """
     if images is not None and not (getattr(images, "shape", None) and images.shape[0]):
-        raise ValueError(
-            f"images must be an array [N, ...] of at least one input of the model, not "
-            f"{'an empty one' if hasattr(images, 'shape') else type(images).__name__}: pass about 256 images"
-        )
+        given = "an empty one" if hasattr(images, "shape") else type(images).__name__
+        raise ValueError(f"images must be an array [N, ...] of inputs of the model, not {given}: pass about 256 images")
 
     def clone(layer):
         if isinstance(layer, keras.Model):
@@ -59,8 +57,7 @@ def replace_batch_norm(
         sequential = isinstance(model, keras.Sequential)
         if not model.built or not (sequential or hasattr(model, "operations")):
             raise ValueError(
-                f"model {model.name!r} must be functional, or Sequential and built (keras.Input as its first layer), "
-                f"not {type(model).__name__}: only in these can every batch norm be found"
+                f"model {model.name!r} must be functional, or Sequential with keras.Input, not {type(model).__name__}"
             )
         return keras.models.clone_model(model, clone_function=clone, call_function=None if sequential else call)
 
@@ -91,8 +88,7 @@ def _group_norm_like(layer, groups, group_size, affine):
         groups = channels // max(group_size, 1)
     if not valid:
         raise ValueError(
-            f"layer {layer.name!r}: {channels} channels cannot be split into {wanted}; valid numbers are "
-            f"{divisors(channels)}"
+            f"layer {layer.name!r}: {channels} channels cannot be split into {wanted}; use {divisors(channels)}"
         )
     config = layer.get_config()
     names = ["name", "trainable", "dtype", "axis", "center", "scale"]
@@ -171,10 +167,8 @@ def _channel_moments(model, layers, images, batch_size=64):
     moments = []
     for layer, record in zip(layers, records):
         if len(record) != len(starts):
-            raise ValueError(
-                f"layer {layer.name!r} is used {len(record) // len(starts)} times, but one gamma and beta cannot match "
-                f"all their moments: use one layer for each, or call without images"
-            )
+            times = len(record) // len(starts)
+            raise ValueError(f"layer {layer.name!r} is used {times} times: use a layer for each, or pass no images")
         sizes, means, variances = zip(*record)
         mean = np.average(means, axis=0, weights=sizes)
         between = np.average(np.square(np.array(means) - mean), axis=0, weights=sizes)

@@ -10,7 +10,6 @@ download continues where it stopped.
 """
 
 import collections
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -25,6 +24,7 @@ from urllib3.util import Retry
 import datasets
 from command import ArgumentParser, UserError, one_line, run, sync, within
 from datasets import hdf5
+from datasets.folder import class_folders, id_of, list_splits, read
 
 TIMEOUT = 60.0  # seconds without a byte after which to give up a mirror
 RETRY = Retry(
@@ -46,17 +46,21 @@ class Refused(Exception):
     """A mirror is too slow, or does not have the right file: try the next one."""
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Create a dataset's folder if it is missing, and hold its lock; print a line if another process holds it."""
+def pack_once(folder, make):
+    """Call make(), in one process at a time, unless `folder` has a packed dataset; returns whether it was called."""
+    if hdf5.is_packed(folder):
+        return False
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, ".lock"), "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that uses {folder}", flush=True)
+            print(f"waiting for another process that uses {folder}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        if hdf5.is_packed(folder):  # another process packed it while we waited
+            return False
+        make()
+    return True
 
 
 def kind_of(text):
@@ -84,10 +88,8 @@ def verify(dataset, path, expected, checksum):
     if found != right:
         mismatch = f"{path} has {size_of(path)} bytes and {kind} {found}, expected {size} bytes and {right}"
         if checksum:
-            raise UserError(
-                f"{mismatch}: replace the file, or accept it: run download.py --dataset {dataset} with --no_checksum"
-            )
-        print(f"warning: {mismatch}", flush=True)
+            raise UserError(f"{mismatch}: replace it, or run download.py --dataset {dataset} with --no_checksum")
+        print(f"warning: {mismatch}")
     return found
 
 
@@ -118,11 +120,11 @@ def fetch(dataset, urls, path, expected, checksum, timeout=TIMEOUT):
             except (requests.RequestException, HTTPError, Refused) as error:
                 reason = reason_of(error)
                 if reason != NO_CONNECTION:  # likely the same for all mirrors, so it is only in the error below
-                    print(f"warning: {url}: {reason}", flush=True)
+                    print(f"warning: {url}: {reason}")
                 made_progress = made_progress or size_of(part) != have  # or the part was wrong, and is removed
                 continue
             if found != right:
-                print(f"warning: {name} from {url} has {kind} {found}, expected {right}", flush=True)
+                print(f"warning: {name} from {url} has {kind} {found}, expected {right}")
             sync(part)
             os.replace(part, path)
             return found
@@ -186,10 +188,8 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
         found = {path: {f for f in module.FILES if os.path.isfile(os.path.join(path, f))} for path in folders}
         folder = next((path for path in folders if len(found[path]) == len(module.FILES)), None)
         if folder is None:
-            missing = [f for f in module.FILES if not any(f in files for files in found.values())]
-            raise UserError(
-                f"{name}: {' '.join(missing or module.FILES)} not found together in {archive_dir} or {folders[0]}"
-            )
+            missing = [f for f in module.FILES if not any(f in files for files in found.values())] or module.FILES
+            raise UserError(f"{name}: {' '.join(missing)} not found together in {archive_dir} or {folders[0]}")
     missing = [f for f in module.FILES if not os.path.isfile(os.path.join(folder, f))]
     mirrors = ([mirror] if mirror else []) + list(module.MIRRORS)
     if missing and not mirrors:
@@ -214,9 +214,7 @@ def check_known(name, data_dir):
     """Raise UserError unless `name` is one of datasets.NAMES."""
     if name not in datasets.NAMES:
         datasets.folder_of(name, data_dir)  # raises for a name in another case
-        raise UserError(
-            f"dataset {name!r} is not one of {' '.join(datasets.NAMES)}: to pack your own images, add --image_dir DIR"
-        )
+        raise UserError(f"dataset {name!r} is none of {' '.join(datasets.NAMES)}: for your own images add --image_dir")
 
 
 def prepare(
@@ -227,35 +225,25 @@ def prepare(
     Raises UserError for a mistake of the user, OSError for an error of the network or the disk.
     """
     check_known(name, data_dir)
-    folder = datasets.folder_of(name, data_dir)
-    if not datasets.is_prepared(name, data_dir):
-        with locked(folder):
-            if not datasets.is_prepared(name, data_dir):  # another process may have packed it while we waited
-                fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout)
-                return
-    print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
+    folder, module = datasets.folder_of(name, data_dir), datasets.module_of(name)
 
+    def fetch_and_pack():
+        archives, fetched, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
+        made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
+        pack(name, folder, lambda: module.read(archives), {"made_from": made_from})
+        done = () if others or keep_archives else fetched  # an archive that was there before is the user's
+        for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
+            if os.path.exists(path):
+                os.remove(path)
 
-def fetch_and_pack(name, folder, archive_dir, mirror, checksum, keep_archives, timeout):
-    """Fetch and pack a dataset, for prepare, which holds the lock of the folder."""
-    module = datasets.module_of(name)
-    archives, fetched, others = find_archives(name, module, folder, archive_dir, mirror, checksum, timeout)
-    made_from = f"other archives than the original: {', '.join(others)}" if others else "the original archives"
-    pack(name, folder, lambda: module.read(archives)._replace(origin={"made_from": made_from}))
-    done = () if others or keep_archives else fetched  # an archive that was there before is the user's
-    for path in [os.path.join(folder, file) for file in (*done, *(file + PART for file in module.FILES))]:
-        if os.path.exists(path):
-            os.remove(path)
+    if not pack_once(folder, fetch_and_pack):
+        print(f"{name} is already packed: {folder}/{hdf5.DATA}")
 
 
 def prepare_folder(
     name, image_dir, test_image_dir=None, image_size=None, skip_broken=False, data_dir=datasets.DATA_DIR
 ):
-    """Pack image_dir/<class>/<image> as the user's own dataset `name`, or check that it was packed from there.
-
-    Raises UserError, OSError.
-    """
-    from datasets.folder import class_folders, read
+    """Pack image_dir/<class>/<image> as the user's own dataset `name`, or check that it was packed from there."""
 
     folder = datasets.folder_of(name, data_dir)
     origin = {
@@ -266,38 +254,29 @@ def prepare_folder(
     if name in datasets.NAMES:
         raise UserError(f"--image_dir packs a dataset of your own: give it another name than {name}")
 
-    def read_source():
-        source = read(image_dir, test_image_dir, image_size, skip_broken)
-        return source._replace(origin=origin | source.origin)
+    def read_and_pack():
+        check_no_data(folder)
+        pack(name, folder, lambda: read(image_dir, test_image_dir, image_size, skip_broken), origin)
+        print("trainer.py flips and crops these images at random; digits and signs need --augment crop or --no_augment")
 
     if not hdf5.is_packed(folder):
         class_folders(image_dir)  # raises UserError before the dataset's folder is made
-        with locked(folder):
-            if not hdf5.is_packed(folder):  # another process may have packed it while we waited
-                check_no_data(folder)
-                pack(name, folder, read_source)
-                print(
-                    "trainer.py will flip and crop these images at random; for digits and signs add --augment crop, "
-                    "which only crops them; to train on unchanged images add --no_augment"
-                )
-                return
-    check_origin(name, folder, origin)
-    check_files(name, folder, image_dir, test_image_dir)
-    print(f"{name} is already packed: {folder}/{hdf5.DATA}", flush=True)
+    if not pack_once(folder, read_and_pack):
+        check_origin(name, folder, origin)
+        check_files(name, folder, image_dir, test_image_dir)
+        print(f"{name} is already packed: {folder}/{hdf5.DATA}")
 
 
 def check_no_data(folder):
     """Raise UserError if `folder` has data that download.py did not pack."""
     for file in datasets.own.FILES:
-        if os.path.exists(os.path.join(folder, file)):
-            raise UserError(
-                f"{folder}/{file} is damaged or was not packed by download.py: delete it, or choose another name"
-            )
+        path = os.path.join(folder, file)
+        if os.path.exists(path):
+            raise UserError(f"{path} is damaged or was not packed by download.py: delete it, or choose another name")
 
 
 def check_files(name, folder, image_dir, test_image_dir):
     """Raise UserError if the images that `folder` was packed from are not those in the folders now."""
-    from datasets.folder import id_of, list_splits
 
     if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted
         return
@@ -341,18 +320,18 @@ def check_origin(name, folder, origin):
 def load_splits(name, data_dir, validation=None, fetch=True):
     """Return (train, test) of a dataset; if it is missing and may be downloaded without asking, prepare it first."""
     if fetch and datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, data_dir):
-        print(f"{name} is not in {data_dir}: preparing it first", flush=True)
+        print(f"{name} is not in {data_dir}: preparing it first")
         prepare(name, data_dir)
     return datasets.create_default_splits(name, data_dir, validation=validation)
 
 
-def pack(name, folder, read):
-    """Write the Source that read() returns to `folder`, and print a summary."""
+def pack(name, folder, read, origin):
+    """Write the Source that read() returns to `folder`, with its `origin`, and print a summary."""
     began = time.monotonic()
     try:
         source = read()
         with tqdm(total=source.num_images, desc=f"pack {name}", unit=" images", **BAR) as bar:
-            hdf5.write(folder, source, bar)
+            hdf5.write(folder, source._replace(origin=origin | (source.origin or {})), bar)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     train, test = hdf5.open_packed(folder, name)
@@ -360,28 +339,18 @@ def pack(name, folder, read):
     print(
         f"{name}: {len(train)} train + {len(test)} test images of {shape} in {train.num_classes} classes, "
         f"{os.path.getsize(os.path.join(folder, hdf5.DATA)) / 1e6:.1f} MB, packed in {time.monotonic() - began:.1f} s: "
-        f"{folder}/{hdf5.DATA}",
-        flush=True,
+        f"{folder}/{hdf5.DATA}"
     )
 
 
 def parse_args():
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add(
-        "--dataset",
-        "--datasets",
-        nargs="+",
-        required=True,
-        metavar="NAME",
-        help=f"{' '.join(datasets.NAMES)}, or with --image_dir a name of your choice",
-    )
+    names = f"{' '.join(datasets.NAMES)}, or with --image_dir a name of your choice"
+    add("--dataset", "--datasets", nargs="+", required=True, metavar="NAME", help=names)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--archive_dir",
-        metavar="DIR",
-        help="use the archives in DIR or DIR/<name in lower case>; download and delete nothing",
-    )
+    archives = "use the archives in DIR or DIR/<name in lower case>; download and delete nothing"
+    source.add_argument("--archive_dir", metavar="DIR", help=archives)
     source.add_argument("--mirror", metavar="URL", help="try URL/<file> before the known mirrors")
     source.add_argument("--image_dir", metavar="DIR", help="pack DIR/<class>/<image> as a dataset of your own")
     add("--test_image_dir", metavar="DIR", help="the same for the test split; default: a fifth of --image_dir")
@@ -392,13 +361,7 @@ def parse_args():
     add("--data_dir", default=datasets.DATA_DIR, metavar="DIR", help="folder of the datasets")
     add("--keep_archives", action="store_true", help="do not delete the archives that this run downloads")
     seconds = within(float, above=0)
-    add(
-        "--timeout",
-        type=seconds,
-        default=TIMEOUT,
-        metavar="SECONDS",
-        help="give up a mirror after SECONDS without data",
-    )
+    add("--timeout", type=seconds, default=TIMEOUT, help="seconds without data after which to give up a mirror")
     args = parser.parse_args()
     if args.image_size is not None and len(args.image_size) > 2:
         parser.error(f"--image_size {' '.join(map(str, args.image_size))}: expected H W or a single number")
@@ -409,9 +372,7 @@ def parse_args():
     if args.image_dir is None and (args.test_image_dir or args.image_size or args.skip_broken):
         parser.error("--test_image_dir, --image_size and --skip_broken need --image_dir")
     if args.image_dir is not None and len(args.dataset) != 1:
-        parser.error(
-            f"--image_dir packs one dataset, but --dataset has {len(args.dataset)} names: {' '.join(args.dataset)}"
-        )
+        parser.error(f"--image_dir packs one dataset, but --dataset is {' '.join(args.dataset)}: give one name")
     if given and args.image_dir is not None:
         parser.error(f"--{given[0]} has no effect with --image_dir, which downloads nothing: omit it")
     if given and args.dataset == ["Digits"]:
@@ -431,10 +392,9 @@ def main():
         return
     for name in args.dataset:  # all names before the first download
         check_known(name, args.data_dir)
+    options = args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout
     for name in args.dataset:
-        prepare(
-            name, args.data_dir, args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout
-        )
+        prepare(name, args.data_dir, *options)
 
 
 if __name__ == "__main__":

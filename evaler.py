@@ -78,8 +78,7 @@ def summarize(losses, predictions, in_top5, probabilities, labels, num_classes):
     """Summarize the predictions on a complete split.
 
     Args:
-        losses, predictions, in_top5, probabilities: [N] each, from predict_all.
-        labels: [N], the labels of the split, in the same order.
+        losses, predictions, in_top5, probabilities, labels: [N] each, the first four from predict_all.
         num_classes: K.
 
     Returns:
@@ -138,8 +137,7 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=N
     Args:
         model: the model to change.
         train: the training split, of which REESTIMATION_IMAGES are used.
-        augment: the augmentation of the run, so that the images are like those in training.
-        seed: of the order of the images and the augmentation.
+        augment, seed: those of the run, so that the images are like those in training.
         batch_size: images per batch; by default evaluation_batch().
     """
     size = min(batch_size or evaluation_batch(train.network_shape), len(train))
@@ -180,10 +178,8 @@ def read_images(files, dataset):
         try:
             folder.check_name(file, os.curdir)
             image = image_of_file(file, dataset)
-        except UserError as error:
+        except (UserError, OSError) as error:
             complain(error)
-        except OSError as error:
-            complain(f"{type(error).__name__}: {error}")
         else:
             yield file, image
 
@@ -192,8 +188,7 @@ def predict_files(model, dataset, files, batch_size):
     """Yield (file, [(class name, probability), ...]) of each image file: its most likely classes, the best first.
 
     Args:
-        model: the network with its weights.
-        dataset: the data it was trained on; files are preprocessed like its images.
+        dataset: the data that the model was trained on; files are preprocessed like its images.
         files: paths; a file that cannot be read is skipped, with a line on stderr.
         batch_size: files in memory at once; results do not depend on it.
     """
@@ -243,14 +238,11 @@ def write_predictions(path, rows):
 
 
 def print_result(title, result, class_names):
-    top5 = ""
+    accuracy, top5 = 100 * result["accuracy"], ""
     if "top5_accuracy" in result:
-        wrong = [100 - 100 * result[name] for name in ("accuracy", "top5_accuracy")]
-        top5 = f"top-5 accuracy {100 * result['top5_accuracy']:.2f} % (errors {wrong[0]:.2f} and {wrong[1]:.2f} %), "
-    print(
-        f"{title}: accuracy {100 * result['accuracy']:.2f} %, {top5}loss {result['loss']:.4f}, "
-        f"{result['images']} images"
-    )
+        share = 100 * result["top5_accuracy"]
+        top5 = f"top-5 accuracy {share:.2f} % (errors {100 - accuracy:.2f} and {100 - share:.2f} %), "
+    print(f"{title}: accuracy {accuracy:.2f} %, {top5}loss {result['loss']:.4f}, {result['images']} images")
     classes = list(zip(class_names, result["per_class_accuracy"]))
     if len(classes) >= MANY_CLASSES:
         classes = sorted((row for row in classes if row[1] is not None), key=lambda row: row[1])[:WORST_CLASSES]
@@ -271,16 +263,11 @@ def check_request(flags, run_dir, config):
         raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}: remove --dataset")
     further = [choice for choice in flags.batch_statistics if choice != "moving"]
     if further and config.norm_type != "batch":
-        raise UserError(
-            f"--batch_statistics {further[0]} is for batch norm, but {run_dir} has --norm_type {config.norm_type}: "
-            f"remove it"
-        )
+        raise UserError(f"--batch_statistics {further[0]}, but {run_dir} has --norm_type {config.norm_type}: remove it")
     if flags.validation is not None and flags.validation != config.validation:
-        raise UserError(
-            f"--validation {flags.validation}, but {run_dir} held out {config.validation or 0} images, so it was "
-            f"trained on some of these: "
-            + (f"give --validation {config.validation}" if config.validation else "evaluate on the test split")
-        )
+        held_out = config.validation or 0
+        remedy = f"give --validation {held_out}" if held_out else "evaluate on the test split"
+        raise UserError(f"--validation {flags.validation}, but {run_dir} held out {held_out} images: {remedy}")
 
 
 def print_predictions(flags, files, model, dataset):
@@ -288,7 +275,7 @@ def print_predictions(flags, files, model, dataset):
     rows = []
     batch_size = flags.batch_size or evaluation_batch(dataset.network_shape)
     for file, best in predict_files(model, dataset, files, batch_size):
-        print(file, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best), sep="\n", flush=True)
+        print(file, *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best), sep="\n")
         rows.append((file, best))
     if flags.output is not None and rows:
         write_predictions(flags.output, rows)

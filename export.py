@@ -155,12 +155,8 @@ def write_saved_model(model, test, path) -> None:
     images = tf.TensorSpec([None, *test.network_shape], test.dtype, name="images")
     serve.get_concrete_function(images, training=True)
     module.serve = serve
-    tf.saved_model.save(
-        module,
-        str(path),
-        signatures=serve.get_concrete_function(images),
-        options=tf.saved_model.SaveOptions(experimental_custom_gradients=True),
-    )
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
+    tf.saved_model.save(module, str(path), signatures=serve.get_concrete_function(images), options=options)
 
 
 def to_keras_layers(model):
@@ -212,10 +208,7 @@ def convolution_before(layer):
     before = layer.input._keras_history.operation
     linear = isinstance(before, keras.layers.Conv2D) and before.activation is keras.activations.linear
     if not linear or len(before._outbound_nodes) != 1:
-        raise ValueError(
-            f"{layer.name} follows {before.name}, but its scalar needs a convolution without activation whose output "
-            "nothing else uses"
-        )
+        raise ValueError(f"{layer.name} follows {before.name}: it needs a linear convolution that nothing else uses")
     return before
 
 
@@ -236,9 +229,7 @@ def check(model, test, folder) -> tuple[dict, float]:
             differences[name] = float(np.maximum(differences[name], difference))  # keeps NaN
     for name, difference in differences.items():
         if not difference <= TOLERANCE * max(1.0, largest):  # also if it is NaN
-            raise ExternalError(
-                f"a logit of {name} differs by {difference:.1e} from the network's: nothing was exported"
-            )
+            raise ExternalError(f"a logit of {name} differs by {difference:.1e}: nothing was exported")
     return differences, largest
 
 

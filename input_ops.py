@@ -11,7 +11,6 @@ import numpy as np
 import tensorflow as tf
 
 from command import reading
-from config import AUGMENTATIONS
 from datasets import hdf5
 from datasets.hdf5 import IMAGENET_SIZE
 from datasets.images import as_jpeg, load_image
@@ -47,12 +46,7 @@ def create_input_ops(
 
     Returns:
         tf.data.Dataset. uint8 images are scaled to 0 ... 1, float images are unchanged.
-
-    Raises:
-        ValueError: if augment is unknown.
     """
-    if augment not in (None, *AUGMENTATIONS):
-        raise ValueError(f"augment must be None or one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
     augment = augment if is_training else None
     if is_training:
         steps = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max if last_step is None else last_step)

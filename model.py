@@ -107,15 +107,8 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
         [N, ceil(H / strides), ceil(W / strides), filters].
     """
     convolution = layers.StandardizedConv2D if config.weight_standardization else layers.Conv2D
-    x = convolution(
-        filters,
-        kernel_size,
-        strides,
-        padding="same",
-        use_bias=config.norm_type == "none",
-        kernel_initializer="he_normal",
-        name=f"{name}_conv",
-    )(x)
+    options = {"padding": "same", "use_bias": config.norm_type == "none", "kernel_initializer": "he_normal"}
+    x = convolution(filters, kernel_size, strides, name=f"{name}_conv", **options)(x)
     if config.norm_type != "none":
         x = norm(x, config, f"{name}_norm", gamma)
     elif gamma == "zeros":
@@ -128,22 +121,16 @@ def conv2d(x, filters, kernel_size, strides, name, activation=None, gamma="ones"
 
 def norm(x, config, name, gamma):
     """Apply the norm of a configuration to x [N, ..., C]; gamma: 'ones' or 'zeros', its initial value."""
-    arguments = {"gamma_initializer": gamma, "name": name}
+    arguments, momentum = {"gamma_initializer": gamma, "name": name}, config.batch_norm_momentum
     if config.norm_type.startswith("batch") and not config.freeze_batch_norm:
         check_batch(x, config, name)
     if config.norm_type == "batch":
-        layer = ops.BatchNorm(momentum=config.batch_norm_momentum, synchronized=config.sync_batch_norm, **arguments)
+        layer = ops.BatchNorm(momentum=momentum, synchronized=config.sync_batch_norm, **arguments)
         layer.freeze_statistics = config.freeze_batch_norm
         return layer(x)
     if config.norm_type == "batch+renorm":
-        return keras.layers.BatchNormalization(
-            momentum=config.batch_norm_momentum,
-            epsilon=ops.EPSILON,
-            renorm=True,
-            renorm_clipping=RENORM_CLIPPING,
-            renorm_momentum=config.batch_norm_momentum,
-            **arguments,
-        )(x)
+        arguments |= {"renorm": True, "renorm_clipping": RENORM_CLIPPING, "renorm_momentum": momentum}
+        return keras.layers.BatchNormalization(momentum=momentum, epsilon=ops.EPSILON, **arguments)(x)
     channels = x.shape[-1]
     groups = {
         "group": channels // config.group_size if config.group_size else config.groups or default_groups(config.model),

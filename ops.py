@@ -189,10 +189,7 @@ def batch_norm(
     axis = _channel_axis(x, data_format)
     count = math.prod(2 if size is None else size for i, size in enumerate(x.shape) if i != axis)
     if training and count == 1 and not synchronized:
-        raise ValueError(
-            f"batch_norm in training needs at least 2 values per channel, not {count}: the shape is "
-            f"{x.shape}; use a larger batch, or group_norm"
-        )
+        raise ValueError(f"batch_norm: the shape {x.shape} has 1 value per channel; use a larger batch, or group_norm")
     if axis != x.shape.rank - 1:
         x = tf.experimental.numpy.moveaxis(x, axis, -1)
     gamma, beta, dtype = _affine(x, -1, gamma, beta)
@@ -277,16 +274,10 @@ def check_groups(shape: tuple, axis: int, groups: int) -> None:
     """Raise ValueError unless groups divides the static channels shape[axis] and leaves 2 values per group."""
     channels = shape[axis]
     if not isinstance(groups, numbers.Integral) or groups < 1 or channels % groups:
-        raise ValueError(
-            f"groups must divide the channels: {channels} channels cannot be split into {groups} groups; "
-            f"use one of {divisors(channels)}"
-        )
+        raise ValueError(f"{channels} channels cannot be split into {groups} groups; use one of {divisors(channels)}")
     sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
     if None not in sizes and math.prod(sizes) * channels == groups:
-        raise ValueError(
-            f"{groups} groups of {channels} channels at one position hold a single value each, "
-            f"which normalization turns into 0: use fewer than {channels} groups"
-        )
+        raise ValueError(f"each of {groups} groups has a single value, which becomes 0: use fewer than {channels}")
 
 
 def divisors(number: int) -> str:
@@ -332,10 +323,7 @@ class _Float32Norm:
         rank = len(input_shape)
         axis = self.axis + rank if self.axis < 0 else self.axis
         if axis not in (1, rank - 1):
-            raise ValueError(
-                f"axis must be the first after the batch (1) or the last (-1), not {self.axis} for an input of shape "
-                f"{tuple(input_shape)}"
-            )
+            raise ValueError(f"axis must be 1 or -1 (the last), not {self.axis}, for an input of {tuple(input_shape)}")
         if input_shape[axis] is None:
             raise ValueError(f"the number of channels must be known, but the input's shape is {tuple(input_shape)}")
         self.data_format = "channels_last" if axis == rank - 1 else "channels_first"

@@ -70,7 +70,7 @@ def all_workers(who: Workers, identity: dict, timeout: float):
     if len(who.addresses) == 1:
         yield
         return
-    print(f"worker {who.index} of {len(who.addresses)}: waiting at most {timeout:g} seconds for the others", flush=True)
+    print(f"worker {who.index} of {len(who.addresses)}: waiting at most {timeout:g} seconds for the others")
     deadline = time.monotonic() + timeout
     others, problem = (receive_all if who.is_chief else report)(who, identity, deadline)
     if problem:

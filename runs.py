@@ -34,10 +34,8 @@ MEASURES = {
 
 def make_run_dir(config: Config) -> Path:
     """Create train_dir/<prefix>-<dataset>_<norm>_bs_<batch size>_<model>_s<seed>-<time>, and return its path."""
-    name = (
-        f"{config.prefix}-{config.dataset}_{config.norm}_bs_{config.batch_size}_{config.model}_s{config.seed}"
-        f"-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
+    now = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{config.prefix}-{config.dataset}_{config.norm}_bs_{config.batch_size}_{config.model}_s{config.seed}-{now}"
     for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
         path = Path(config.train_dir) / (name + suffix)
         try:
@@ -84,9 +82,7 @@ def read_config(run_dir) -> tuple[Config, dict]:
             + (f"; give one of its {len(runs)} runs: {', '.join(str(r.parent) for r in runs[:5])}" if runs else "")
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): restore the JSON object that trainer.py wrote"
-        ) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): restore this JSON file") from None
     known = {field.name for field in FIELDS}
     return Config(**{name: value for name, value in settings.items() if name in known}), stored
 
@@ -149,11 +145,8 @@ def changed_flags(stored: dict) -> dict:
 
 def settings_of(config: Config, data: dict) -> dict:
     """The settings that are equal in runs that differ only in their seed: without local and ignored ones."""
-    settings = {
-        field.name: getattr(config, field.name)
-        for field in FIELDS
-        if not (field.metadata.get("local") or field.metadata.get("ignored"))
-    }
+    names = [field.name for field in FIELDS if not {"local", "ignored"} & field.metadata.keys()]
+    settings = {name: getattr(config, name) for name in names}
     if config.norm_type != "group":
         settings |= {"groups": None, "group_size": None}
     elif config.group_size is not None:
@@ -220,19 +213,16 @@ def find_run(train_dir, dataset: str | None = None) -> Path:
         candidates = [path.parent for path in train_dir.glob("*/config.json")]
     of_dataset = {path: read_config(path)[0].dataset for path in candidates}
     runs = [path for path in candidates if dataset in (None, of_dataset[path])]
+    suffix = f" of {dataset}" if dataset else ""
     if not runs:
-        names = sorted(set(of_dataset.values()))
+        others = f", only of {', '.join(sorted(set(of_dataset.values())))}" if candidates else ""
         raise UserError(
-            f"no run {f'of {dataset} ' if dataset else ''}in {train_dir}"
-            + (f", only of {', '.join(names)}" if names else "")
-            + f": train one with 'python trainer.py --dataset {dataset or 'NAME'}', or give another --train_dir"
+            f"no run{suffix} in {train_dir}{others}: train one with 'python trainer.py --dataset {dataset or 'NAME'}', "
+            f"or give another --train_dir"
         )
     saved = [path for path in runs if has_checkpoint(path)]
     if not saved:
-        raise UserError(
-            f"none of {len(runs)} runs {f'of {dataset} ' if dataset else ''}in {train_dir} has a checkpoint: wait for "
-            f"one, or train a new run"
-        )
+        raise UserError(f"none of {len(runs)} runs{suffix} in {train_dir} has a checkpoint: wait, or train a new run")
     return max(saved, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
 
 
@@ -242,10 +232,7 @@ def run_dir_of(checkpoint) -> Path:
     check_path(path)
     run_dir = path if path.is_dir() else path.parent
     if not (run_dir / "config.json").exists():
-        raise UserError(
-            f"--checkpoint {checkpoint} is not in a run folder: give a checkpoint of trainer.py, such as "
-            f"RUN_FOLDER/model-1000, or the run folder"
-        )
+        raise UserError(f"--checkpoint {checkpoint} is not in a run folder: give RUN_FOLDER or RUN_FOLDER/model-1000")
     return run_dir
 
 
@@ -275,11 +262,6 @@ class Run(NamedTuple):
     @property
     def norm(self) -> str:
         return self.config.norm
-
-    @property
-    def commit(self) -> str | None:
-        """The commit of the code that trained it; None if that was outside git."""
-        return (self.stored.get("source") or {}).get("commit")
 
     @property
     def training_accuracy(self) -> float | None:

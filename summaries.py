@@ -35,8 +35,7 @@ class Log:
 
     Args:
         run_dir: the run folder, or None in a worker that does not write.
-        config: the configuration of the run.
-        train, test: its splits.
+        config, train, test: of the run.
         first_step: the number of steps done before.
         writes: whether this process writes and prints; with several workers, only the chief does.
         batches_done: a function that returns the number of finished batches in the current step.
@@ -56,12 +55,8 @@ class Log:
             with self.writer.as_default(step=0):
                 write_hparams(config, run_dir.name)
         self.batches, self.batches_done = config.batches_per_step, batches_done
-        self.bar = tqdm(
-            total=self.steps * self.batches,
-            initial=first_step * self.batches,
-            unit="batch",
-            disable=None if writes else True,
-        )
+        total, done = self.steps * self.batches, first_step * self.batches
+        self.bar = tqdm(total=total, initial=done, unit="batch", disable=None if writes else True)
         self.closed = threading.Event()
         if not self.bar.disable:
             threading.Thread(target=self.move_bar, daemon=True).start()
@@ -127,7 +122,7 @@ class Log:
     def print(self, line):
         self.printed_at = time.monotonic()
         if self.writes:
-            self.bar.write(line) if not self.bar.disable else print(line, flush=True)
+            self.bar.write(line) if not self.bar.disable else print(line)
 
     def write(self, row, images):
         """Write the row of a step, and after a test also pictures of the step's images [B, h, w, c]."""
@@ -167,10 +162,8 @@ class Log:
         step, total, unit = row["step"], self.steps, "step"
         if self.in_epochs and step % self.epoch == 0:
             step, total, unit = step // self.epoch, total // self.epoch, "epoch"
-        line = (
-            f"{unit} {step:>{len(str(total))}}/{total}  loss {row['loss/loss']:.4f}  "
-            f"accuracy {100 * row['loss/accuracy']:5.2f} %"
-        )
+        line = f"{unit} {step:>{len(str(total))}}/{total}"
+        line += f"  loss {row['loss/loss']:.4f}  accuracy {100 * row['loss/accuracy']:5.2f} %"
         if "test_loss/accuracy" in row:
             line += f"  test {100 * row['test_loss/accuracy']:5.2f} %"
         if "test_loss/top5_accuracy" in row:
@@ -209,8 +202,7 @@ def print_plan(config, train, test):
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
         f"training images: {shown[config.augment]}\n"
         f"{config.model}, {norm} norm: {config.max_training_step} steps of {config.max_batch_size} images, "
-        f"in {updates}; {tests} tests",
-        flush=True,
+        f"in {updates}; {tests} tests"
     )
 
 
@@ -248,10 +240,8 @@ def write_hparams(config, trial):
         "loss/accuracy": "training accuracy",
         "evaluation_test/accuracy": "accuracy by evaler.py",
     }
-    hparams.hparams_config(
-        hparams=[hparams.HParam(name) for name in settings],
-        metrics=[hparams.Metric(tag, display_name=name) for tag, name in metrics.items()],
-    )
+    columns = [hparams.Metric(tag, display_name=name) for tag, name in metrics.items()]
+    hparams.hparams_config(hparams=[hparams.HParam(name) for name in settings], metrics=columns)
     hparams.hparams(settings, trial_id=trial)
 
 

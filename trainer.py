@@ -30,11 +30,9 @@ import download
 import evaler
 import replicas
 import runs
-from checkpoints import State
 from config import CLIP_NORM, derive, evaluation_batch, number_of_replicas, workers
 from input_ops import create_input_ops
 from model import create_model
-from runs import describe_data
 from summaries import Log, print_plan
 
 
@@ -94,7 +92,7 @@ def make_state(model, config, strategy=None):
     weights = [variable.value for variable in model.trainable_variables]
     with strategy.scope():
         optimizer = Optimizer(config.optimizer, weights)
-    return State(model, weights, optimizer, config, strategy)
+    return checkpoints.State(model, weights, optimizer, config, strategy)
 
 
 def loss_and_gradients(state, images, labels):
@@ -220,16 +218,9 @@ def train_run(state, train, test, log, interruption):
     """Train from the step of `state` until the last step or a signal; returns whether the last step was reached."""
     config, who = state.config, workers()
     train_step, test_now = make_train_step(state), make_test(state, test, interruption)
-    batches = create_input_ops(
-        train,
-        config.max_batch_size,
-        True,
-        config.augment,
-        config.seed,
-        first_step=int(state.step),
-        last_step=config.max_training_step,
-        rows=replicas.rows_of(who, config.max_batch_size, config.batches_per_step),
-    )
+    steps = {"first_step": int(state.step), "last_step": config.max_training_step}
+    rows = replicas.rows_of(who, config.max_batch_size, config.batches_per_step)
+    batches = create_input_ops(train, config.max_batch_size, True, config.augment, config.seed, rows=rows, **steps)
 
     def write_row(images=None):
         row = state.row()
@@ -282,24 +273,15 @@ def end_diverged(state, log, loss):
 
 
 def reopen(run_dir, flags):
-    """(configuration, train, test) of a run to resume.
-
-    UserError if its data, its number of replicas or its convolutions changed, or if it is finished and only its logs
-    are left.
-    """
+    """(configuration, train, test) of a run to resume; UserError if its data, replicas or convolutions changed."""
     found = runs.read_run(run_dir)
     onednn, now = found.stored.get("machine", {}).get("onednn"), os.environ.get("TF_ENABLE_ONEDNN_OPTS")
     if onednn and now and onednn != now:
-        raise UserError(
-            f"{run_dir} was trained with TF_ENABLE_ONEDNN_OPTS={onednn}, but it is {now}, which rounds differently: "
-            f"set it to {onednn}"
-        )
+        raise UserError(f"{run_dir} needs TF_ENABLE_ONEDNN_OPTS={onednn}, but it is {now}: set it to {onednn}")
     config, here = found.config, flags.replicas or found.config.replicas
-    if number_of_replicas(here) != config.num_replicas:
-        raise UserError(
-            f"{run_dir} was trained with {config.num_replicas} replicas, but now there are "
-            f"{number_of_replicas(here)}: use the same number, with --replicas or TF_CONFIG"
-        )
+    there, number = config.num_replicas, number_of_replicas(here)
+    if number != there:
+        raise UserError(f"{run_dir} was trained with {there} replicas, not {number}: change --replicas or TF_CONFIG")
     if found.state == "finished" and not runs.has_checkpoint(run_dir):
         raise UserError(f"{run_dir} is finished and has no checkpoint to continue: train a new run")
     splits = runs.open_data(run_dir, config, found.stored["data"], flags.data_dir, config.validation)
@@ -308,7 +290,7 @@ def reopen(run_dir, flags):
 
 def shared_settings(config, train, test, run_dir):
     """The settings that all workers of a run must share."""
-    settings = dataclasses.asdict(config) | describe_data(train, test) | {"source": runs.source()}
+    settings = dataclasses.asdict(config) | runs.describe_data(train, test) | {"source": runs.source()}
     path = run_dir and run_dir / "checkpoint"
     settings |= {"--resume": run_dir and run_dir.resolve().name, "TF_CONFIG": workers().addresses}
     settings |= {"newest checkpoint": path.read_text(errors="replace") if path and path.exists() else None}
@@ -339,7 +321,7 @@ def main(flags, run_dir):
         start_from_checkpoint(model, config, train, test)
     if not resuming and who.is_chief:
         run_dir = runs.make_run_dir(config)
-        runs.write_config(run_dir, flags, config, describe_data(train, test))
+        runs.write_config(run_dir, flags, config, runs.describe_data(train, test))
     with runs.lock(run_dir) if who.is_chief else contextlib.nullcontext():
         state = make_state(model, config, strategy)
         state.open(run_dir, who.is_chief)
@@ -352,11 +334,8 @@ def start_from_checkpoint(model, config, train, test):
     """Load the weights of --checkpoint; if this converts the norms, print the accuracy after the conversion."""
     before = checkpoints.copy_weights(config.checkpoint, model, config, train)
     if before:
-        result = evaler.evaluate(model, test)
-        print(
-            f"{before} norm became {config.norm_type} norm: accuracy {100 * result['accuracy']:.2f} % before training",
-            flush=True,
-        )
+        accuracy = 100 * evaler.evaluate(model, test)["accuracy"]
+        print(f"{before} norm became {config.norm_type} norm: accuracy {accuracy:.2f} % before training")
 
 
 def train_and_report(run_dir, state, train, test, interruption):
@@ -367,8 +346,7 @@ def train_and_report(run_dir, state, train, test, interruption):
     print(
         f"{state.model.count_params():,} parameters; {config.optimizer}, rate {config.peak_learning_rate:g} at "
         f"batch size {config.batch_size}{together}\nrun folder: {shown_dir}"
-        + (f"\nresuming at step {int(state.step)} of {config.max_training_step}" if int(state.step) else ""),
-        flush=True,
+        + (f"\nresuming at step {int(state.step)} of {config.max_training_step}" if int(state.step) else "")
     )
     try:
         log = Log(run_dir, config, train, test, int(state.step), who.is_chief, state.batches_done)
@@ -378,8 +356,7 @@ def train_and_report(run_dir, state, train, test, interruption):
             raise
         # Memory or disk is full, or a file exceeds the size limit.
         raise ExternalError(
-            f"{shown_dir}: {getattr(error, 'message', error)}; free memory or disk space, and continue with "
-            f"--resume {shown_dir}"
+            f"{shown_dir}: {getattr(error, 'message', error)}; free memory or disk space, then --resume {shown_dir}"
         ) from error
     except tf.errors.OpError as error:
         if len(who.addresses) == 1:
@@ -391,8 +368,7 @@ def train_and_report(run_dir, state, train, test, interruption):
         number = interruption.signal or signal.SIGTERM
         print(
             f"stopped by {signal.Signals(number).name} after step {int(state.step)}, which is saved; continue with\n"
-            f"  python trainer.py --resume {shown_dir}",
-            flush=True,
+            f"  python trainer.py --resume {shown_dir}"
         )
         sys.exit(128 + number)
     if not who.is_chief:

@@ -17,7 +17,6 @@ from command import UserError
 
 NAMES = ("MNIST", "Fashion", "SVHN", "CIFAR10", "TinyImageNet", "ImageNet", "Digits")
 OTHER_NAMES = {"Fashion": ("fashionmnist",), "TinyImageNet": ("tinyimagenet200",), "ImageNet": ("imagenet1k",)}
-VALIDATION_SEED = 0
 DATA_DIR = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -32,15 +31,11 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
         if known.lower() == str(name).lower() or (is_free and letters in likely):
             raise UserError(f"dataset {name!r}: did you mean {known}?")
     if os.sep in str(name) and os.path.isdir(str(name)):
-        raise UserError(
-            f"dataset {name!r} is a folder: pack its images first with `python download.py --dataset MY_DATA "
-            f"--image_dir {name}`, then use --dataset MY_DATA"
-        )
+        command = f"python download.py --dataset MY_DATA --image_dir {name}"
+        raise UserError(f"dataset {name!r} is a folder: pack its images with `{command}`, then use --dataset MY_DATA")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
-        raise UserError(
-            f"dataset name {name!r}: use one of {' '.join(NAMES)}, or the name of your own folder in the data folder, "
-            "of letters, digits, '_' and '-' (no slashes, no dots)"
-        )
+        known = " ".join(NAMES)
+        raise UserError(f"dataset name {name!r}: use {known}, or a folder named by letters, digits, '_' and '-'")
     return os.path.join(os.path.abspath(data_dir), name)
 
 
@@ -98,21 +93,15 @@ def warn_of_unseen_classes(train: hdf5.Dataset, test: hdf5.Dataset):
     unseen = np.setdiff1d(test.labels, train.labels)
     if len(unseen):
         names = " ".join(train.class_names[label] for label in unseen[:10]) + " ..." * (len(unseen) > 10)
-        print(
-            f"warning: {len(unseen)} of {train.num_classes} classes of {train.name} have test images but no training "
-            f"images, so no network can learn them: {names}; add training images",
-            flush=True,
-        )
+        share = f"{len(unseen)} of {train.num_classes} classes of {train.name}"
+        print(f"warning: {share} have test images but no training images: {names}; add some")
 
 
 def hold_out(train: hdf5.Dataset, count: int) -> tuple[hdf5.Dataset, hdf5.Dataset]:
     """Return (train without `count` images, these images): the same in every run, with every class in proportion."""
     if not 0 < count < len(train):
-        raise UserError(
-            f"--validation {count}: {train.name} has {len(train)} training images, some to hold out and some to train "
-            f"on: give 1 to {len(train) - 1}"
-        )
-    order = np.random.RandomState(VALIDATION_SEED).permutation(len(train))
+        raise UserError(f"--validation {count} must be less than the {len(train)} training images of {train.name}")
+    order = np.random.RandomState(0).permutation(len(train))
     order = order[np.argsort(train.labels[order], kind="stable")]  # by class, shuffled within each class
     held = np.zeros(len(train), bool)
     held[order[(2 * np.arange(count) + 1) * len(train) // (2 * count)]] = True  # the middles of `count` equal parts

@@ -16,9 +16,7 @@ from datasets.own import SPLIT_SEED
 
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .pjpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .tga .avif".split())
 PHOTO_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # also those that cannot be read
-SPLIT_NAME = re.compile(
-    "(train|training|val|valid|validation|test|testing)([ _-]?(set|data|images|split))?", re.IGNORECASE
-)
+SPLIT_NAME = re.compile("(train|val|test|training|valid|validation|testing)([ _-]?(set|data|images|split))?", re.I)
 PART = 1 << 24  # bytes of images in memory at once
 
 
@@ -38,40 +36,26 @@ def list_splits(image_dir, test_image_dir=None, wanted=lambda path: True):
             f"give --image_dir {os.path.join(image_dir, train[0])}{''.join(others[-1:])}"
         )
     if len(class_names) < 2:
-        raise UserError(
-            f"--image_dir {image_dir} has {len(class_names)} class folders: expected DIR/<class>/<image>, "
-            "at least 2 classes"
-        )
+        raise UserError(f"--image_dir {image_dir} has {len(class_names)} class folders: make 2 or more")
     top = os.path.realpath(image_dir)
     if test_image_dir is not None and os.path.commonpath([top, os.path.realpath(test_image_dir)]) == top:
-        raise UserError(
-            f"--test_image_dir {test_image_dir} is --image_dir or in it, so its images would be trained on: give "
-            "another folder, or omit --test_image_dir to test on a fifth of each class"
-        )
+        raise UserError(f"--test_image_dir {test_image_dir} is --image_dir or in it: omit it, or give another folder")
     files = list_images(image_dir, class_names, wanted)
     empty = sorted(set(range(len(class_names))) - {label for _, label in files})
     if empty:  # neither skipped, which would change later labels, nor kept, as no network can learn it
-        raise UserError(
-            f"the class folder {os.path.join(image_dir, class_names[empty[0]])} has no images: add some "
-            f"({' '.join(SUFFIXES)}), or remove the folder"
-        )
+        path = os.path.join(image_dir, class_names[empty[0]])
+        raise UserError(f"the class folder {path} has no images ({' '.join(SUFFIXES)}): add some, or remove the folder")
     if test_image_dir is None:
         train, test = split_classes(files, class_names)
     else:
         unknown = sorted(set(class_folders(test_image_dir)) - set(class_names))
         if unknown:
-            raise UserError(
-                f"--test_image_dir {test_image_dir} has the class {unknown[0]}, which {image_dir} does not have: "
-                "rename or remove it"
-            )
+            path = os.path.join(test_image_dir, unknown[0])
+            raise UserError(f"{path} is a class that {image_dir} does not have: rename or remove it")
         train, test = files, list_images(test_image_dir, class_names, wanted)
     if not test:
-        raise UserError(
-            f"no test images: no class of {image_dir} has 2 images, so none is left to test: add some, or give "
-            "--test_image_dir DIR"
-            if test_image_dir is None
-            else f"--test_image_dir {test_image_dir} has no images"
-        )
+        problem = f"no class of {image_dir} has 2 images" if test_image_dir is None else f"{test_image_dir} has none"
+        raise UserError(f"no images to test, as {problem}: add some, or give another --test_image_dir DIR")
     return class_names, train, test
 
 
@@ -79,7 +63,6 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     """Return the Source of image_dir/<class>/*: images uint8 [N, h, w, 3], resized to image_size (h, w) if given.
 
     Files that cannot be read are printed. They are skipped with skip_broken; otherwise packing fails at the end.
-    Raises UserError.
     """
     skipped = []
 
@@ -92,13 +75,8 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     class_names, train, test = list_splits(image_dir, test_image_dir, wanted)
     warn_of_copies(train, test)
     shape = (*image_size, 3) if image_size else first_shape(train)
-    return Source(
-        class_names,
-        shape,
-        len(train) + len(test),
-        parts((train, test), (image_dir, test_image_dir or image_dir), shape, image_size),
-        {"skipped": sorted(skipped)},
-    )
+    images = parts((train, test), (image_dir, test_image_dir or image_dir), shape, image_size)
+    return Source(class_names, shape, len(train) + len(test), images, {"skipped": sorted(skipped)})
 
 
 def id_of(path, folder):
@@ -111,7 +89,7 @@ def try_load(path, image_size=None):
     try:
         return load_image(path, path, image_size)
     except (UserError, OSError) as error:
-        print(f"warning: {one_line(error)}", flush=True)
+        print(f"warning: {one_line(error)}")
         return None
 
 
@@ -135,8 +113,7 @@ def warn_of_copies(train, test):
     if copies:
         print(
             f"warning: {len(copies)} of {len(test)} test images are copies of training images, which makes the test "
-            f"accuracy too high: {copies[0][0]} is a copy of {copies[0][1]}",
-            flush=True,
+            f"accuracy too high: {copies[0][0]} is a copy of {copies[0][1]}"
         )
 
 
@@ -217,7 +194,7 @@ def print_skipped(files):
     """Print how many files are skipped: links, images of other formats, by suffix, and other files."""
     links = [file for file in files if os.path.islink(file) and not os.path.isfile(file)]
     if links:
-        print(f"warning: skipped {len(links)} links to folders or missing files, such as {links[0]}", flush=True)
+        print(f"warning: skipped {len(links)} links to folders or missing files, such as {links[0]}")
     files = sorted(set(files) - set(links))
     photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
     if photos:
@@ -226,7 +203,7 @@ def print_skipped(files):
         print(f"warning: skipped images of unsupported formats: {kinds}, such as {photos[0]}; convert them to JPEG")
     others = [file for file in files if suffix_of(file) not in PHOTO_SUFFIXES]
     if others:
-        print(f"skipped {len(others)} files without an image suffix, such as {others[0]}", flush=True)
+        print(f"skipped {len(others)} files without an image suffix, such as {others[0]}")
 
 
 def find_images(paths):
@@ -265,11 +242,8 @@ def split_classes(files, class_names):
         if num_test == 0:
             single.append(class_names[label])
     if single:
-        print(
-            f"{len(single)} of {len(class_names)} classes have a single image, which is used for training: "
-            f"{' '.join(single[:10])}",
-            flush=True,
-        )
+        names = " ".join(single[:10])
+        print(f"{len(single)} of {len(class_names)} classes have a single image, for training: {names}")
     return train, test
 
 
@@ -294,7 +268,5 @@ def parts(splits, folders, shape, image_size):
             name = ("train", "test")[split]
             yield split, pixels, labels, [f"{name}/{id_of(path, folders[split])}" for path in paths]
     if broken:
-        raise UserError(
-            f"{len(broken)} of {sum(map(len, splits))} images cannot be read, the first is {broken[0]}: repair or "
-            "remove them, or add --skip_broken"
-        )
+        share = f"{len(broken)} of {sum(map(len, splits))}"
+        raise UserError(f"{share} images cannot be read, such as {broken[0]}: remove them, or add --skip_broken")

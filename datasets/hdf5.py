@@ -17,8 +17,9 @@ import io
 import json
 import os
 import re
-from typing import NamedTuple
+from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -28,7 +29,6 @@ from datasets.images import load_image
 
 DATA, IDS, UNFINISHED = "data.hdf5", "id.txt", ".unfinished"
 FORMAT = 1
-JPEG_CHUNK = 1 << 20  # bytes
 REPACK = "delete it and run download.py again"
 OWN_IMAGES = "a folder of images"  # made_from; the same wherever the folder is
 IN_MEMORY = 6 << 30  # bytes; splits with larger images are read from the file, batch by batch
@@ -56,7 +56,6 @@ def write(folder: str, source: Source, bar=None) -> None:
     Raises UserError for inconsistent data, OSError if the files cannot be written.
     """
     data, ids = os.path.join(folder, DATA), os.path.join(folder, IDS)
-    remove_unfinished(folder)
     try:
         with atomic_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
             with h5py.File(part, "w") as file:
@@ -77,7 +76,7 @@ def fill(file, source, bar):
     """Write the arrays of `source` to an open file and return the ids."""
     encoded, shape, total = source.image_shape is None, source.image_shape, source.num_images
     if encoded:
-        image = file.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(JPEG_CHUNK,))
+        image = file.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(1 << 20,))
     else:
         image = file.create_dataset("image", (total, *shape), np.uint8)
     labels, splits, ids, lengths = [], [], [], []
@@ -89,9 +88,7 @@ def fill(file, source, bar):
             image.resize(size + len(data), axis=0)
             image[size:] = np.frombuffer(data, np.uint8)
         elif images.shape[1:] != tuple(shape) or stop > total:
-            raise UserError(
-                f"images {start} to {stop - 1} have the shape {images.shape[1:]}: expected {total} images of {shape}"
-            )
+            raise UserError(f"images {start} to {stop - 1} are {images.shape[1:]}: expected {total} images of {shape}")
         else:
             image[start:stop] = images
         labels.extend(np.asarray(part_labels).tolist())
@@ -113,40 +110,25 @@ def check(labels, splits, ids, class_names, num_images):
     if len(class_names) < 2:
         raise UserError(f"only {len(class_names)} class: a classifier needs at least 2")
     if not len(labels) == len(splits) == len(ids) == num_images:
-        raise UserError(
-            f"{num_images} images, {len(labels)} labels, {len(splits)} splits and {len(ids)} ids: expected all equal"
-        )
+        raise UserError(f"{num_images} images, {len(labels)} labels and {len(ids)} ids: expected as many of each")
     for split, name in enumerate(("train", "test")):
         if not np.any(splits == split):
             raise UserError(f"the {name} split is empty")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
-    if len(set(ids)) != len(ids):
-        raise UserError(f"id {first_repeated(ids)!r} is repeated")
-
-
-def first_repeated(ids):
-    """Return the first id that repeats an earlier one."""
-    seen = set()
-    return next(name for name in ids if name in seen or seen.add(name))
-
-
-def remove_unfinished(folder):
-    """Remove the unfinished files that a killed process may have left in `folder`."""
-    for name in (DATA, IDS):
-        if os.path.exists(os.path.join(folder, name + UNFINISHED)):
-            os.remove(os.path.join(folder, name + UNFINISHED))
+    name, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"id {name!r} is repeated")
 
 
 def open_array(file, name):
     """Return the array `name`, or "group/name", of an open HDF5 file. Raises UserError if it is not in this file."""
-    for link in (name.partition("/")[0].encode(), name.encode()):
-        try:
-            kind = file.id.links.get_info(link).type
-        except (KeyError, RuntimeError):
-            raise UserError(f"{file.filename} has no {link.decode()!r}") from None
-        if kind != h5py.h5l.TYPE_HARD:
-            raise UserError(f"{file.filename}: {link.decode()} is a soft or external link: copy the data into the file")
+    for part in (name.partition("/")[0], name):
+        link = file.get(part, getlink=True)
+        if link is None:
+            raise UserError(f"{file.filename} has no {part!r}")
+        if not isinstance(link, h5py.HardLink):
+            raise UserError(f"{file.filename}: {part} is a soft or external link: copy the data into the file")
     data = file[name]
     if not isinstance(data, h5py.Dataset):
         raise UserError(f"{file.filename}: {name} is a group: expected an array")
@@ -179,7 +161,7 @@ def open_packed(folder, name):
     path = os.path.join(folder, DATA)
     with reading(path, REPACK):
         file = h5py.File(path, "r", locking=False, rdcc_nbytes=0)  # no chunk cache: read only the bytes needed
-        encoded = file.id.links.exists(b"jpeg")
+        encoded = "jpeg" in file
         image = open_array(file, "jpeg" if encoded else "image")
         offset = open_array(file, "offset")[:] if encoded else None
         labels, splits, ids = (open_array(file, column)[:] for column in ("label", "split", "id"))
@@ -189,10 +171,8 @@ def open_packed(folder, name):
     columns = {"class_names": class_names, "image": image, "offset": offset}
     from_folder = "--image_dir" in origin
     columns |= {"made_from": OWN_IMAGES if from_folder else origin.get("made_from"), "from_folder": from_folder}
-    return tuple(
-        Dataset(ids[a:b], name, labels[a:b], rows=np.arange(a, b), **columns)
-        for a, b in ((0, num_train), (num_train, len(ids)))
-    )
+    bounds = (0, num_train), (num_train, len(ids))
+    return tuple(Dataset(ids[a:b], name, labels[a:b], rows=np.arange(a, b), **columns) for a, b in bounds)
 
 
 def empty(shape: tuple, dtype) -> np.ndarray:

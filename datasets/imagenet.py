@@ -68,7 +68,7 @@ def train_files(path, wnids):
                 for image in class_tar:
                     yield path, image.name, class_tar.extractfile(image).read(), label
     if len(found) != len(wnids):
-        print(f"warning: {path} has {len(found)} of the devkit's {len(wnids)} classes", flush=True)
+        print(f"warning: {path} has {len(found)} of the devkit's {len(wnids)} classes")
 
 
 def val_files(path, truth):

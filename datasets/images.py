@@ -40,9 +40,9 @@ def open_image(file, name):
         is_deep |= image.format == "TIFF" and max(image.tag_v2.get(BITS_PER_SAMPLE, [1])) > 8
         is_deep |= image.mode == "RGB" and any(tile[0].startswith("ppm") and tile[3][1] > 255 for tile in image.tile)
         if image.mode[0] in "IF" or is_deep:
+            deep = f"more than 8 bits per channel (mode {image.mode})"
             raise UserError(
-                f"{name} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits, for example with "
-                "`magick IN -depth 8 OUT`, or scale it yourself and store float images in data.hdf5 (see the README)"
+                f"{name} has {deep}: run `magick IN -depth 8 OUT`, or store floats in data.hdf5 (see README.md)"
             )
         yield image
 

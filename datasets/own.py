@@ -13,12 +13,13 @@ import hashlib
 import itertools
 import os
 import zipfile
+from collections import Counter
 
 import h5py
 import numpy as np
 
 from command import UserError, reading, atomic_file
-from datasets.hdf5 import IDS, Dataset, empty, first_repeated, open_array
+from datasets.hdf5 import IDS, Dataset, empty, open_array
 
 EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
@@ -26,12 +27,6 @@ SPLIT_SEED = 123
 MANY_IDS, CACHE = 5000, ".cache.npz"
 BLOCK = 1 << 20  # bytes per read of the copy
 LARGEST_FLOAT = 20.0  # larger float images were probably not scaled for a network
-
-
-def split_80_20(num):
-    """Return the shuffled positions of `num` examples as (train, test), the same in every run."""
-    order = np.random.RandomState(SPLIT_SEED).permutation(num)
-    return order[: num - num // 5], order[num - num // 5 :]
 
 
 def has_files(folder):
@@ -42,13 +37,10 @@ def has_files(folder):
 def open_own(folder, name):
     """Return (train, test), two Datasets in memory. Raises UserError for wrong data, with the id and the value."""
     found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
-    if len(found) != 1:
-        problem = (
-            "both data.hy and data.hdf5: keep one of them"
-            if found
-            else "neither data.hy nor data.hdf5 (see the README on own datasets, or download.py --image_dir)"
-        )
-        raise UserError(f"dataset {name}: {folder} has {problem}")
+    if len(found) > 1:
+        raise UserError(f"dataset {name}: {folder} has both data.hy and data.hdf5: keep one of them")
+    if not found:
+        raise UserError(f"dataset {name}: {folder} has neither data.hy nor data.hdf5: see README.md or use --image_dir")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
     labels, num_classes, images = read_or_reuse(path, ids, len(train_ids))
@@ -73,10 +65,11 @@ def read_ids(path):
             f"{path}: id {strange!r} cannot be the name of a group: rename it; or if download.py packed this folder, "
             "data.hdf5 is damaged: delete it, and run download.py again"
         )
-    if len(set(ids)) != len(ids):
-        raise UserError(f"{path}: id {first_repeated(ids)!r} is repeated: remove one")
     if not ids:
         raise UserError(f"{path} is empty: it must hold the ids, one per line")
+    id, count = Counter(ids).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{path}: id {id!r} is repeated: remove one")
     return ids
 
 
@@ -86,14 +79,14 @@ def read_splits(folder):
     files = [os.path.join(folder, f"id_{split}.txt") for split in ("train", "test")]
     found = [file for file in files if os.path.exists(file)]
     if len(found) == 1:
-        raise UserError(
-            f"{found[0]} exists without {os.path.basename(next(f for f in files if f not in found))}: "
-            "add it, or remove both to split 80/20"
-        )
+        (missing,) = set(files) - set(found)
+        raise UserError(f"{found[0]} exists without {os.path.basename(missing)}: add it, or remove both to split 80/20")
     if not found:
         if len(ids) < 5:
             raise UserError(f"{folder}/{IDS} has {len(ids)} ids: an 80/20 split needs at least 5")
-        return tuple([ids[i] for i in rows] for rows in split_80_20(len(ids)))
+        shuffled = [ids[i] for i in np.random.RandomState(SPLIT_SEED).permutation(len(ids))]  # the same in every run
+        num_train = len(ids) - len(ids) // 5
+        return shuffled[:num_train], shuffled[num_train:]
     train, test = (read_ids(file) for file in files)
     known, train_set = set(ids), set(train)
     for file, split in zip(files, (train, test)):
@@ -110,7 +103,7 @@ def read_or_reuse(path, ids, num_train):
     """Return read_examples() of a file. With many ids, a copy is kept beside the file, which opens a hundred
     times faster; it is used as long as the file and the ids are the same."""
     if len(ids) < MANY_IDS:
-        return read_file(path, ids, num_train)
+        return read_examples(path, ids, num_train)
     copy, status = path + CACHE, os.stat(path)
     names = hashlib.sha256("\n".join([str(num_train), *ids]).encode()).hexdigest()
     key = f"{status.st_size} {status.st_mtime_ns} {names}"
@@ -118,8 +111,8 @@ def read_or_reuse(path, ids, num_train):
         if stored["key"] == key:
             images = tuple(read_once(stored.zip, split) for split in ("train", "test"))
             return stored["labels"], int(stored["num_classes"]), images
-    print(f"reading {len(ids)} examples from {path}, which is slow only this first time", flush=True)
-    labels, num_classes, images = read_file(path, ids, num_train)
+    print(f"reading {len(ids)} examples from {path}, which is slow only this first time")
+    labels, num_classes, images = read_examples(path, ids, num_train)
     with contextlib.suppress(OSError):
         for left in glob.glob(f"{glob.escape(copy)}.*.part"):  # of a process that was killed, or will do without
             os.remove(left)
@@ -140,34 +133,29 @@ def read_once(archive, name):
     return array
 
 
-def read_file(path, ids, num_train):
-    """Open a file for read_examples()."""
-    with reading(path), h5py.File(path, "r", locking=False) as file:
-        return read_examples(file, ids, num_train)
-
-
-def read_examples(file, ids, num_train):
+def read_examples(path, ids, num_train):
     """Return (labels int32 [N], number of classes, (train images, test images)); the first `num_train` ids are train.
 
     Images are uint8 or float32 [n, h, w, c].
     """
     labels, num_classes, images = np.empty(len(ids), np.int32), None, None
-    for i, id in enumerate(ids):
-        image, label = (open_array(file, f"{id}/{name}") for name in ("image", "label"))
-        labels[i], num_classes = read_label(f"{file.filename}: label of id {id!r}", label, num_classes)
-        title = f"{file.filename}: image of id {id!r}"
-        found = image_type(title, image)
-        if images is None:
-            dtype, shape = found
-            images = allocate(file.filename, num_train, len(ids), shape, dtype)
-            into = itertools.chain(*images)
-        if found != (dtype, shape):
-            raise UserError(
-                f"{title} is {image.dtype} of shape {image.shape}, but the image of id {ids[0]!r} is {np.dtype(dtype)} "
-                f"of {shape}: all images must agree"
-            )
-        read_image(title, image, next(into))
-    warn_of_range(file.filename, images[0])
+    with reading(path), h5py.File(path, "r", locking=False) as file:
+        for i, id in enumerate(ids):
+            image, label = (open_array(file, f"{id}/{name}") for name in ("image", "label"))
+            labels[i], num_classes = read_label(f"{path}: label of id {id!r}", label, num_classes)
+            title = f"{path}: image of id {id!r}"
+            found = image_type(title, image)
+            if images is None:
+                dtype, shape = found
+                images = allocate(path, num_train, len(ids), shape, dtype)
+                into = itertools.chain(*images)
+            if found != (dtype, shape):
+                raise UserError(
+                    f"{title} is {image.dtype} of {image.shape}, but that of id {ids[0]!r} is {np.dtype(dtype)} of "
+                    f"{shape}: all images must agree"
+                )
+            read_image(title, image, next(into))
+    warn_of_range(path, images[0])
     return labels, num_classes, images
 
 
@@ -187,10 +175,8 @@ def allocate(path, num_train, num, shape, dtype):
     size = int(np.prod(shape, dtype=object)) * num * np.dtype(dtype).itemsize
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > 0.8 * memory:
-        raise UserError(
-            f"{path}: {num} images of {shape} need {size / 1e9:.1f} GB, but this machine has {memory / 1e9:.1f} GB: "
-            "list fewer ids in id.txt, or store smaller images"
-        )
+        need = f"{size / 1e9:.1f} GB, but this machine has {memory / 1e9:.1f} GB"
+        raise UserError(f"{path}: {num} images of {shape} need {need}: use fewer ids in id.txt, or smaller images")
     return tuple(empty((count, *shape), dtype) for count in (num_train, num - num_train))
 
 
@@ -198,11 +184,8 @@ def warn_of_range(path, images):
     """Print a warning if float images have large values."""
     largest = max(images.max(), -images.min()) if images.dtype == np.float32 else 0  # without a copy of the images
     if largest > LARGEST_FLOAT:
-        print(
-            f"warning: {path}: float images have values up to {largest:g}, with which networks learn slowly or not at "
-            "all: store uint8 images of 0 to 255, or divide by 255",
-            flush=True,
-        )
+        problem = f"float images have values up to {largest:g}, with which networks learn slowly or not at all"
+        print(f"warning: {path}: {problem}: store uint8 images of 0 to 255, or divide by 255")
 
 
 def image_type(title, data):
@@ -211,9 +194,7 @@ def image_type(title, data):
     if len(shape) not in (2, 3) or min(shape) < 1 or dtype.kind not in "uif":
         raise UserError(f"{title} is {dtype} of shape {shape}: expected uint8 or float [h, w, c]")
     if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4:
-        raise UserError(
-            f"{title} has the shape {shape}, channels first: expected [h, w, c]; store np.transpose(image, (1, 2, 0))"
-        )
+        raise UserError(f"{title} has the shape {shape}, channels first: store np.transpose(image, (1, 2, 0))")
     return np.float32 if dtype.kind == "f" else np.uint8, shape if len(shape) == 3 else (*shape, 1)
 
 

@@ -35,13 +35,11 @@ def challenge(folder, number, steps, data_dir):
     if not possible:
         raise UserError(f"none of the {len(found)} runs of {folder} can be trained here: see the reasons above")
     chosen = random.sample(possible, min(number, len(possible)))
-    print(f"{len(chosen)} of {len(possible)} runs, {steps} steps each", flush=True)
+    print(f"{len(chosen)} of {len(possible)} runs, {steps} steps each")
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
-        raise ExternalError(
-            f"a row differs by {max(results):.3g}, but rounding should change it by at most {TOLERANCE}"
-        )
+        raise ExternalError(f"a row differs by {max(results):.3g}, but rounding changes it by at most {TOLERANCE}")
 
 
 def find_problem(run, data_dir):
@@ -120,8 +118,7 @@ def compare(run, repeated, data_dir):
     print(
         f"{run.path.name}: {len(pairs)} rows to step {pairs[-1][0]['step']}, largest difference of a loss "
         f"{max(differences[::2]):.2g}, of an accuracy {max(differences[1::2]):.2g}: {verdict}"
-        + "".join(f"; {change}" for change in list_changes(run, data_dir)),
-        flush=True,
+        + "".join(f"; {change}" for change in list_changes(run, data_dir))
     )
     return max(differences)
 

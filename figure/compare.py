@@ -51,14 +51,9 @@ def parse_flags(argv=None):
     """Return (flags, the other flags, which are for trainer.py)."""
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", help="as in trainer.py")
-    parser.add_argument(
-        "--norm_type",
-        nargs="+",
-        choices=NORM_NAMES,
-        metavar="NORM",
-        default=["batch", "group", "group+ws"],
-        help="norms to compare, as in trainer.py: +ws is weight standardization, and +acc one update per step",
-    )
+    norms = {"choices": NORM_NAMES, "default": ["batch", "group", "group+ws"]}
+    named = "norms to compare, as in trainer.py: +ws is weight standardization, and +acc one update per step"
+    parser.add_argument("--norm_type", nargs="+", metavar="NORM", help=named, **norms)
     sizes = [1, 2, 4, 8, 16, 32]
     parser.add_argument("--batch_size", nargs="+", type=int, default=sizes, help="batch sizes to compare")
     parser.add_argument("--groups", type=int, help="number of groups of group norm")
@@ -69,12 +64,8 @@ def parse_flags(argv=None):
     jobs = "processes to run at the same time, each on its own cores"
     parser.add_argument("--jobs", type=within(int, low=1), default=len(available_cores()), help=jobs)
     parser.add_argument("--dry_run", action="store_true", help="print the runs to train and the time they take")
-    parser.add_argument(
-        "--from_logs",
-        nargs="+",
-        metavar="DIR",
-        help="make table and pictures of the runs in these folders, and write them to the first; train nothing",
-    )
+    logs = "make table and pictures of the runs in these folders, and write them to the first; train nothing"
+    parser.add_argument("--from_logs", nargs="+", metavar="DIR", help=logs)
     called = "name of the dataset in table and pictures, if its own name is not accurate"
     parser.add_argument("--called", metavar="NAME", help=called)
     again = "train the first steps of runs in DIR again, and compare their logs"
@@ -124,9 +115,9 @@ def available_cores():
 
 
 class Cell:
-    """One run of the grid: its norm, batch size and seed, its flags, and the settings that identify its folder."""
+    """One run of the grid, with its flags, and the settings that identify its folder, derived before any training."""
 
-    def __init__(self, flags, rest, norm, batch_size, seed):
+    def __init__(self, flags, rest, norm, batch_size, seed, splits):
         self.norm, self.batch_size, self.seed = norm, batch_size, seed
         self.name = f"{norm}, batch size {batch_size}, seed {seed}"
         self.flags = ["--dataset", flags.dataset, "--norm_type", norm, "--batch_size", str(batch_size)]
@@ -134,13 +125,10 @@ class Cell:
         for name in ("groups", "group_size") if norm.startswith("group") else ():
             value = getattr(flags, name)
             self.flags += [f"--{name}", str(value)] if value is not None else []
-
-    def derive(self, train, test):
-        """Derive the settings as trainer.py does, so that wrong flags are reported before any training."""
-        self.config = derive(parse_training(self.flags)[0], train)
+        self.config = derive(parse_training(self.flags)[0], splits[0])
         if self.config.checkpoint:
             run_dir_of(self.config.checkpoint)
-        self.settings = settings_of(self.config, describe_data(train, test))
+        self.settings = settings_of(self.config, describe_data(*splits))
         self.images = self.config.max_training_step * self.config.max_batch_size
 
     def find(self, runs):
@@ -154,18 +142,16 @@ def make_grid(flags, rest):
     if flags.dataset is None:
         raise UserError(f"--dataset is missing: give one of {', '.join(datasets.NAMES)} or your own")
     config, _ = parse_training(["--dataset", flags.dataset, "--data_dir", flags.data_dir, *rest])
-    train, test = download.load_splits(config.dataset, config.data_dir, config.validation)
+    splits = download.load_splits(config.dataset, config.data_dir, config.validation)
     first = [size for size in FIRST_BATCH_SIZES if size in flags.batch_size]
     sizes = first + [size for size in dict.fromkeys(flags.batch_size) if size not in first]
     cells = [
-        Cell(flags, rest, norm, size, seed)
+        Cell(flags, rest, norm, size, seed, splits)
         for seed in range(flags.seeds)
         for size in sizes
         for norm in dict.fromkeys(flags.norm_type)
     ]
-    for cell in cells:
-        cell.derive(train, test)
-    return cells, train, test
+    return cells, *splits
 
 
 def check_train_dir(train_dir, cells, runs):
@@ -203,26 +189,22 @@ def check_memory(jobs, train, test):
         )
 
 
-def has_model_files(found):
-    return any(found.path.glob("model-*.index"))
-
-
 def needs_evaluation(found):
     """Return whether a finished run lacks an accuracy that evaler.py can measure. Without a checkpoint it cannot."""
     needed = {"accuracy"}
     if found.config.norm_type == "batch":
         needed |= {"reestimated", "by_batch"} | ({"reestimated_small"} if found.config.batch_size <= SMALL else set())
-    return found.state == "finished" and not needed <= found.evaluation.keys() and has_model_files(found)
+    has_all = needed <= found.evaluation.keys()
+    return found.state == "finished" and not has_all and any(found.path.glob("model-*.index"))
 
 
 def to_do(cells, runs):
     """Return the cells that must still be trained or evaluated, where `runs` are there."""
-    waiting = []
-    for cell in cells:
-        found = cell.find(runs)
-        if found is None or found.state == "unfinished" or needs_evaluation(found):
-            waiting.append(cell)
-    return waiting
+
+    def waits(found):
+        return found is None or found.state == "unfinished" or needs_evaluation(found)
+
+    return [cell for cell in cells if waits(cell.find(runs))]
 
 
 class Processes:
@@ -279,19 +261,14 @@ def run_cell(cell, flags, processes):
     log.write_text("")
     data = ["--data_dir", flags.data_dir]
     found = cell.find(read_runs([flags.train_dir]))
-    command = None
-    if found is None:
-        command = ["trainer.py", *cell.flags]
-    elif found.state == "unfinished":
-        command = ["trainer.py", "--resume", str(found.path), *data]
-    if command:
+    if found is None or found.state == "unfinished":
+        given = ["--resume", str(found.path), *data] if found else cell.flags
         try:
-            processes.run(command, log)
+            processes.run(["trainer.py", *given], log)
         except ExternalError:
             found = cell.find(read_runs([flags.train_dir]))
             if found is None or found.state != "diverged":
                 raise
-            return found
         found = cell.find(read_runs([flags.train_dir]))
     if needs_evaluation(found):
         last = found.path / f"model-{found.config.max_training_step}"
@@ -312,7 +289,7 @@ def train_all(waiting, number, flags):
     Raises ExternalError at the end if some failed.
     """
     bar = tqdm(total=sum(cell.images for cell in waiting), unit="img", unit_scale=True, disable=None)
-    write = bar.write if not bar.disable else lambda line: print(line, flush=True)
+    write = print if bar.disable else bar.write
     processes, failures = Processes(flags.jobs), []
     with ThreadPoolExecutor(flags.jobs) as pool, contextlib.closing(bar):
         futures = {pool.submit(run_cell, cell, flags, processes): cell for cell in waiting}
@@ -354,8 +331,8 @@ def print_grid(cells, flags):
             for cell in {min(cells, key=lambda c: c.batch_size), max(cells, key=lambda c: c.batch_size)}:
                 short = {"max_training_step": 12, "warmup_steps": 0, "log_step": 4, "test_sample_step": 1_000_000}
                 trial = challenge.flags_of(dataclasses.replace(cell.config, **short))
-                places = ["--train_dir", folder, "--data_dir", flags.data_dir]
-                Processes(flags.jobs).run(["trainer.py", *trial, *places], os.path.join(folder, "log"))
+                trial += ["--train_dir", folder, "--data_dir", flags.data_dir]
+                Processes(flags.jobs).run(["trainer.py", *trial], os.path.join(folder, "log"))
             speeds = images_per_second(read_runs([folder]))
     seconds = 0
     for cell in waiting:
@@ -363,11 +340,8 @@ def print_grid(cells, flags):
         done = found.rows[-1]["step"] / cell.config.max_training_step if found and found.rows else 0
         seconds += (1 - done) * cell.images / speeds[nearest]
     jobs = max(1, min(flags.jobs, len(waiting)))
-    at_once = min(jobs, len(available_cores()))
-    print(
-        f"{len(cells)} runs, {len(waiting)} to do; about {seconds / at_once / 3600:.1f} hours with {jobs} processes, "
-        f"without tests (estimated from {source})"
-    )
+    hours = f"{seconds / min(jobs, len(available_cores())) / 3600:.1f} hours with {jobs} processes, without tests"
+    print(f"{len(cells)} runs, {len(waiting)} to do; about {hours} (estimated from {source})")
 
 
 def images_per_second(runs):

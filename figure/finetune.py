@@ -19,7 +19,7 @@ import compare  # first: it finds the modules of the repo
 import datasets
 import results
 from command import ArgumentParser, UserError, run, within
-from datasets import hdf5
+from datasets import create_default_splits, hdf5
 from runs import MEASURES, read_run, read_runs
 
 BEFORE, AFTER = "CIFAR10_first", "CIFAR10_last"  # the two tasks, packed like a user's own datasets
@@ -41,7 +41,7 @@ def make_task(name, data_dir):
     """Pack the first images of the task's classes of CIFAR-10 into <data_dir>/<name>, unless it exists."""
     if datasets.is_prepared(name, data_dir):
         return
-    splits, classes, most = datasets.create_default_splits("CIFAR10", data_dir), CLASSES[name], IMAGES_PER_CLASS[name]
+    splits, classes, most = create_default_splits("CIFAR10", data_dir), CLASSES[name], IMAGES_PER_CLASS[name]
     rows = []
     for split, limit in zip(splits, (most, None)):
         of_classes = [np.flatnonzero(split.labels == label)[:limit] for label in classes]
@@ -67,15 +67,11 @@ class Task:
         given += ["--jobs", str(flags.jobs), "--model", "resnet8", "--augment", "--epochs", str(epochs), *more]
         self.name = name
         self.flags, self.rest = compare.parse_flags(given)
-        self.splits = functools.cache(
-            lambda held_out: datasets.create_default_splits(name, flags.data_dir, validation=held_out)
-        )
+        self.splits = functools.cache(lambda held_out: create_default_splits(name, flags.data_dir, held_out))
 
     def cell(self, norm, seed, *more, held_out=None):
         rest = [*self.rest, *more, *(("--validation", str(held_out)) if held_out else ())]
-        cell = compare.Cell(self.flags, rest, norm, BATCH_SIZES[self.name], seed)
-        cell.derive(*self.splits(held_out))
-        return cell
+        return compare.Cell(self.flags, rest, norm, BATCH_SIZES[self.name], seed, self.splits(held_out))
 
     def train(self, cells):
         """Train all cells, and return their runs."""
@@ -113,23 +109,23 @@ def table(runs):
         measures = ["accuracy"] if found.config.freeze_batch_norm else found.accuracies or ["accuracy"]
         for measure in measures:
             rows.setdefault((way_of(found), measure), []).append(found)
-    lines = ["| way | rate | accuracy |", "| --- | --- | --- |"]
+    cells = []
     for way, measure in sorted(rows, key=lambda key: (list(WAYS).index(key[0]), list(MEASURES).index(key[1]))):
         alike = rows[way, measure]
         rate = alike[0].config.base_learning_rate
-        lines.append(f"| {way}{MEASURES[measure]} | {rate:g} | {results.cell_text(alike, measure, None)} |")
-    return "\n".join(lines)
+        cells.append([way + MEASURES[measure], f"{rate:g}", results.cell_text(alike, measure, None)])
+    return results.as_markdown(["way", "rate", "accuracy"], cells)
 
 
 def table_of_rates(runs):
     """Return the accuracies by which the rates were chosen as a Markdown table."""
     found = {(way_of(run), run.config.base_learning_rate): [run] for run in runs}
     rates = sorted({rate for _, rate in found})
-    lines = ["| way | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
+    cells = []
     for way in WAYS:
         texts = [results.cell_text(found.get((way, rate), []), "accuracy", None) for rate in rates]
-        lines.append(f"| {way} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        cells.append([way, *texts])
+    return results.as_markdown(["way", *(f"rate {rate:g}" for rate in rates)], cells)
 
 
 def text_of(runs):
@@ -146,9 +142,8 @@ def main():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=within(int, low=1), default=3, help="runs per way, with the seeds 0, 1, ...")
     parser.add_argument("--epochs", type=within(int, low=1), default=8, help="epochs on the first five classes")
-    parser.add_argument(
-        "--finetune_epochs", type=within(int, low=1), default=20, help="epochs on the last five classes"
-    )
+    last = "epochs on the last five classes"
+    parser.add_argument("--finetune_epochs", type=within(int, low=1), default=20, help=last)
     parser.add_argument("--train_dir", default="studies/finetune", help="folder of the run folders")
     parser.add_argument("--data_dir", default=datasets.DATA_DIR, help="folder of CIFAR10, and of its two halves")
     jobs = "processes to run at the same time"

@@ -36,13 +36,8 @@ def draw(figure, column, norm_type):
     axes = figure.add_subplot(1, 4, column, projection="3d")
     # Channels go to the right, the batch to the back (example 0 in front), positions up.
     shared = shared_entries(norm_type).transpose(1, 0, 2)
-    axes.voxels(
-        np.ones(shared.shape, bool),
-        facecolors=np.where(shared, SHARED, OTHER),
-        edgecolor="#555555",
-        linewidth=0.6,
-        shade=False,
-    )
+    colours = np.where(shared, SHARED, OTHER)
+    axes.voxels(np.ones(shared.shape, bool), facecolors=colours, edgecolor="#555555", linewidth=0.6, shade=False)
     axes.set_title(f"{norm_type.capitalize()} norm", fontsize=15, y=0.96)
     axes.text(C / 2, -1.2, -0.6, "C", fontsize=13)
     axes.text(C + 0.9, N / 2, -0.6, "N", fontsize=13)

@@ -76,9 +76,8 @@ def draw_batch_sizes(found, path):
 
     A table with one batch size, or without a finished run, is skipped.
     """
-    found = [
-        table for table in found if len(table.batch_sizes) > 1 and any(points_of(table, row) for row in rows_of(table))
-    ]
+    found = [table for table in found if len(table.batch_sizes) > 1]
+    found = [table for table in found if any(points_of(table, row) for row in rows_of(table))]
     if not found:
         return
     figure = Figure(figsize=(9.5, 4.4 * len(found)), layout="constrained")

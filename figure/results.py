@@ -1,7 +1,6 @@
 """Tables of runs: accuracies against batch size, and sentences that the accuracies support. See compare.py.
 
-Runs that differ only in seed share a cell of the table. The rows of a table differ in the
-norm, and in the settings in their names.
+Runs that differ only in seed share a cell of the table. Its rows differ in the norm, and in the settings they name.
 """
 
 import json
@@ -111,10 +110,9 @@ def tables(runs, called=None):
             for measure in run.accuracies if run.state == "finished" and run.accuracies else ["accuracy"]:
                 cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
         order = list(COLOURS)
-        rows = sorted(
-            {key[:2] for key in cells},
-            key=lambda row: (order.index(row[0][0]), natural_key(row[0][1]), list(MEASURES).index(row[1])),
-        )
+        places = {measure: place for place, measure in enumerate(MEASURES)}
+        rows = {key[:2] for key in cells}
+        rows = sorted(rows, key=lambda row: (order.index(row[0][0]), natural_key(row[0][1]), places[row[1]]))
         batch_sizes = sorted({run.config.batch_size for run in these})
         name = f"{called or dataset}, {model}"
         numbers = {len({run.config.seed for run in alike if run.accuracies}) for alike in cells.values()}
@@ -155,9 +153,8 @@ def shared_settings(runs, names):
         words.append(f"{steps} steps of {images} images ({epochs_of(runs[0]):.3g} epochs)")
     if not {"optimizer", "base_learning_rate"} & set(names):
         rates = {run.norm: f"{run.config.optimizer} at {run.config.base_learning_rate:g}" for run in runs}
-        words += (
-            [rates[runs[0].norm]] if len(set(rates.values())) == 1 else [f"{norm}: {rates[norm]}" for norm in rates]
-        )
+        equal = len(set(rates.values())) == 1
+        words += [rates[runs[0].norm]] if equal else [f"{norm}: {rate}" for norm, rate in rates.items()]
     if not {"test", "validation"} & set(names):
         kind = "training images held out" if settings.get("validation") else "test images"
         words.append(f"{settings['test']} {kind}")
@@ -179,16 +176,17 @@ def markdown(table):
     """Return a Table as Markdown."""
     title, _, most, rows, batch_sizes, cells = table
     kind = f"smallest ← median → largest of {most} seeds" if most > 1 else "one seed"
-    lines = [
-        f"{title}. Accuracy in %, {kind}:",
-        "",
-        "| norm | " + " | ".join(f"batch size {size}" for size in batch_sizes) + " |",
-        "| --- |" + " --- |" * len(batch_sizes),
-    ]
+    lines = []
     for row, measure in rows:
         texts = [cell_text(cells.get((row, measure, size), []), measure, most) for size in batch_sizes]
-        lines.append(f"| {label(row, measure)} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        lines.append([label(row, measure), *texts])
+    columns = ["norm", *(f"batch size {size}" for size in batch_sizes)]
+    return f"{title}. Accuracy in %, {kind}:\n\n{as_markdown(columns, lines)}"
+
+
+def as_markdown(columns, rows):
+    """Return texts, a list per row, as a Markdown table."""
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in [columns, ["---"] * len(columns), *rows])
 
 
 def standard_error(first, second, images):
@@ -270,7 +268,7 @@ def as_row(run):
         **{measure: run.accuracies.get(measure) for measure in MEASURES},
         "training_accuracy": None if run.training_accuracy is None else f"{run.training_accuracy:.4f}",
         "images_per_second": f"{statistics.median(speeds):.0f}" if speeds else None,
-        "commit": run.commit,
+        "commit": (run.stored.get("source") or {}).get("commit"),  # None if trained outside git
         "run": run.path.name,
     }
 

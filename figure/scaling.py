@@ -112,12 +112,9 @@ def train(network, batch_size, way, quick, cores, data_dir):
         "max_batch_size": network.step,
         "learning_rate": 1e-4,  # small, so that training on random labels does not diverge
         "log_step": network.log_step,
-        "write_summary_step": NEVER,
-        "test_sample_step": NEVER,
-        "ckpt_save_step": NEVER,
-        "max_training_step": NEVER,
         "data_dir": data_dir,
     }
+    given |= dict.fromkeys(["write_summary_step", "test_sample_step", "ckpt_save_step", "max_training_step"], NEVER)
     command = [ROOT / "trainer.py", *(word for name in given for word in (f"--{name}", given[name]))]
     with tempfile.TemporaryDirectory() as folder:
         train_dirs = [Path(folder) / str(i) for i in range(WAYS[way])]
@@ -155,10 +152,8 @@ def main():
     if len(cores) < 2 or not PRCTL:
         raise UserError(f"scaling.py needs Linux and two cores: this is {sys.platform} with {len(cores)}")
     networks, rounds = (QUICK_NETWORKS, 1) if flags.quick else (NETWORKS, 2)
-    print(
-        "| network | pixels | batch size per replica | 1 worker | 2 independent | 2 workers | workers / independent |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    columns = ["network", "pixels", "batch size per replica", *WAYS, "workers / independent"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     with tempfile.TemporaryDirectory() as data_dir:
         for network in networks:
             pack(network, data_dir)
@@ -169,7 +164,7 @@ def main():
                         of_rounds.append(train(network, batch_size, way, flags.quick, cores, data_dir))
                 medians = " | ".join(f"{statistics.median(of_rounds):.1f}" for of_rounds in found.values())
                 ratio = statistics.median(a / b for a, b in zip(found["2 workers"], found["2 independent"]))
-                print(f"| {network.model} | {network.pixels} | {batch_size} | {medians} | {ratio:.2f} |", flush=True)
+                print(f"| {network.model} | {network.pixels} | {batch_size} | {medians} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import datasets
 from command import ArgumentParser, ExternalError, UserError, one_line, run, set_threads, start
 
 COMPARED = ("group", "group+ws", "batch", "none")
@@ -30,8 +31,6 @@ MEMORY_NORMS = ("batch", "group", "group+ws")
 
 
 def parse_flags(argv=None):
-    import datasets
-
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("alone", "steps", "trainer", "imagenet"), help="the measurement, see above")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
@@ -46,19 +45,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import datasets
 import input_ops
 import ops
 import runs
 import trainer
 from config import Config, spell_out
+from input_ops import create_input_ops
 from model import create_model
 
 GROUPS = 8
 SHAPES = [(32, 32, 32, 64), (32, 16, 16, 128), (2, 56, 56, 256), (2, 32, 32, 16), (1, 8, 8, 64), (8, 14, 14, 512)]
 STEPS = [("resnet20", 32, batch_size) for batch_size in (1, 2, 8, 32, 64)]
 STEPS += [("convnet", 32, 2), ("convnet", 32, 64), ("resnet50", 224, 2), ("resnet50", 224, 8)]
-TRAINER_BATCH_SIZES = (1, 2, 8, 32, 64)
 PHOTOGRAPHS, PHOTOGRAPHS_AT_ONCE = 1024, 32
 
 
@@ -101,10 +99,8 @@ def in_own_process(kind, **case):
 
 def machine():
     cpu, versions = runs.machine(), runs.versions()
-    return (
-        f"{cpu['processor']}{' with AVX-512' * cpu['avx512']}, {cpu['processors']} cores, "
-        f"Python {versions['python']}, TensorFlow {versions['tensorflow']}"
-    )
+    processor = f"{cpu['processor']}{' with AVX-512' * cpu['avx512']}, {cpu['processors']} cores"
+    return f"{processor}, Python {versions['python']}, TensorFlow {versions['tensorflow']}"
 
 
 def transpose_formula(x, gamma, beta):
@@ -137,9 +133,8 @@ def contenders(shape):
 def forward_and_backward(function, shape):
     """Return a function without arguments that computes y and all gradients for random inputs."""
     rng = np.random.default_rng(0)
-    x, gamma, beta, dy = (
-        tf.constant(rng.standard_normal(s), tf.float32) for s in (shape, shape[-1:], shape[-1:], shape)
-    )
+    shapes = shape, shape[-1:], shape[-1:], shape
+    x, gamma, beta, dy = (tf.constant(rng.standard_normal(s), tf.float32) for s in shapes)
 
     @tf.function
     def compute(x, gamma, beta, dy):
@@ -158,7 +153,7 @@ def print_alone(quick):
         functions = {name: forward_and_backward(function, shape) for name, function in contenders(shape).items()}
         times = take_turns(functions, 7 if quick else 21, seconds=0.1)
         shares = "".join(f"{ratio(times, 'group', base):<18}" for base in ("Keras", "transpose", "batch"))
-        print(f"{'x'.join(map(str, shape)):<16}{1e3 * statistics.median(times['group']):>10.2f}  {shares}", flush=True)
+        print(f"{'x'.join(map(str, shape)):<16}{1e3 * statistics.median(times['group']):>10.2f}  {shares}")
 
 
 def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):
@@ -226,17 +221,14 @@ def print_memory(model, image_shape, num_classes, batch_sizes):
     for batch_size in batch_sizes:
         case = network | {"batch_size": batch_size}
         peaks = [in_own_process("memory", **case, norm_type=norm) / 1e9 for norm in MEMORY_NORMS]
-        print(f"{batch_size:>10}" + "".join(f"{peak:>8.2f}" for peak in peaks), flush=True)
+        print(f"{batch_size:>10}" + "".join(f"{peak:>8.2f}" for peak in peaks))
 
 
 def print_steps(quick):
     columns = [("group", "batch"), ("group+ws", "batch"), ("group", "none")]
     print(f"{machine()}\nA training step with Adam; others: the time divided by that of group norm")
-    print(
-        f"{'model':<10}{'batch':>6}{'group, images/s':>17}  "
-        + "".join(f"{f'{a} / {b}':<18}" for a, b in columns)
-        + "others"
-    )
+    ratios = "".join(f"{f'{a} / {b}':<18}" for a, b in columns)
+    print(f"{'model':<10}{'batch':>6}{'group, images/s':>17}  {ratios}others")
     for model, size, batch_size in [STEPS[1], STEPS[3]] if quick else STEPS:
         more = ["group XLA", "group bfloat16"] if model == "resnet20" and batch_size in (2, 32) and not quick else []
         case = {"model": model, "size": size, "batch_size": batch_size, "variants": [*COMPARED, *more]}
@@ -244,8 +236,7 @@ def print_steps(quick):
         print(
             f"{model:<10}{batch_size:>6}{batch_size / statistics.median(times['group']):>17.1f}  "
             + "".join(f"{ratio(times, *pair):<18}" for pair in columns)
-            + "; ".join(f"{name} {ratio(times, name, 'group')}" for name in more),
-            flush=True,
+            + "; ".join(f"{name} {ratio(times, name, 'group')}" for name in more)
         )
 
 
@@ -254,28 +245,26 @@ def images_per_second(norm, batch_size, data_dir):
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--dataset CIFAR10 --model convnet --norm_type {norm} --batch_size {batch_size} --max_training_step 31"
         command = [sys.executable, str(ROOT / "trainer.py"), *flags.split(), "--data_dir", data_dir]
-        done = subprocess.run([*command, "--train_dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        done = subprocess.run([*command, "--train_dir", folder], capture_output=True, text=True)
         if done.returncode:
-            raise ExternalError(
-                f"trainer.py ended with code {done.returncode}: {one_line(done.stderr.decode()[-300:])}"
-            )
+            raise ExternalError(f"trainer.py ended with code {done.returncode}: {one_line(done.stderr[-300:])}")
         (path,) = Path(folder).glob("*/metrics.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = runs.read_rows(path)
     return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row)
 
 
 def print_trainer(quick, data_dir):
-    batches = iter(input_ops.create_input_ops(datasets.create_default_splits("CIFAR10", data_dir)[0], 64, True, "crop"))
+    batches = iter(create_input_ops(datasets.create_default_splits("CIFAR10", data_dir)[0], 64, True, "crop"))
     speed = 64 / statistics.median(take_turns({"input": lambda: next(batches)}, 21)["input"])
     print(f"{machine()}\nCIFAR10, convnet, with trainer.py; the input alone: {speed:.0f} images per second")
     print(f"{'batch size':>10}{'group, images/s':>17}{'batch, images/s':>17}  group / batch, as images/s")
-    for batch_size in (2,) if quick else TRAINER_BATCH_SIZES:
+    for batch_size in (2,) if quick else (1, 2, 8, 32, 64):
         speeds = {norm: [] for norm in ("group", "batch")}
         for _ in range(2 if quick else 3):
             for norm, of_rounds in speeds.items():
                 of_rounds.append(images_per_second(norm, batch_size, data_dir))
         group, batch = (statistics.median(of_rounds) for of_rounds in speeds.values())
-        print(f"{batch_size:>10}{group:>17.1f}{batch:>17.1f}  {ratio(speeds, 'group', 'batch')}", flush=True)
+        print(f"{batch_size:>10}{group:>17.1f}{batch:>17.1f}  {ratio(speeds, 'group', 'batch')}")
 
 
 def decoded_alone(photographs, is_training):
@@ -308,14 +297,12 @@ def print_imagenet(quick, data_dir):
         last = count // PHOTOGRAPHS_AT_ONCE if is_training else None
         batches = {
             "decoding": decoded_alone(photographs, is_training),
-            "input": input_ops.create_input_ops(
-                photographs, PHOTOGRAPHS_AT_ONCE, is_training, "flip+crop", last_step=last
-            ),
+            "input": create_input_ops(photographs, PHOTOGRAPHS_AT_ONCE, is_training, "flip+crop", last_step=last),
         }
         functions = {key: lambda batches=value: [None for _ in batches] for key, value in batches.items()}
         times = take_turns(functions, 3 if quick else 20)
         alone, both = (count / statistics.median(times[key]) for key in ("decoding", "input"))
-        print(f"{name:<10}{alone:>16.0f}{both:>8.0f}  {ratio(times, 'decoding', 'input')}", flush=True)
+        print(f"{name:<10}{alone:>16.0f}{both:>8.0f}  {ratio(times, 'decoding', 'input')}")
 
 
 def main(flags):
