@@ -230,7 +230,8 @@ def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, tmp_
     assert process.returncode == 128 + signal.SIGTERM
     saved = int(scripts.checkpoint(run_dir)[scripts.STEP])
     assert f"after step {saved}" in rest and f"--resume '{run_dir}'" in rest
-    assert scripts.metrics(run_dir)[-1]["step"] == saved
+    last = scripts.metrics(run_dir)[-1]["step"]
+    assert last == saved or (saved % 11 == 0 and last == saved - 1)  # --resume writes the row of an interrupted test
 
 
 @pytest.mark.parametrize("insists", [False, True])
