@@ -244,7 +244,6 @@ def prepare_folder(
     name, image_dir, test_image_dir=None, image_size=None, skip_broken=False, data_dir=datasets.DATA_DIR
 ):
     """Pack image_dir/<class>/<image> as the user's own dataset `name`, or check that it was packed from there."""
-
     folder = datasets.folder_of(name, data_dir)
     origin = {
         "--image_dir": os.path.realpath(image_dir),
@@ -277,7 +276,6 @@ def check_no_data(folder):
 
 def check_files(name, folder, image_dir, test_image_dir):
     """Raise UserError if the images that `folder` was packed from are not those in the folders now."""
-
     if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted
         return
     packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
