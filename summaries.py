@@ -189,7 +189,7 @@ def mark_start(writer, first_step):
 def print_plan(config, train, test):
     """Print the data, the network and the length of a run."""
     tests = -(-config.max_training_step // config.test_sample_step)
-    updates = f"{config.updates_per_step} updates each"
+    updates = f"{config.updates_per_step} updates each" if config.updates_per_step > 1 else "one update each"
     if config.accumulate:
         updates = f"one update each, of {config.batches_per_step} batches"
     size, norm = "x".join(map(str, train.network_shape)), config.norm.removesuffix("+acc")
@@ -202,7 +202,7 @@ def print_plan(config, train, test):
         f"{config.dataset}: {len(train)} train, {len(test)} test images of {size} in {train.num_classes} classes\n"
         f"training images: {shown[config.augment]}\n"
         f"{config.model}, {norm} norm: {config.max_training_step} steps of {config.max_batch_size} images, "
-        f"in {updates}; {tests} tests"
+        f"{updates}; {tests} test{'s' * (tests > 1)}"
     )
 
 
