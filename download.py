@@ -279,7 +279,8 @@ def check_files(name, folder, image_dir, test_image_dir):
     if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted
         return
     packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
-    skipped, packed_at = hdf5.read_origin(folder).get("skipped", []), os.path.getmtime(os.path.join(folder, hdf5.DATA))
+    skipped = set(hdf5.read_origin(folder).get("skipped", []))
+    packed_at = os.path.getmtime(os.path.join(folder, hdf5.DATA))
 
     def is_newer(path):
         return os.path.getmtime(path) > packed_at

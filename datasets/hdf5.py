@@ -116,9 +116,14 @@ def check(labels, splits, ids, class_names, num_images):
             raise UserError(f"the {name} split is empty")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise UserError(f"labels run from {labels.min()} to {labels.max()}: expected 0 to {len(class_names) - 1}")
-    name, count = Counter(ids).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"id {name!r} is repeated")
+    if repeated(ids) is not None:
+        raise UserError(f"id {repeated(ids)!r} is repeated")
+
+
+def repeated(ids):
+    """Return an id that is there more than once, None if there is none."""
+    id, count = Counter(ids).most_common(1)[0]
+    return id if count > 1 else None
 
 
 def open_array(file, name):

@@ -13,13 +13,12 @@ import hashlib
 import itertools
 import os
 import zipfile
-from collections import Counter
 
 import h5py
 import numpy as np
 
 from command import UserError, reading, atomic_file
-from datasets.hdf5 import IDS, Dataset, empty, open_array
+from datasets.hdf5 import IDS, Dataset, empty, open_array, repeated
 
 EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 30, False, False
 FILES = ("data.hy", "data.hdf5")
@@ -67,9 +66,8 @@ def read_ids(path):
         )
     if not ids:
         raise UserError(f"{path} is empty: it must hold the ids, one per line")
-    id, count = Counter(ids).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"{path}: id {id!r} is repeated: remove one")
+    if repeated(ids) is not None:
+        raise UserError(f"{path}: id {repeated(ids)!r} is repeated: remove one")
     return ids
 
 

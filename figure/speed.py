@@ -50,7 +50,6 @@ import ops
 import runs
 import trainer
 from config import Config, spell_out
-from input_ops import create_input_ops
 from model import create_model
 
 GROUPS = 8
@@ -254,7 +253,8 @@ def images_per_second(norm, batch_size, data_dir):
 
 
 def print_trainer(quick, data_dir):
-    batches = iter(create_input_ops(datasets.create_default_splits("CIFAR10", data_dir)[0], 64, True, "crop"))
+    train, _ = datasets.create_default_splits("CIFAR10", data_dir)
+    batches = iter(input_ops.create_input_ops(train, 64, True, "crop"))
     speed = 64 / statistics.median(take_turns({"input": lambda: next(batches)}, 21)["input"])
     print(f"{machine()}\nCIFAR10, convnet, with trainer.py; the input alone: {speed:.0f} images per second")
     print(f"{'batch size':>10}{'group, images/s':>17}{'batch, images/s':>17}  group / batch, as images/s")
@@ -295,10 +295,8 @@ def print_imagenet(quick, data_dir):
     print(f"{'':<10}{'decoded alone':>16}{'input':>8}  ratio")
     for name, is_training in (("training", True), ("testing", False)):
         last = count // PHOTOGRAPHS_AT_ONCE if is_training else None
-        batches = {
-            "decoding": decoded_alone(photographs, is_training),
-            "input": create_input_ops(photographs, PHOTOGRAPHS_AT_ONCE, is_training, "flip+crop", last_step=last),
-        }
+        made = input_ops.create_input_ops(photographs, PHOTOGRAPHS_AT_ONCE, is_training, "flip+crop", last_step=last)
+        batches = {"decoding": decoded_alone(photographs, is_training), "input": made}
         functions = {key: lambda batches=value: [None for _ in batches] for key, value in batches.items()}
         times = take_turns(functions, 3 if quick else 20)
         alone, both = (count / statistics.median(times[key]) for key in ("decoding", "input"))
