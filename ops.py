@@ -139,8 +139,8 @@ def _over_rows(reduce, values, divisor):
 def _fold(positions, channels):
     """Return how many positions share a row, so that [N, P, C] becomes [N, P / fold, fold * C].
 
-    fold is a power of 2 that divides P. As far as P allows, rows have at least 128 values (broadcasting over shorter
-    rows is slow), and columns at most about 1024 (longer sums lose digits in float32).
+    fold is a power of 2 that divides P. As far as P allows, rows have more than 64 values (broadcasting over shorter
+    rows is slow; 128 if C is a power of 2), and columns at most about 1024 (longer sums lose digits in float32).
     """
     if isinstance(positions, int):
         return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
@@ -320,14 +320,19 @@ class _Float32Norm:
     whatever the layer's compute dtype; inputs are not rounded to the compute dtype first."""
 
     def build(self, input_shape):
+        last = self.channel_axis(input_shape) == len(input_shape) - 1
+        self.data_format = "channels_last" if last else "channels_first"
+        super().build(input_shape)
+
+    def channel_axis(self, input_shape):
+        """Return the axis of the channels, counted from 0; ValueError if it is not supported or its size unknown."""
         rank = len(input_shape)
         axis = self.axis + rank if self.axis < 0 else self.axis
         if axis not in (1, rank - 1):
             raise ValueError(f"axis must be 1 or -1 (the last), not {self.axis}, for an input of {tuple(input_shape)}")
         if input_shape[axis] is None:
             raise ValueError(f"the number of channels must be known, but the input's shape is {tuple(input_shape)}")
-        self.data_format = "channels_last" if axis == rank - 1 else "channels_first"
-        super().build(input_shape)
+        return axis
 
     def add_weight(self, **arguments):
         return super().add_weight(**arguments, dtype="float64" if self.compute_dtype == "float64" else "float32")
@@ -350,10 +355,8 @@ class GroupNorm(_Float32Norm, keras.layers.GroupNormalization):
         super().__init__(groups, axis, epsilon, **arguments)
 
     def build(self, input_shape):
-        channels = input_shape[self.axis]
-        if channels is not None:
-            axis = self.axis % len(input_shape)
-            check_groups(tuple(input_shape), axis, channels if self.groups == -1 else self.groups)
+        axis = self.channel_axis(input_shape)
+        check_groups(tuple(input_shape), axis, input_shape[axis] if self.groups == -1 else self.groups)
         super().build(input_shape)
 
     def call(self, inputs):

@@ -39,7 +39,7 @@ def challenge(folder, number, steps, data_dir):
     results = [compare(run, repeat(run, steps, data_dir), data_dir) for run in chosen]
     print(f"{sum(difference == 0 for difference in results)} of {len(results)} are bitwise equal")
     if max(results) > TOLERANCE:
-        raise ExternalError(f"a row differs by {max(results):.3g}, but rounding changes it by at most {TOLERANCE}")
+        raise ExternalError(f"a row differs by {max(results):.3g}: rounding should change less than {TOLERANCE}")
 
 
 def find_problem(run, data_dir):

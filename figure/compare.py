@@ -199,12 +199,9 @@ def needs_evaluation(found):
 
 
 def to_do(cells, runs):
-    """Return the cells that must still be trained or evaluated, where `runs` are there."""
-
-    def waits(found):
-        return found is None or found.state == "unfinished" or needs_evaluation(found)
-
-    return [cell for cell in cells if waits(cell.find(runs))]
+    """Return the cells that `runs` lack: those to train, resume or evaluate."""
+    pairs = [(cell, cell.find(runs)) for cell in cells]
+    return [cell for cell, run in pairs if run is None or run.state == "unfinished" or needs_evaluation(run)]
 
 
 class Processes:

@@ -35,7 +35,7 @@ def points_of(table, row):
 def draw_rows(axes, table):
     """Draw accuracy against batch size: a line and a band per row, or dots if a row has at most two batch sizes.
 
-    Returns [(last median, name, colour)].
+    Returns [(last median, name, colour)] of the rows that reach the largest batch size; others are named at their ends.
     """
     rows, batch_sizes = rows_of(table), table.batch_sizes
     many = len({norm.removesuffix("+acc") for norm, _ in rows}) > MANY_NORMS
@@ -54,7 +54,11 @@ def draw_rows(axes, table):
         else:
             axes.plot(sizes, middle, linestyle=line_style(row), marker="o", markersize=3, color=colour, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.18, linewidth=0)
-        ends.append((middle[-1], name, colour))
+        if points[-1][0] == batch_sizes[-1]:
+            ends.append((middle[-1], name, colour))
+        else:
+            at = {"xytext": (5, -8), "textcoords": "offset points"}
+            axes.annotate(name, (sizes[-1], middle[-1]), color=colour, fontsize=8, **at)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
     axes.set_xlabel("batch size (images that batch norm sees)")
@@ -72,7 +76,7 @@ def name_ends(axes, ends):
 
 
 def draw_batch_sizes(found, path):
-    """Draw accuracy against batch size, two panels per table: all accuracies, and the upper NARROW points.
+    """Draw accuracy against batch size, two panels per table: all accuracies, and at most the upper NARROW points.
 
     A table with one batch size, or without a finished run, is skipped.
     """
@@ -88,9 +92,10 @@ def draw_batch_sizes(found, path):
         draw_rows(left, table)
         ends = draw_rows(right, table)
         top = max(high for row in rows_of(table) for _, _, _, high in points_of(table, row))
-        right.set_ylim(top - NARROW, top + 0.05 * NARROW)
+        bottom = max(top - NARROW, left.get_ylim()[0])
+        right.set_ylim(bottom, top + 0.05 * (top - bottom))
         left.set_ylabel("accuracy (%)")
-        right.set_title(f"enlarged: the upper {NARROW} points", fontsize=9)
+        right.set_title(f"enlarged: above {bottom:.0f} %", fontsize=9)
         if len(ends) > MANY_ROWS:
             part.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         else:
@@ -125,18 +130,23 @@ def draw_curves(found, path):
         part.suptitle(f"{table.short_title}; thick: test, thin: training", fontsize=10)
         for axes in panels[::across]:
             axes.set_ylabel("accuracy (%)")
-        for axes in panels[-across:]:
+        for axes in panels[len(batch_sizes) - across : len(batch_sizes)]:  # the lowest of each column
             axes.set_xlabel("step")
+            axes.tick_params(labelbottom=True)
         part.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
 
 
 def curve_of(runs, key):
-    """Return (steps, smallest, median, largest accuracy in %) of runs, at the steps that any of them logged."""
+    """Return (steps, smallest, median, largest accuracy in %) of runs, at the steps that any of them logged.
+
+    The training accuracy of a row is that since the row before. If these are few steps, it is too noisy to draw.
+    """
     values = {}
     for run in runs:
-        for row in run.rows:
-            if key in row:
+        for before, row in zip([{"step": 0}, *run.rows], run.rows):
+            enough = row["step"] - before["step"] >= run.config.log_step or key.startswith("test_")
+            if key in row and enough:
                 values.setdefault(row["step"], []).append(100 * row[key])
     steps = sorted(values)
     return steps, *([of(values[step]) for step in steps] for of in (min, statistics.median, max))

@@ -107,7 +107,7 @@ def tables(runs, called=None):
         names = differing(these)
         cells = {}
         for run in without_repeats(these):
-            for measure in run.accuracies if run.state == "finished" and run.accuracies else ["accuracy"]:
+            for measure in run.accuracies or ["accuracy"]:
                 cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
         order = list(COLOURS)
         places = {measure: place for place, measure in enumerate(MEASURES)}
@@ -164,7 +164,7 @@ def shared_settings(runs, names):
 
 def cell_text(runs, measure, most):
     """Return the text of a cell: accuracies, and the states of runs that have none."""
-    values = [run.accuracies[measure] for run in runs if run.state == "finished" and measure in run.accuracies]
+    values = [run.accuracies[measure] for run in runs if measure in run.accuracies]
     words = [spread(values, most)] if values else []
     diverged = sum(run.state == "diverged" for run in runs)
     waiting = len(runs) - len(values) - diverged
@@ -251,7 +251,7 @@ def sentences(table):
 
 def as_row(run):
     """Return the row of a run in results.csv: accuracies in 0 ... 1, rate at max_batch_size images per update."""
-    config, data = run.config, run.settings
+    config, data, source = run.config, run.settings, run.stored.get("source") or {}  # empty if trained outside git
     speeds = [row["images_per_second"] for row in run.rows if "images_per_second" in row]
     return {
         "dataset": config.dataset,
@@ -268,7 +268,7 @@ def as_row(run):
         **{measure: run.accuracies.get(measure) for measure in MEASURES},
         "training_accuracy": None if run.training_accuracy is None else f"{run.training_accuracy:.4f}",
         "images_per_second": f"{statistics.median(speeds):.0f}" if speeds else None,
-        "commit": (run.stored.get("source") or {}).get("commit"),  # None if trained outside git
+        "commit": (source.get("commit") or "") + "+changed" * bool(source.get("changed")),
         "run": run.path.name,
     }
 

@@ -148,11 +148,16 @@ def forward_and_backward(function, shape):
 def print_alone(quick):
     print(f"{machine()}\nThe norm alone, forward and backward, {GROUPS} groups, float32")
     print(f"{'input NHWC':<16}{'group, ms':>10}  {'/ Keras':<18}{'/ transpose':<18}{'/ batch':<18}")
+    medians = {base: [] for base in ("Keras", "transpose", "batch")}
     for shape in SHAPES[3:5] if quick else SHAPES:
         functions = {name: forward_and_backward(function, shape) for name, function in contenders(shape).items()}
         times = take_turns(functions, 7 if quick else 21, seconds=0.1)
-        shares = "".join(f"{ratio(times, 'group', base):<18}" for base in ("Keras", "transpose", "batch"))
+        shares = "".join(f"{ratio(times, 'group', base):<18}" for base in medians)
         print(f"{'x'.join(map(str, shape)):<16}{1e3 * statistics.median(times['group']):>10.2f}  {shares}")
+        for base, of_shapes in medians.items():
+            of_shapes.append(statistics.median(a / b for a, b in zip(times["group"], times[base])))
+    means = "".join(f"{statistics.geometric_mean(of_shapes):<18.2f}" for of_shapes in medians.values())
+    print(f"{'geometric mean':<26}  {means}")
 
 
 def make_step(model, image_shape, batch_size, variant, updates, num_classes=10):

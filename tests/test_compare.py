@@ -215,6 +215,18 @@ def test_the_picture_has_the_median_and_the_range(accumulate, style, tmp_path, f
         assert corners == {(2, 50), (2, 59), (4, 65), (8, 70)}
 
 
+def test_a_line_that_ends_early_is_named_at_its_end(tmp_path, figures):
+    """Beside the picture its name would be that of a value at the largest batch size."""
+    for size in (2, 4, 8, 16):
+        write_run(tmp_path, f"group{size}", 0.7, batch_size=size, norm_type="group")
+    for size in (2, 4, 8):
+        write_run(tmp_path, f"batch{size}", 0.68, batch_size=size)
+    pictures.draw_batch_sizes([table(tmp_path)], tmp_path / "unused")
+    batch, group = figures[0].subfigs[0].axes[1].texts
+    assert (batch.get_text(), batch.xy) == ("batch", (8, 68)) and group.get_text() == "group"
+    assert figures[0].subfigs[0].axes[1].get_ylim()[0] > 67  # 10 points would be more than the other panel has
+
+
 def test_a_study_without_a_finished_run_has_no_picture(tmp_path, figures):
     for size in (2, 4):
         write_run(tmp_path, str(size), 0.5, steps=50, batch_size=size)
@@ -223,15 +235,18 @@ def test_a_study_without_a_finished_run_has_no_picture(tmp_path, figures):
 
 
 def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path, figures):
-    """A panel for each batch size; write_run trains at 50 %."""
-    write_run(tmp_path, "two", 0.6)
+    """A panel for each batch size; write_run trains at 50 %. Training accuracy over few steps is not drawn."""
+    with open(write_run(tmp_path, "two", 0.6) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 103, "loss/accuracy": 0.9}\n')
     write_run(tmp_path, "eight", 0.7, batch_size=8)
+    write_run(tmp_path, "sixteen", 0.75, batch_size=16)
     pictures.draw_curves([table(tmp_path)], "unused")
-    for axes, size, tested in zip(figures[0].subfigs[0].axes, (2, 8), (60, 70), strict=True):
+    for axes, size, tested in zip(figures[0].subfigs[0].axes, (2, 8, 16), (60, 70, 75)):
         thin, thick = sorted(axes.lines, key=lambda line: line.get_linewidth())
         assert axes.get_title() == f"batch size {size}" and thick.get_label() == "batch"
         for line, accuracy in ((thin, 50), (thick, tested)):
             assert [tuple(point) for point in line.get_xydata()] == [(50, accuracy), (100, accuracy)]
+    assert [axes.get_xlabel() for axes in figures[0].subfigs[0].axes] == ["", "step", "step", ""]
 
 
 def test_results_and_pictures_come_from_logs_alone(call, tmp_path):
@@ -239,6 +254,8 @@ def test_results_and_pictures_come_from_logs_alone(call, tmp_path):
         more = {"reestimated": 0.4, "reestimated_small": 0.4, "by_batch": 0.6}
         write_run(tmp_path, f"b{size}", 0.5, batch_size=size, evaluation=more)
         write_run(tmp_path, f"g{size}", 0.6, batch_size=size, norm_type="group")
+    stored = json.loads((tmp_path / "b8" / "config.json").read_text())
+    (tmp_path / "b8" / "config.json").write_text(json.dumps(stored | {"source": {"commit": "abc", "changed": True}}))
     printed = call(compare.main, "--from_logs", tmp_path)
     assert (tmp_path / "table.md").read_text() in printed
     with open(tmp_path / "results.csv", newline="") as file:
@@ -246,6 +263,7 @@ def test_results_and_pictures_come_from_logs_alone(call, tmp_path):
     assert len(rows) == 10
     expected = {"norm": "batch", "batch_size": "4", "rate": "0.1", "epochs": "8", "accuracy": "0.5", "by_batch": "0.6"}
     assert rows["b4"] | expected | {"training_accuracy": "0.5000", "seed": "0"} == rows["b4"]
+    assert rows["b4"]["commit"] == "" and rows["b8"]["commit"] == "abc+changed"
     for name in ("batch_size.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert "/nowhere" in call(compare.main, "--from_logs", tmp_path, "/nowhere", code=2)

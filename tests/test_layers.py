@@ -183,6 +183,8 @@ def group(x, groups=4, gamma=None, beta=None, **kwargs):
         (lambda: group(IMAGE, beta=tf.ones(1)), ["beta", "12", "(1,)"]),
         (lambda: ops.GroupNorm(4, axis=2)(IMAGE), ["axis", "2"]),
         (lambda: ops.BatchNorm(axis=2)(IMAGE), ["axis", "2"]),
+        (lambda: ops.GroupNorm(4, axis=5)(IMAGE), ["axis", "5"]),
+        (lambda: ops.BatchNorm(axis=-5)(IMAGE), ["axis", "-5"]),
     ],
 )
 def test_wrong_arguments_are_named(call, words):
