@@ -7,7 +7,6 @@ import os
 import re
 
 import numpy as np
-from PIL import Image
 
 from command import UserError, one_line
 from datasets.hdf5 import Source
@@ -15,7 +14,6 @@ from datasets.images import load_image
 from datasets.own import SPLIT_SEED
 
 SUFFIXES = tuple(".jpg .jpeg .jpe .jfif .pjpeg .png .bmp .gif .tif .tiff .webp .ppm .pgm .jp2 .tga .avif".split())
-PHOTO_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".dng", ".cr2", ".nef", ".arw")  # also those that cannot be read
 SPLIT_NAME = re.compile("(train|val|test|training|valid|validation|testing)([ _-]?(set|data|images|split))?", re.I)
 PART = 1 << 24  # bytes of images in memory at once
 
@@ -74,7 +72,7 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
 
     class_names, train, test = list_splits(image_dir, test_image_dir, wanted)
     warn_of_copies(train, test)
-    shape = (*image_size, 3) if image_size else first_shape(train)
+    shape = (*image_size, 3) if image_size else load_image(train[0][0], train[0][0]).shape
     images = parts((train, test), (image_dir, test_image_dir or image_dir), shape, image_size)
     return Source(class_names, shape, len(train) + len(test), images, {"skipped": sorted(skipped)})
 
@@ -91,16 +89,6 @@ def try_load(path, image_size=None):
     except (UserError, OSError) as error:
         print(f"warning: {one_line(error)}")
         return None
-
-
-def first_shape(files):
-    """Return the shape of the first readable image of [(path, label)]."""
-    for path, _ in files:
-        try:
-            return load_image(path, path).shape
-        except (UserError, OSError):  # printed later, when all are read
-            pass
-    raise UserError(f"none of {len(files)} training images can be read, for example {files[0][0]}")
 
 
 def warn_of_copies(train, test):
@@ -133,10 +121,7 @@ def class_folders(folder):
     """Return the sorted names of the folders in `folder`."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder} is not a folder: give a folder DIR that holds DIR/<class>/<image>")
-    check_name(str(folder), os.curdir)
     names = [name for name in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, name))]
-    for name in names:
-        check_name(name, folder)
     return [name for name in names if not name.startswith(".")]
 
 
@@ -175,7 +160,7 @@ def find_files(folder):
         others += [path for path in (os.path.join(directory, name) for name in folders) if os.path.islink(path)]
         for name in [name for name in names if not name.startswith(".")]:
             file = os.path.join(directory, name)
-            (found if is_image_name(name) and os.path.isfile(file) else others).append(file)
+            (found if is_image_name(name) else others).append(file)
     return sorted(found), sorted(others)
 
 
@@ -185,25 +170,16 @@ def suffix_of(path):
 
 
 def is_image_name(name):
-    """Return whether the suffix of a file is that of an image that the installed Pillow can read."""
-    suffix = suffix_of(name)
-    return suffix in SUFFIXES and (suffix == ".pjpeg" or suffix in Image.registered_extensions())
+    """Return whether the suffix of a file is that of an image."""
+    return suffix_of(name) in SUFFIXES
 
 
 def print_skipped(files):
-    """Print how many files are skipped: links, images of other formats, by suffix, and other files."""
-    links = [file for file in files if os.path.islink(file) and not os.path.isfile(file)]
-    if links:
-        print(f"warning: skipped {len(links)} links to folders or missing files, such as {links[0]}")
-    files = sorted(set(files) - set(links))
-    photos = [file for file in files if suffix_of(file) in PHOTO_SUFFIXES]
-    if photos:
-        counts = collections.Counter(map(suffix_of, photos))
-        kinds = ", ".join(f"{number} {suffix}" for suffix, number in sorted(counts.items()))
-        print(f"warning: skipped images of unsupported formats: {kinds}, such as {photos[0]}; convert them to JPEG")
-    others = [file for file in files if suffix_of(file) not in PHOTO_SUFFIXES]
-    if others:
-        print(f"skipped {len(others)} files without an image suffix, such as {others[0]}")
+    """Print how many files, and links to folders, are skipped, by suffix."""
+    if files:
+        kinds = ["link to a folder" if os.path.isdir(file) else suffix_of(file) or "no suffix" for file in files]
+        counts = ", ".join(f"{number} {kind}" for kind, number in sorted(collections.Counter(kinds).items()))
+        print(f"warning: skipped {len(files)} files ({counts}), such as {files[0]}: convert photographs to JPEG")
 
 
 def find_images(paths):
