@@ -9,7 +9,6 @@ refused, except for JPEG 2000 and AVIF, which are reduced to 8 bits. Packed data
 download continues where it stopped.
 """
 
-import collections
 import fcntl
 import hashlib
 import os
@@ -183,14 +182,17 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     Returns their folder, the archives that were fetched, and the name and hash of each archive with another hash, which
     --no_checksum accepts.
     """
+
+    def missing_in(folder):
+        return [file for file in module.FILES if not os.path.isfile(os.path.join(folder, file))]
+
     if archive_dir is not None:
-        folders = [os.path.join(archive_dir, name.lower()), archive_dir]
-        found = {path: {f for f in module.FILES if os.path.isfile(os.path.join(path, f))} for path in folders}
-        folder = next((path for path in folders if len(found[path]) == len(module.FILES)), None)
-        if folder is None:
-            missing = [f for f in module.FILES if not any(f in files for files in found.values())] or module.FILES
-            raise UserError(f"{name}: {' '.join(missing)} not found together in {archive_dir} or {folders[0]}")
-    missing = [f for f in module.FILES if not os.path.isfile(os.path.join(folder, f))]
+        of_name = os.path.join(archive_dir, name.lower())
+        folder = archive_dir if missing_in(of_name) else of_name
+        if missing_in(folder):
+            files = " ".join(missing_in(folder))
+            raise UserError(f"{name}: {files} not found in {folder}, nor all archives in {of_name}")
+    missing = missing_in(folder)
     mirrors = ([mirror] if mirror else []) + list(module.MIRRORS)
     if missing and not mirrors:
         raise UserError(
@@ -278,7 +280,11 @@ def check_files(name, folder, image_dir, test_image_dir):
     """Raise UserError if the images that `folder` was packed from are not those in the folders now."""
     if not (os.path.isdir(image_dir) and os.path.isdir(test_image_dir or image_dir)):  # the images were deleted
         return
-    packed = collections.Counter(id.partition("/")[2] for split in hdf5.open_packed(folder, name) for id in split.ids)
+
+    def file_id(id):
+        return id if test_image_dir else id.partition("/")[2]  # without the split, which follows from all files
+
+    packed = {file_id(id) for split in hdf5.open_packed(folder, name) for id in split.ids}
     skipped = set(hdf5.read_origin(folder).get("skipped", []))
     packed_at = os.path.getmtime(os.path.join(folder, hdf5.DATA))
 
@@ -287,14 +293,13 @@ def check_files(name, folder, image_dir, test_image_dir):
 
     _, *splits = list_splits(image_dir, test_image_dir, lambda p: os.path.realpath(p) not in skipped or is_newer(p))
     tops = image_dir, test_image_dir or image_dir
-    files = [(path, id_of(path, top)) for top, split in zip(tops, splits) for path, _ in split]
-    now = collections.Counter(id for _, id in files)
-    changed = packed & collections.Counter(id for path, id in files if is_newer(path))
-    found = {"more": now - packed, "fewer": packed - now, "changed": changed}
-    changes = [f"{ids.total()} {word}, such as {min(ids)}" for word, ids in found.items() if ids]
+    now = {file_id(id_of(path, split, tops[split])): path for split in (0, 1) for path, _ in splits[split]}
+    changed = {id for id in packed & now.keys() if is_newer(now[id])}
+    found = {"more": now.keys() - packed, "fewer": packed - now.keys(), "changed": changed}
+    changes = [f"{len(ids)} {word}, such as {min(ids)}" for word, ids in found.items() if ids]
     if changes:
         raise UserError(
-            f"{image_dir} has changed since {name} was packed from {packed.total()} images: {' and '.join(changes)}; "
+            f"{image_dir} has changed since {name} was packed from {len(packed)} images: {' and '.join(changes)}; "
             f"delete {folder}/{hdf5.DATA} to pack it again, or choose another name"
         )
 

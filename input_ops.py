@@ -237,19 +237,14 @@ def centre_crop(jpeg):
         [224, 224, 3] float32, 0 ... 255.
     """
     size = tf.io.extract_jpeg_shape(jpeg)[:2]
-    begin, scale = centre(size)
+    resized = tf.round(tf.cast(size, tf.float32) * IMAGENET_RESIZE / tf.cast(tf.reduce_min(size), tf.float32))
+    scale = resized / tf.cast(size, tf.float32)
+    begin = tf.floor((resized - IMAGENET_SIZE) / 2) / scale
     margin = tf.maximum(1 / scale, 1) + DECODER_MARGIN
     first = tf.cast(tf.maximum(begin - margin, 0), tf.int32)
     last = tf.minimum(tf.cast(begin + IMAGENET_SIZE / scale + margin, tf.int32) + 1, size)
     image = tf.io.decode_and_crop_jpeg(jpeg, tf.concat([first, last - first], axis=0), channels=3)
     return resample(image, begin - tf.cast(first, tf.float32), scale)
-
-
-def centre(size):
-    """Return begin [2] and scale [2], arguments of resample, of the centre crop of a picture of size [2]."""
-    resized = tf.round(tf.cast(size, tf.float32) * IMAGENET_RESIZE / tf.cast(tf.reduce_min(size), tf.float32))
-    scale = resized / tf.cast(size, tf.float32)
-    return tf.floor((resized - IMAGENET_SIZE) / 2) / scale, scale
 
 
 def resample(image, begin, scale):

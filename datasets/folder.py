@@ -77,9 +77,9 @@ def read(image_dir, test_image_dir=None, image_size=None, skip_broken=False):
     return Source(class_names, shape, len(train) + len(test), images, {"skipped": sorted(skipped)})
 
 
-def id_of(path, folder):
-    """Return <class>/<image>, the path of an image relative to `folder`."""
-    return os.path.relpath(path, folder).replace(os.sep, "/")
+def id_of(path, split, folder):
+    """Return train/<class>/<image> or test/<class>/<image>; split: 0 or 1, of the images in `folder`."""
+    return f"{('train', 'test')[split]}/{os.path.relpath(path, folder)}"
 
 
 def try_load(path, image_size=None):
@@ -160,7 +160,7 @@ def find_files(folder):
         others += [path for path in (os.path.join(directory, name) for name in folders) if os.path.islink(path)]
         for name in [name for name in names if not name.startswith(".")]:
             file = os.path.join(directory, name)
-            (found if is_image_name(name) else others).append(file)
+            (found if is_image_name(name) and os.path.isfile(file) else others).append(file)
     return sorted(found), sorted(others)
 
 
@@ -179,7 +179,7 @@ def print_skipped(files):
     if files:
         kinds = ["link to a folder" if os.path.isdir(file) else suffix_of(file) or "no suffix" for file in files]
         counts = ", ".join(f"{number} {kind}" for kind, number in sorted(collections.Counter(kinds).items()))
-        print(f"warning: skipped {len(files)} files ({counts}), such as {files[0]}: convert photographs to JPEG")
+        print(f"warning: skipped {len(files)} files ({counts}), such as {files[0]}; convert images to JPEG or PNG")
 
 
 def find_images(paths):
@@ -241,8 +241,7 @@ def parts(splits, folders, shape, image_size):
                         f"{shape[0]}x{shape[1]}: give --image_size H W to resize all images"
                     )
                 image[...] = loaded
-            name = ("train", "test")[split]
-            yield split, pixels, labels, [f"{name}/{id_of(path, folders[split])}" for path in paths]
+            yield split, pixels, labels, [id_of(path, split, folders[split]) for path in paths]
     if broken:
         share = f"{len(broken)} of {sum(map(len, splits))}"
         raise UserError(f"{share} images cannot be read, such as {broken[0]}: remove them, or add --skip_broken")

@@ -54,6 +54,7 @@ def test_folders_that_are_no_dataset(tmp_path, numbers, said):
 
 
 def test_suffixes_are_read_or_counted_in_subfolders_too(photos, capsys):
+    os.symlink("nowhere", photos / "class0" / "link.jpg")
     os.symlink(photos / "class1", photos / "class0" / "linked")
     shutil.copy(photos / "class0" / "000.png", photos / "loose.png")
     os.makedirs(photos / "class1" / "puppies" / "small")
@@ -65,7 +66,7 @@ def test_suffixes_are_read_or_counted_in_subfolders_too(photos, capsys):
     labels = {id.partition("/")[2]: label for split in pack(photos) for id, label in zip(split.ids, split.labels)}
     said = capsys.readouterr().out
     assert len(labels) == 24 and labels["class1/puppies/small/3.tga"] == 1
-    assert "5 files (2 .heic, 1 .heif, 1 .txt, 1 link to a folder)" in said and "loose.png" in said
+    assert "6 files (2 .heic, 1 .heif, 1 .jpg, 1 .txt, 1 link to a folder)" in said and "loose.png" in said
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("train", "single", "test"), ("Training_set", "Testing_set")])
@@ -136,6 +137,14 @@ def test_a_folder_that_changed_is_named(photos):
     os.utime(photos / "class1" / "002.png", (2e9, 2e9))  # written again
     with refused("10 more", "wolf/", "1 fewer", "class0/005.png", "1 changed", "class1/002.png", "delete"):
         pack(photos)
+
+
+def test_an_image_that_moved_from_training_to_test_is_named(photos):
+    archives.write_photos(photos.parent / "test", (2, 2))
+    pack(photos, test_image_dir=photos.parent / "test")
+    os.rename(photos / "class0" / "005.png", photos.parent / "test" / "class0" / "005.png")
+    with refused("1 more", "test/class0/005.png", "1 fewer", "train/class0/005.png", "delete"):
+        pack(photos, test_image_dir=photos.parent / "test")
 
 
 def test_a_run_knows_a_folder_that_was_packed_again_with_other_images(photos):

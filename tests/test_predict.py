@@ -226,6 +226,7 @@ def test_each_kind_of_broken_file_is_a_line_and_the_others_go_on(name, words, pe
 
 
 def test_folders_are_searched_and_files_are_taken_as_named(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.png")
     for name in ("b/x.PNG", "b/a/y.jpg", "a.gif", "notes.txt", ".hidden.png", ".cache/z.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -233,7 +234,7 @@ def test_folders_are_searched_and_files_are_taken_as_named(tmp_path, capsys):
     found = folder.find_images([str(tmp_path / "notes.txt"), str(tmp_path)])
     assert [os.path.relpath(path, tmp_path) for path in found] == ["notes.txt", "a.gif", "b/a/y.jpg", "b/x.PNG"]
     said = capsys.readouterr().out
-    assert "2 files (1 .txt, 1 link to a folder)" in said and f"{tmp_path}/b/loop" in said
+    assert "3 files (1 .png, 1 .txt, 1 link to a folder)" in said and f"{tmp_path}/b/loop" in said
 
 
 def test_paths_that_cannot_be_predicted(pets, tmp_path):
