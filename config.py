@@ -383,10 +383,11 @@ def check_path(path) -> None:
 def parse_evaluation(argv=None):
     """The flags of evaler.py."""
     parser = ArgumentParser(description="Evaluate a run on a complete split, in inference mode.")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="the run folder; by default the newest in --train_dir")
+    run = parser.add_mutually_exclusive_group()
+    run.add_argument("run", nargs="?", metavar="RUN", help="the run folder; by default the newest in --train_dir")
+    run.add_argument("--train_dir", default="train_dir", help="folder that holds the run folders, or one run folder")
+    run.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--dataset", help="evaluate the newest run of this dataset")
-    parser.add_argument("--train_dir", default="train_dir", help="folder that holds the run folders, or one run folder")
-    parser.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--split", choices=("test", "train"), default="test", help="which split to evaluate")
     size = f"images at a time; by default {EVALUATION_BATCH}, or fewer above 64 pixels"
     parser.add_argument("--batch_size", type=within(int, low=1), help=size)
@@ -414,18 +415,13 @@ def parse_evaluation(argv=None):
         without_effect, why = ("split", "batch_statistics", "validation", "output"), "with --export"
     else:
         without_effect, why = ("output",), "without --predict"
-    given = parser.names_given(argv)
-    for name in given:
+    for name in parser.names_given(argv):
         if name in without_effect:
             raise UserError(f"--{name} has no effect {why}: remove it")
     if flags.validation is not None and flags.split == "train":
         raise UserError(f"--validation {flags.validation} and --split train contradict each other: give one of them")
     if flags.dataset is not None:
         datasets.folder_of(flags.dataset, flags.data_dir)  # raises UserError for an invalid name
-    named = [] if flags.run is None else [flags.run]
-    named += [f"--{name} {getattr(flags, name)}" for name in ("train_dir", "checkpoint") if name in given]
-    if len(named) > 1:
-        raise UserError(f"{named[0]} and {named[1]} both name a run: give one of them")
     if flags.run is not None and not os.path.isdir(flags.run):
         raise UserError(f"{flags.run} is not a folder: give a run folder, or a checkpoint with --checkpoint")
     flags.train_dir = flags.run or flags.train_dir

@@ -95,13 +95,12 @@ image = image.crop((left, top, left + 224, top + 224))"""
 
 
 def check_folder(folder) -> None:
-    """Raise UserError unless `folder` can be created, or is an empty folder."""
-    given, folder = folder, Path(os.path.abspath(folder))
-    replaceable = folder.is_dir() and not folder.is_symlink() and folder != Path.cwd() and not any(folder.iterdir())
-    if os.path.lexists(folder) and not replaceable:
-        raise UserError(f"--export {str(given)!r} exists and cannot be replaced: give a new folder or an empty one")
-    if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
-        raise UserError(f"--export {folder}: {folder.parent} is not a writable folder: create it, or give another")
+    """Raise UserError unless `folder` is new and can be created."""
+    if os.path.lexists(folder):
+        raise UserError(f"--export {folder} exists: give a new folder")
+    parent = Path(folder).absolute().parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--export {folder}: {parent} is not a writable folder: create it, or give another")
 
 
 def write(model, test, folder, run_dir, step, accuracy) -> None:
@@ -117,7 +116,7 @@ def write(model, test, folder, run_dir, step, accuracy) -> None:
     Raises:
         ExternalError: if a file cannot be written, or its logits differ from the network's.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", suffix=".part", dir=folder.parent) as part:
             made = Path(part) / "export"

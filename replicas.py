@@ -24,7 +24,6 @@ import tensorflow as tf
 from command import UserError, ExternalError, complain
 from config import Workers, workers
 
-HELLO_BYTES = 1 << 20  # upper limit of a worker's first message
 STARTED = b"+"
 PACK_BYTES = 1 << 22  # resnet50's 102 MB between two workers on one machine: 0.13 s, in one piece 0.30 s
 HELLO_SECONDS = 5.0  # to wait for the first message after a connection, which may come from another program
@@ -112,7 +111,7 @@ def receive_all(who, identity, deadline):
                 raise ExternalError(f"these workers did not connect: {', '.join(missing)}; {ADVICE}") from None
             connection.settimeout(HELLO_SECONDS)
             try:
-                index, theirs = json.loads(connection.makefile().readline(HELLO_BYTES))
+                index, theirs = json.loads(connection.makefile().readline())
             except (OSError, ValueError, TypeError):
                 continue  # another program connected
             others[index] = connection
@@ -129,7 +128,7 @@ def report(who, identity, deadline):
         try:
             chief = socket.create_connection((host.strip("[]"), int(port)), timeout=deadline - time.monotonic())
             chief.sendall((json.dumps([who.index, identity]) + "\n").encode())
-            return [chief], json.loads(chief.makefile().readline(HELLO_BYTES))
+            return [chief], json.loads(chief.makefile().readline())
         except (OSError, ValueError):  # the chief does not listen yet, or another program answered
             time.sleep(0.2)
     raise ExternalError(f"worker 0 ({who.addresses[0]}) did not answer, or waits for other workers; {ADVICE}")
@@ -197,8 +196,6 @@ def part(values, parts: int):
 def map_parts(strategy, function, *values):
     """Return function(*values) of values [B, ...]: each replica of this process computes a part of the results."""
     parts = max(1, strategy.num_replicas_in_sync // len(workers().addresses))  # the default strategy has one replica
-    if parts == 1:
-        return strategy.run(function, values)
     results = strategy.run(lambda *values: function(*(part(value, parts) for value in values)), values)
     return tf.nest.map_structure(lambda result: tf.concat(strategy.experimental_local_results(result), 0), results)
 

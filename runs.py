@@ -6,6 +6,7 @@ for run in runs.read_runs(["train_dir"]): print(run.config.norm_type, run.accura
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-from command import UserError, write_atomically
+from command import UserError, reading, write_atomically
 from config import FIELDS, Config, check_path
 
 MEASURES = {
@@ -36,15 +37,12 @@ def make_run_dir(config: Config) -> Path:
     """Create train_dir/<prefix>-<dataset>_<norm>_bs_<batch size>_<model>_s<seed>-<time>, and return its path."""
     now = time.strftime("%Y%m%d-%H%M%S")
     name = f"{config.prefix}-{config.dataset}_{config.norm}_bs_{config.batch_size}_{config.model}_s{config.seed}-{now}"
-    for suffix in [""] + [f"-{i}" for i in range(2, 1000)]:
-        path = Path(config.train_dir) / (name + suffix)
-        try:
-            path.mkdir(parents=True)
+    Path(config.train_dir).mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = Path(config.train_dir) / (name if number == 1 else f"{name}-{number}")
+        with contextlib.suppress(FileExistsError):  # another run started in the same second
+            path.mkdir()
             return path
-        except FileExistsError:  # another run started in the same second
-            if not path.is_dir():
-                raise
-    raise UserError(f"{config.train_dir} has 999 run folders named {name}: use another --train_dir")
 
 
 def write_config(run_dir: Path, flags: Config, config: Config, data: dict) -> None:
@@ -69,22 +67,15 @@ def read_config(run_dir) -> tuple[Config, dict]:
     """(configuration, all of config.json as write_config wrote it); UserError if it is missing or damaged."""
     path = Path(run_dir) / "config.json"
     check_path(run_dir)
-    try:
+    if not path.exists():
+        raise UserError(f"{run_dir} is not a run folder: it has no config.json, which trainer.py writes")
+    with reading(path, "restore this JSON file"):
         stored = json.loads(path.read_text())
         settings = {**stored["flags"], **stored["derived"]}
         for name in ("dataset", "norm_type", "model", "groups", "batch_size", "batch_norm_momentum", "seed"):
             settings[name]  # raises KeyError if it is missing
         stored["data"]["train"], stored["data"]["test"]
-    except FileNotFoundError:
-        runs = sorted(Path(run_dir).glob("*/config.json"), key=lambda path: -path.stat().st_mtime)
-        raise UserError(
-            f"{run_dir} is not a run folder: it has no config.json, which trainer.py writes"
-            + (f"; give one of its {len(runs)} runs: {', '.join(str(r.parent) for r in runs[:5])}" if runs else "")
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): restore this JSON file") from None
-    known = {field.name for field in FIELDS}
-    return Config(**{name: value for name, value in settings.items() if name in known}), stored
+    return Config(**{field.name: settings[field.name] for field in FIELDS if field.name in settings}), stored
 
 
 def describe_data(train, test) -> dict:
@@ -189,15 +180,12 @@ def source() -> dict | None:
 @contextlib.contextmanager
 def lock(run_dir: Path):
     """Lock a run folder for this process; UserError if another process trains in it."""
-    handle = os.open(run_dir, os.O_RDONLY)
-    try:
+    with open(run_dir / "config.json", "r+") as file:  # for writing: without that, NFS refuses the lock
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{run_dir} is being trained by another process: wait for it, or stop it first") from None
         yield
-    finally:
-        os.close(handle)  # releases the lock
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -212,24 +200,20 @@ def find_run(train_dir, dataset: str | None = None) -> Path:
     else:
         candidates = [path.parent for path in train_dir.glob("*/config.json")]
     of_dataset = {path: read_config(path)[0].dataset for path in candidates}
-    runs = [path for path in candidates if dataset in (None, of_dataset[path])]
-    suffix = f" of {dataset}" if dataset else ""
-    if not runs:
-        others = f", only of {', '.join(sorted(set(of_dataset.values())))}" if candidates else ""
+    found = [path for path, name in of_dataset.items() if dataset in (None, name) and has_checkpoint(path)]
+    if not found:
+        wanted = f"run of {dataset}" if dataset else "run"
+        there = f", which has runs of {', '.join(sorted(set(of_dataset.values())))}" if candidates else ""
         raise UserError(
-            f"no run{suffix} in {train_dir}{others}: train one with 'python trainer.py --dataset {dataset or 'NAME'}', "
-            f"or give another --train_dir"
+            f"no {wanted} with a checkpoint in {train_dir}{there}: wait for one, train one with 'python trainer.py "
+            f"--dataset {dataset or 'NAME'}', or give another --train_dir"
         )
-    saved = [path for path in runs if has_checkpoint(path)]
-    if not saved:
-        raise UserError(f"none of {len(runs)} runs{suffix} in {train_dir} has a checkpoint: wait, or train a new run")
-    return max(saved, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
+    return max(found, key=lambda path: (path / "checkpoint").stat().st_mtime_ns)
 
 
 def run_dir_of(checkpoint) -> Path:
     """The run folder of `checkpoint`, which is a checkpoint or the run folder itself; UserError if it has none."""
     path = Path(checkpoint)
-    check_path(path)
     run_dir = path if path.is_dir() else path.parent
     if not (run_dir / "config.json").exists():
         raise UserError(f"--checkpoint {checkpoint} is not in a run folder: give RUN_FOLDER or RUN_FOLDER/model-1000")
@@ -300,13 +284,12 @@ def last_epochs(config: Config, data: dict, rows: list) -> dict:
 
 def read_rows(path: Path) -> list:
     """The rows of metrics.jsonl, without an incomplete last line, as a kill may leave."""
-    try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    if not path.exists():
+        return []
+    with reading(path, "each line must be a JSON object with a step"):
+        rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         [row["step"] for row in rows]
-        return rows
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): each line must be a JSON object with a step") from error
+    return rows
 
 
 def write_evaluation(run_dir: Path, split: str, step: int, checkpoint: str, class_names: list, results: dict) -> None:
@@ -326,7 +309,7 @@ def read_evaluations(path: Path) -> dict:
     """{split: {measure: result}} from evaluation.json, empty if it does not exist; UserError if it is damaged."""
     if not path.exists():
         return {}
-    try:
+    with reading(path, "delete it and run evaler.py again"):
         stored = json.loads(path.read_text())
         if "splits" in stored:
             return stored["splits"]
@@ -334,14 +317,12 @@ def read_evaluations(path: Path) -> dict:
         results = {name: stored[name] for name in MEASURES if isinstance(stored.get(name), dict)}
         results["accuracy"] = {name: value for name, value in stored.items() if name not in (*results, "split")}
         return {stored["split"]: {name: {"step": stored["step"]} | result for name, result in results.items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run evaler.py again") from error
 
 
 def read_evaluation(path: Path, config: Config) -> dict:
     """{measure: accuracy} from evaluation.json, at the last step, on the split that trainer.py tested on."""
-    results = read_evaluations(path).get("validation" if config.validation else "test", {})
-    try:
+    with reading(path, "delete it and run evaler.py again"):
+        results = read_evaluations(path).get("validation" if config.validation else "test", {})
         return {
             name: results[name]["accuracy"]
             for name in MEASURES
@@ -350,8 +331,6 @@ def read_evaluation(path: Path, config: Config) -> dict:
             # Older versions re-estimated statistics without the augmentation of the run.
             and (name != "reestimated" or results[name].get("augment") == config.augment)
         }
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run evaler.py again") from error
 
 
 def read_runs(folders) -> list[Run]:

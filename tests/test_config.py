@@ -137,9 +137,9 @@ WRONG = {  # parser: [(flags, words of the error: the wrong value, and what woul
         ("--model resnet9", ["resnet9", "resnet8", "resnet50"]),
     ],
     parse_evaluation: [
-        (". --train_dir OTHER", [". and --train_dir OTHER"]),
-        (". --checkpoint OTHER/model-5", [". and --checkpoint OTHER/model-5"]),
-        ("--checkpoint RUN --train_dir train_dir", ["--checkpoint RUN", "--train_dir train_dir"]),  # the default
+        (". --train_dir OTHER", ["RUN", "--train_dir"]),
+        (". --checkpoint OTHER/model-5", ["RUN", "--checkpoint"]),
+        ("--checkpoint RUN --train_dir train_dir", ["--checkpoint", "--train_dir"]),  # though it is the default
         ("RUN/model-5", ["RUN/model-5 is not a folder", "--checkpoint"]),
         ("--output a.csv", ["--output", "--predict"]),
         ("--output a.csv --export new", ["--output", "--export"]),

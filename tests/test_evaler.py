@@ -236,7 +236,8 @@ def test_requests_that_do_not_suit_the_runs_are_refused(batch_run, data_dir, tmp
     run_dir, _ = batch_run
     for name in ("empty", "damaged", "a[1]", "other", "group"):
         (tmp_path / name).mkdir()
-    (tmp_path / "damaged" / "config.json").write_text("{}")
+    for name in ("damaged", "a[1]"):
+        (tmp_path / name / "config.json").write_text("{}")
     for name in ("checkpoint", "model-12.index", "model-12.data-00000-of-00001"):
         shutil.copy(run_dir / name, tmp_path / "other")
     config = json.loads((run_dir / "config.json").read_text())

@@ -1,5 +1,7 @@
 """trainer.py: what a run leaves, how it ends, and how it goes on."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -328,6 +330,20 @@ def test_a_run_is_not_resumed_with_other_data_or_convolutions(data_dir, digits, 
     monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
     with scripts.refused("TF_ENABLE_ONEDNN_OPTS=1", "but it is 0"):
         scripts.run_here("--resume", tmp_path)
+
+
+def test_a_run_folder_on_nfs_can_be_locked(monkeypatch, tmp_path):
+    """Where flock(2) needs a file that is open for writing, as no folder can be."""
+
+    def flock(file, operation, flock=fcntl.flock):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "config.json").write_text("{}")
+    with runs.lock(tmp_path), scripts.refused(tmp_path, "another process"), runs.lock(tmp_path):
+        pass
 
 
 def test_a_finished_run_stays_as_it_is(data_dir, capsys, tmp_path):
