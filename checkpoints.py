@@ -118,7 +118,7 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
     for name in sorted(wanted.keys() | stored.keys()):
         if wanted.get(name) != stored.get(name):
             raise UserError(
-                f"checkpoint {path} is of another model, norm or number of classes: its "
+                f"checkpoint {path} is of another model, norm, kind of images or number of classes: its "
                 f"{name.split('/')[1].replace('.S', '/')} is {stored.get(name, 'missing')}, but the network's is "
                 f"{wanted.get(name, 'missing')}"
             )
@@ -128,7 +128,16 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
         return path, int(reader.get_tensor("step/.ATTRIBUTES/VARIABLE_VALUE"))
 
 
-def copy_weights(checkpoint, model, config, train) -> str | None:
+def warn_of_split(checkpoint, data, train, test):
+    """Print a warning if a checkpoint was trained on another split of the same dataset, described by `data`."""
+    if data.get("split", runs.hash_of(train, test)) != runs.hash_of(train, test):
+        print(
+            f"warning: {train.name} has changed since {checkpoint} was trained: images that it was trained on may be "
+            "test images now, which makes the test accuracy too high"
+        )
+
+
+def copy_weights(checkpoint, model, config, train, test) -> str | None:
     """Load the weights of --checkpoint, print the names of the new ones, and return the norm_type that was converted.
 
     Norms of another type are converted by match_moments over CONVERSION_IMAGES training images. Other classes get a new
@@ -137,6 +146,8 @@ def copy_weights(checkpoint, model, config, train) -> str | None:
     other, stored = runs.read_config(runs.run_dir_of(checkpoint))
     data = stored["data"]
     converted = check_convertible(config, other, checkpoint)
+    if (config.dataset, config.validation) == (other.dataset, other.validation):
+        warn_of_split(checkpoint, data, train, test)
     other = dataclasses.replace(other, batch_size=None)  # it is not trained further
     source = create_model(other, train.network_shape, data["num_classes"])
     path, _ = load_weights(source, checkpoint)

@@ -73,6 +73,8 @@ def replace_batch_norm(
             new.set_weights(old.get_weights())
             if isinstance(new, keras.layers.Normalization):
                 new.finalize_state()  # copies its weights to the tensors it computes with
+            elif hasattr(new, "set_vocabulary"):  # which is no weight
+                new.set_vocabulary(old.get_vocabulary())
     if images is not None:
         match_moments(copy, model, images)
     return copy

@@ -260,8 +260,8 @@ def prepare_folder(
         pack(name, folder, lambda: read(image_dir, test_image_dir, image_size, skip_broken), origin)
         print("trainer.py flips and crops these images at random; digits and signs need --augment crop or --no_augment")
 
-    if not hdf5.is_packed(folder):
-        class_folders(image_dir)  # raises UserError before the dataset's folder is made
+    if not hdf5.is_packed(folder) or hdf5.read_origin(folder).get("--image_dir") != origin["--image_dir"]:
+        class_folders(image_dir)  # raises UserError for a wrong path, before the dataset's folder is made
     if not pack_once(folder, read_and_pack):
         check_origin(name, folder, origin)
         check_files(name, folder, image_dir, test_image_dir)
@@ -289,7 +289,8 @@ def check_files(name, folder, image_dir, test_image_dir):
     packed_at = os.path.getmtime(os.path.join(folder, hdf5.DATA))
 
     def is_newer(path):
-        return os.path.getmtime(path) > packed_at
+        stat = os.stat(path)  # ctime: a file that was moved here keeps its old time of modification
+        return max(stat.st_mtime, stat.st_ctime) > packed_at
 
     _, *splits = list_splits(image_dir, test_image_dir, lambda p: os.path.realpath(p) not in skipped or is_newer(p))
     tops = image_dir, test_image_dir or image_dir

@@ -345,7 +345,7 @@ def main(flags):
     runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
     files = f"classes{suffix}.csv, confusion{suffix}.png, mistakes{suffix}.png"
     print(f"wrote evaluation.json, {files} and TensorBoard summaries to {run_dir}")
-    if flags.export is not None:  # in float32: in bfloat16 no two implementations agree within export.TOLERANCE
+    if flags.export is not None:  # in float32: in bfloat16 no two implementations agree within export.TOLERANCES
         network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
         network.set_weights(model.get_weights())
         accuracy = result["accuracy"] if config.dtype == "float32" else evaluate(network, test)["accuracy"]

@@ -17,7 +17,9 @@ from command import UserError, ExternalError, one_line, sync
 from runs import changed_flags, read_config, versions
 from input_ops import create_input_ops, to_float
 
-TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit if it exceeds 1: float32 rounding
+# Largest difference of a logit, relative to the largest logit if it exceeds 1: float32 rounding, which is larger in
+# Keras' group norm, above all on images with large areas of one colour.
+TOLERANCES = {"saved_model": 1e-5, "model.keras": 1e-4}
 CHECKED_IMAGES = 500  # of the test split
 CARD = """\
 # {model} for {dataset}
@@ -212,7 +214,7 @@ def convolution_before(layer):
 
 
 def check(model, test, folder) -> tuple[dict, float]:
-    """({file: largest difference of a logit}, the largest logit) on test images; ExternalError above TOLERANCE."""
+    """({file: largest difference of a logit}, the largest logit) on test images; ExternalError above TOLERANCES."""
     chosen = test.subset(np.arange(min(len(test), CHECKED_IMAGES)))
     exported = tf.saved_model.load(str(folder / "saved_model"))
     network = keras.models.load_model(folder / "model.keras")
@@ -227,7 +229,7 @@ def check(model, test, folder) -> tuple[dict, float]:
             difference = float(tf.reduce_max(tf.abs(logits - expected)))
             differences[name] = float(np.maximum(differences[name], difference))  # keeps NaN
     for name, difference in differences.items():
-        if not difference <= TOLERANCE * max(1.0, largest):  # also if it is NaN
+        if not difference <= TOLERANCES[name] * max(1.0, largest):  # also if it is NaN
             raise ExternalError(f"a logit of {name} differs by {difference:.1e}: nothing was exported")
     return differences, largest
 

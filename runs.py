@@ -87,8 +87,14 @@ def describe_data(train, test) -> dict:
         "num_classes": train.num_classes,
         "class_names": list(train.class_names),
         "made_from": train.made_from,
-        "split": hashlib.sha256("\n".join([*train.ids, "", *test.ids]).encode()).hexdigest()[:16],
+        "split": hash_of(train, test),
     }
+
+
+def hash_of(train, test) -> str:
+    """A hash of the ids, labels and images of both splits."""
+    texts = [*train.ids, "", *test.ids, *map(str, [*train.labels, *test.labels]), train.digest]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
@@ -105,9 +111,11 @@ def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
         if name == "class_names" and len(there) == len(now):
             number = next(i for i, pair in enumerate(zip(there, now)) if pair[0] != pair[1])
             name, there, now = f"class {number}", there[number], now[number]
+        change = f"its {name} is {there!r}, but that of {train.name} is now {now!r}"
+        if name == "split":
+            change = f"images or labels of {train.name}, or which of them are tested, have changed"
         raise UserError(
-            f"{run_dir} was trained on other data: its {name} is {there!r}, but that of {train.name} is now {now!r}; "
-            f"give the old data with --data_dir, or train a new run"
+            f"{run_dir} was trained on other data: {change}; give the old data with --data_dir, or train a new run"
         )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+import warnings
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,7 @@ from input_ops import create_input_ops
 
 FIRST_TAGS = {"accuracy/test": "test_loss/accuracy", "accuracy/training": "loss/accuracy"}  # TensorBoard's first cards
 SHOWN_IMAGES = 64  # in a picture
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of class names
 MAX_SILENCE = 60  # without a progress bar, print a row if the last line is older than this many seconds
 
 

@@ -332,7 +332,7 @@ def main(flags, run_dir):
 
 def start_from_checkpoint(model, config, train, test):
     """Load the weights of --checkpoint; if this converts the norms, print the accuracy after the conversion."""
-    before = checkpoints.copy_weights(config.checkpoint, model, config, train)
+    before = checkpoints.copy_weights(config.checkpoint, model, config, train, test)
     if before:
         accuracy = 100 * evaler.evaluate(model, test)["accuracy"]
         print(f"{before} norm became {config.norm_type} norm: accuracy {accuracy:.2f} % before training")

@@ -9,6 +9,7 @@ Both are returned as datasets.hdf5.Dataset.
 import importlib
 import os
 import re
+import shlex
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
         if known.lower() == str(name).lower() or (is_free and letters in likely):
             raise UserError(f"dataset {name!r}: did you mean {known}?")
     if os.sep in str(name) and os.path.isdir(str(name)):
-        command = f"python download.py --dataset MY_DATA --image_dir {name}"
+        command = f"python download.py --dataset MY_DATA --image_dir {shlex.quote(name)}"
         raise UserError(f"dataset {name!r} is a folder: pack its images with `{command}`, then use --dataset MY_DATA")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
         known = " ".join(NAMES)

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 
 import numpy as np
 
@@ -28,10 +29,11 @@ def list_splits(image_dir, test_image_dir=None, wanted=lambda path: True):
     splits = [name for name in class_names if SPLIT_NAME.fullmatch(name)]
     train = [name for name in splits if name.lower().startswith("train")]
     if train and (len(splits) > len(train) or splits == class_names):
-        others = [f" --test_image_dir {os.path.join(image_dir, name)}" for name in splits if name not in train]
+        paths = {name: shlex.quote(os.path.join(image_dir, name)) for name in splits}
+        others = [f" --test_image_dir {paths[name]}" for name in splits if name not in train]
         raise UserError(
             f"--image_dir {image_dir} holds {' '.join(splits)}, which are splits, not classes: "
-            f"give --image_dir {os.path.join(image_dir, train[0])}{''.join(others[-1:])}"
+            f"give --image_dir {paths[train[0]]}{''.join(others[-1:])}"
         )
     if len(class_names) < 2:
         raise UserError(f"--image_dir {image_dir} has {len(class_names)} class folders: make 2 or more")

@@ -13,6 +13,7 @@ The file is written under another name, synced and renamed. Files without the ma
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -59,7 +60,7 @@ def write(folder: str, source: Source, bar=None) -> None:
     try:
         with atomic_file(data, data + UNFINISHED) as part:  # renamed last, after id.txt
             with h5py.File(part, "w") as file:
-                names = fill(file, source, bar)
+                names, file.attrs["sha256"] = fill(file, source, bar)
                 file["recipe"] = json.dumps(source.origin or {})
                 file.flush()
                 file.attrs["packed"] = FORMAT
@@ -73,13 +74,13 @@ def write(folder: str, source: Source, bar=None) -> None:
 
 
 def fill(file, source, bar):
-    """Write the arrays of `source` to an open file and return the ids."""
+    """Write the arrays of `source` to an open file; returns the ids, and the SHA-256 of all images."""
     encoded, shape, total = source.image_shape is None, source.image_shape, source.num_images
     if encoded:
         image = file.create_dataset("jpeg", (0,), np.uint8, maxshape=(None,), chunks=(1 << 20,))
     else:
         image = file.create_dataset("image", (total, *shape), np.uint8)
-    labels, splits, ids, lengths = [], [], [], []
+    labels, splits, ids, lengths, digest = [], [], [], [], hashlib.sha256()
     for split, images, part_labels, part_ids in source.parts:
         start, stop = len(labels), len(labels) + len(images)
         if encoded:
@@ -87,10 +88,12 @@ def fill(file, source, bar):
             data, size = b"".join(images), len(image)
             image.resize(size + len(data), axis=0)
             image[size:] = np.frombuffer(data, np.uint8)
+            digest.update(data)
         elif images.shape[1:] != tuple(shape) or stop > total:
             raise UserError(f"images {start} to {stop - 1} are {images.shape[1:]}: expected {total} images of {shape}")
         else:
             image[start:stop] = images
+            digest.update(np.ascontiguousarray(images))
         labels.extend(np.asarray(part_labels).tolist())
         splits.extend([split] * len(images))
         ids.extend(part_ids or [f"{('train', 'test')[split]}_{i:06d}" for i in range(start, stop)])
@@ -102,7 +105,7 @@ def fill(file, source, bar):
     file["label"], file["split"] = np.asarray(labels, np.int32), np.asarray(splits, np.uint8)
     file["id"] = np.array([name.encode() for name in ids])
     file.create_dataset("class_names", data=list(source.class_names), dtype=h5py.string_dtype())
-    return ids
+    return ids, digest.hexdigest()
 
 
 def check(labels, splits, ids, class_names, num_images):
@@ -171,9 +174,10 @@ def open_packed(folder, name):
         offset = open_array(file, "offset")[:] if encoded else None
         labels, splits, ids = (open_array(file, column)[:] for column in ("label", "split", "id"))
         ids, class_names = [text.decode() for text in ids.tolist()], open_array(file, "class_names").asstr()[:].tolist()
+        digest = file.attrs["sha256"]
     origin = read_origin(folder)
     num_train = np.count_nonzero(splits == 0)
-    columns = {"class_names": class_names, "image": image, "offset": offset}
+    columns = {"class_names": class_names, "image": image, "digest": digest, "offset": offset}
     from_folder = "--image_dir" in origin
     columns |= {"made_from": OWN_IMAGES if from_folder else origin.get("made_from"), "from_folder": from_folder}
     bounds = (0, num_train), (num_train, len(ids))
@@ -199,6 +203,7 @@ class Dataset:
         class_names: [num_classes] strings.
         image: uint8 or float32 [rows, h, w, c], an array or an h5py dataset, or with `offset` the bytes `jpeg`.
         rows: int64 [N], the row of `image` of each id.
+        digest: SHA-256 of the images of the dataset.
         offset: int64 [rows + 1], the first byte of each JPEG file in `image`, or None.
         made_from: the origin of the images in words, None if unknown.
         from_folder: whether they were packed from a user's image folders.
@@ -210,6 +215,7 @@ class Dataset:
     class_names: list
     image: np.ndarray | h5py.Dataset
     rows: np.ndarray
+    digest: str = ""
     offset: np.ndarray | None = None
     made_from: str | None = None
     from_folder: bool = False

@@ -45,9 +45,12 @@ def open_own(folder, name):
     labels, num_classes, images = read_or_reuse(path, ids, len(train_ids))
     if len(set(labels[: len(train_ids)].tolist())) < 2:
         raise UserError(f"{path}: all training images are of class {labels[0]}: a classifier needs at least 2 classes")
+    digest = hashlib.sha256()
+    for of_split in images:
+        digest.update(of_split)
     names, splits = [str(i) for i in range(num_classes)], np.split(labels, [len(train_ids)])
     return tuple(
-        Dataset(split_ids, name, split_labels, names, image, rows=np.arange(len(image)))
+        Dataset(split_ids, name, split_labels, names, image, rows=np.arange(len(image)), digest=digest.hexdigest())
         for split_ids, split_labels, image in zip((train_ids, test_ids), splits, images)
     )
 
@@ -56,7 +59,7 @@ def read_ids(path):
     """Return the ids in a text file, one per line; empty lines are skipped."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: it must hold the ids, one per line")
-    with reading(path), open(path, encoding="utf-8-sig") as file:  # some editors write a byte order mark
+    with reading(path, "save it as UTF-8"), open(path, encoding="utf-8-sig") as file:  # a byte order mark may be there
         ids = [line.strip() for line in file if line.strip()]
     strange = next((id for id in ids if "/" in id or "\0" in id or id in (".", "..")), None)
     if strange is not None:

@@ -154,8 +154,8 @@ def make_grid(flags, rest):
     return cells, *splits
 
 
-def check_train_dir(train_dir, cells, runs):
-    """Raise UserError if the folder has runs with other settings, such as another dataset or length.
+def check_train_dir(train_dir, cells, runs, split):
+    """Raise UserError if the folder has runs with other settings, such as another dataset or length, or other images.
 
     Norms that are not in this grid may have another rate and other groups, so that each can have its best rate.
     """
@@ -171,6 +171,8 @@ def check_train_dir(train_dir, cells, runs):
                     f"{train_dir} has a run with {name} {other}, where this grid has {here} ({found.path.name}): "
                     f"give another --train_dir"
                 )
+        if found.stored["data"].get("split", split) != split:
+            raise UserError(f"{train_dir} has a run on other images ({found.path.name}): give another --train_dir")
 
 
 def check_memory(jobs, train, test):
@@ -381,7 +383,7 @@ def main():
         return
     cells, train, test = make_grid(flags, rest)
     runs = read_runs([flags.train_dir])
-    check_train_dir(flags.train_dir, cells, runs)
+    check_train_dir(flags.train_dir, cells, runs, describe_data(train, test)["split"])
     if flags.dry_run:
         print_grid(cells, flags)
         return

@@ -317,7 +317,7 @@ def test_the_grid_has_a_cell_for_each_seed_batch_size_and_norm(flags, norms, ste
 def run_of(cell, step, speeds, state="finished"):
     """A Run of a cell, as far as `step`, with a row for each of its speeds."""
     rows = [{"step": step, "images_per_second": speed} for speed in speeds]
-    return runs.Run(Path("it"), cell.config, {}, cell.settings, rows, {}, {}, state)
+    return runs.Run(Path("it"), cell.config, {"data": {}}, cell.settings, rows, {}, {}, state)
 
 
 def test_the_plan_has_the_hours_of_what_is_to_do(data_dir, monkeypatch, capsys):
@@ -356,7 +356,10 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir):
     cells = grid(data_dir, *flags, "--batch_size", 2)
     changes = (("--batch_size", 4), ("--norm_type", "layer"), ("--seeds", 2))
     beside = [cell for change in changes for cell in grid(data_dir, *flags, *change)]
-    compare.check_train_dir("runs", cells, [run_of(cell, 1, []) for cell in beside])
+    compare.check_train_dir("runs", cells, [run_of(cell, 1, []) for cell in beside], "hash")
+    other = run_of(cells[0], 1, [])._replace(stored={"data": {"split": "another hash"}})
+    with scripts.refused("other images", "--train_dir"):
+        compare.check_train_dir("runs", cells, [other], "hash")
     for change, said in (
         (("--groups", 4), "groups 4, where this grid has 16"),
         (("--learning_rate", 0.5), "base_learning_rate 0.5, where this grid has 0.2"),
@@ -365,7 +368,7 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir):
     ):
         other = run_of(grid(data_dir, *flags, *change)[-1], 1, [])
         with scripts.refused(said, "--train_dir"):
-            compare.check_train_dir("runs", cells, [other])
+            compare.check_train_dir("runs", cells, [other], "hash")
 
 
 @pytest.mark.parametrize(
@@ -504,6 +507,13 @@ def test_a_repetition_says_what_may_have_changed_its_bits(digits, data_dir):
     run = runs.read_runs([scripts.REPO / "figure" / "studies" / "digits"])[0]._replace(stored=now)
     changes = [change.split(", is")[0] for change in challenge.list_changes(run, data_dir)]
     assert changes == ["keras was 3.0", f"avx512 was {avx512}"]
+
+
+def test_a_run_without_rows_is_not_challenged(call, data_dir, tmp_path):
+    run_dir = write_run(tmp_path, "run", 0.5, dataset="Digits")
+    write_rows(run_dir, [])
+    said = call(compare.main, "--challenge", tmp_path, "--data_dir", data_dir, code=2)
+    assert "none of the 1 runs" in said
 
 
 def test_a_published_run_of_digits_is_trained_again(call, data_dir):

@@ -1,5 +1,6 @@
 """From trained weights to another norm, other classes, or batch norm that keeps its statistics."""
 
+import json
 import re
 import shutil
 
@@ -107,6 +108,18 @@ def test_every_channel_has_the_moments_that_batch_norm_gave_it(kind, number, siz
         np.testing.assert_allclose(deviation, wanted_deviation, rtol=1e-3, atol=1e-6)
 
 
+def test_vocabularies_are_kept():
+    lookup = keras.layers.StringLookup(vocabulary=["a", "b", "c"])
+    inputs = keras.Input((2,), dtype="string")
+    x = keras.layers.Flatten()(keras.layers.Embedding(5, 8)(lookup(inputs)))
+    network = keras.Model(inputs, keras.layers.BatchNormalization(name="norm")(x))
+    network.get_layer("norm").moving_mean.assign(np.arange(16.0))
+    copy = convert.replace_batch_norm(network, groups=2)
+    (found,) = [layer for layer in copy.layers if isinstance(layer, keras.layers.StringLookup)]
+    assert found.get_vocabulary() == ["[UNK]", "a", "b", "c"]
+    assert copy(tf.constant([["a", "d"]])).shape == (1, 16)
+
+
 def test_settings_and_weights_are_kept():
     """Without images; gamma and beta, too, frozen layers, and what a Normalization layer has adapted to."""
     inputs = keras.Input((8, 8, 3))
@@ -179,9 +192,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights_a
 
 def start_from(run_dir, data_dir, *flags, classes=10):
     """(what copy_weights returns, the names of the variables that it set to what the run has, those of the others)."""
-    _, configuration, train, _ = scripts.configure(*scripts.SMALL, "--data_dir", data_dir, *flags)
+    _, configuration, train, test = scripts.configure(*scripts.SMALL, "--data_dir", data_dir, *flags)
     network = create_model(configuration, train.network_shape, classes)
-    kind = checkpoints.copy_weights(run_dir, network, configuration, train)
+    kind = checkpoints.copy_weights(run_dir, network, configuration, train, test)
     stored, found = (checkpoints.weights_of(model) for model in (scripts.network_of(run_dir), network))
     same = {name for name, value in found.items() if np.array_equal(value, stored[name])}
     return kind, same, found.keys() - same
@@ -197,6 +210,18 @@ def test_other_groups_are_converted_and_the_same_are_taken_as_they_are(flags, co
 def test_held_out_images_must_be_new_to_the_checkpoint(group_run, data_dir):
     with scripts.refused("--validation", "100"):
         start_from(group_run[0], data_dir, "--norm_type", "group", "--validation", 100)
+
+
+def test_a_checkpoint_of_another_split_is_named(batch_run, data_dir, tmp_path, capsys):
+    """Its training images may be test images now, as after photos were added."""
+    start_from(batch_run, data_dir)
+    assert "warning" not in capsys.readouterr().out
+    run_dir = shutil.copytree(batch_run, tmp_path / "run")
+    stored = json.loads((run_dir / "config.json").read_text())
+    stored["data"]["split"] = "0123456789abcdef"
+    (run_dir / "config.json").write_text(json.dumps(stored))
+    start_from(run_dir, data_dir)
+    assert f"warning: Digits has changed since {run_dir} was trained" in capsys.readouterr().out
 
 
 def test_other_classes_get_a_new_last_layer(batch_run, data_dir, capsys):

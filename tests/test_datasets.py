@@ -301,6 +301,7 @@ MISTAKES = [  # ({file, or array of the example 0 or of all examples *: what tak
     ({"data.hy": "image,label"}, "data.hy"),
     ({"id.txt": None}, "id.txt"),
     ({"id.txt": ""}, "id.txt is empty"),
+    ({"id.txt": "\udcff"}, "save it as UTF-8"),
     ({"id.txt": "0 1 2 3"}, "4 ids"),
     ({"id.txt": "0 1 2 3 4 nobody"}, "'nobody'"),
     ({"id.txt": "0 1 2 3 4 1"}, "'1'"),
@@ -337,7 +338,7 @@ def test_mistakes_in_own_data(tmp_path, changes, said):
         elif value is None:
             path.unlink()
         else:
-            path.write_text("\n".join(value.split()))
+            path.write_text("\n".join(value.split()), errors="surrogateescape")
     with refused(said, tmp_path / "Mine"):
         datasets.create_default_splits("Mine", tmp_path)
 

@@ -139,6 +139,22 @@ def test_a_folder_that_changed_is_named(photos):
         pack(photos)
 
 
+def test_a_photo_that_an_older_file_replaced_is_named(photos):
+    shutil.copy(photos / "class0" / "000.png", photos.parent / "older.png")
+    os.utime(photos.parent / "older.png", (1e9, 1e9))
+    pack(photos)
+    os.replace(photos.parent / "older.png", photos / "class1" / "002.png")
+    with refused("1 changed", "class1/002.png"):
+        pack(photos)
+
+
+def test_a_mistyped_folder_of_a_packed_dataset_is_named_alone(photos):
+    pack(photos)
+    with refused("other is not a folder") as error:
+        pack(photos.parent / "other")
+    assert "delete" not in str(error.value)
+
+
 def test_an_image_that_moved_from_training_to_test_is_named(photos):
     archives.write_photos(photos.parent / "test", (2, 2))
     pack(photos, test_image_dir=photos.parent / "test")
@@ -156,7 +172,18 @@ def test_a_run_knows_a_folder_that_was_packed_again_with_other_images(photos):
     now = pack(photos)
     assert [len(split) for split in before] == [len(split) for split in now]
     runs.check_data("RUN", runs.describe_data(*before), *before)
-    with refused("RUN was trained on other data", "split"):
+    with refused("RUN was trained on other data", "images or labels of Pets"):
+        runs.check_data("RUN", runs.describe_data(*before), *now)
+
+
+def test_a_run_knows_photos_that_changed_under_the_same_names(photos):
+    before = pack(photos)
+    os.replace(photos / "class0" / "003.png", photos / "class0" / "004.png")
+    shutil.copy(photos / "class0" / "004.png", photos / "class0" / "003.png")
+    os.remove(photos.parent / "data" / "Pets" / "data.hdf5")
+    now = pack(photos)
+    assert [split.ids for split in before] == [split.ids for split in now]
+    with refused("RUN was trained on other data", "images or labels of Pets"):
         runs.check_data("RUN", runs.describe_data(*before), *now)
 
 
