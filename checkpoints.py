@@ -130,7 +130,8 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
 
 def warn_of_split(checkpoint, data, train, test):
     """Print a warning if a checkpoint was trained on another split of the same dataset, described by `data`."""
-    if data.get("split", runs.hash_of(train, test)) != runs.hash_of(train, test):
+    now = runs.hash_of(train, test)
+    if data.get("split", now) != now:
         print(
             f"warning: {train.name} has changed since {checkpoint} was trained: images that it was trained on may be "
             "test images now, which makes the test accuracy too high"
