@@ -81,11 +81,12 @@ def natural_key(text):
 
 
 def spread(values, most=None):
-    """Return '59.3' or 'smallest ← median → largest', in percent; with the number of seeds if it is not `most`."""
+    """Return '59.3' or 'smallest ← median → largest', in percent; the latter with its seeds if they are not `most`."""
     text = f"{100 * statistics.median(values):.1f}"
-    if len(values) > 1:
-        text = f"{100 * min(values):.1f} ← {text} → {100 * max(values):.1f}"
-    return text if most in (None, len(values)) else f"{text} ({len(values)} seed{'s' * (len(values) > 1)})"
+    if len(values) == 1:
+        return text
+    text = f"{100 * min(values):.1f} ← {text} → {100 * max(values):.1f}"
+    return text if most in (None, len(values)) else f"{text} ({len(values)} seeds)"
 
 
 class Table(NamedTuple):
@@ -176,6 +177,8 @@ def markdown(table):
     """Return a Table as Markdown."""
     title, _, most, rows, batch_sizes, cells = table
     kind = f"smallest ← median → largest of {most} seeds" if most > 1 else "one seed"
+    if most > 1 and any(len(alike) == 1 for alike in cells.values()):
+        kind += "; a single number is of one seed"
     lines = []
     for row, measure in rows:
         texts = [cell_text(cells.get((row, measure, size), []), measure, most) for size in batch_sizes]

@@ -72,10 +72,11 @@ def test_seeds_share_a_cell_and_other_settings_do_not(tmp_path, capsys):
         "norm": ["batch size 2"],
         "---": ["---"],
         "batch": ["50.0 ← 51.0 → 52.0 (2 seeds)"],
-        "group (groups 2)": ["55.3 (1 seed)"],
+        "group (groups 2)": ["55.3"],
         "group (groups 4)": ["60.0 ← 61.0 → 65.0"],
-        "group+ws (groups 4)": ["70.0 (1 seed)"],
+        "group+ws (groups 4)": ["70.0"],
     }
+    assert "of 3 seeds; a single number is of one seed" in results.markdown(table(tmp_path))
     assert "seed 1" in capsys.readouterr().out
 
 
