@@ -25,8 +25,9 @@ from input_ops import create_input_ops
 
 FIRST_TAGS = {"accuracy/test": "test_loss/accuracy", "accuracy/training": "loss/accuracy"}  # TensorBoard's first cards
 SHOWN_IMAGES = 64  # in a picture
-warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of class names
 MAX_SILENCE = 60  # without a progress bar, print a row if the last line is older than this many seconds
+
+warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of class names
 
 
 class Log:

@@ -37,7 +37,7 @@ import pictures
 import results
 from command import ArgumentParser, UserError, ExternalError, one_line, run, within, write_atomically
 from config import NORM_NAMES, derive, parse_training, training_parser
-from runs import MEASURES, describe_data, read_runs, run_dir_of, settings_of
+from runs import MEASURES, describe_data, hash_of, read_runs, run_dir_of, settings_of
 
 FIRST_BATCH_SIZES = (2, 32)  # trained first, because they show most of the result
 SMALL = 2  # up to this batch size, batch norm is also evaluated with statistics re-estimated at that batch size
@@ -383,7 +383,7 @@ def main():
         return
     cells, train, test = make_grid(flags, rest)
     runs = read_runs([flags.train_dir])
-    check_train_dir(flags.train_dir, cells, runs, describe_data(train, test)["split"])
+    check_train_dir(flags.train_dir, cells, runs, hash_of(train, test))
     if flags.dry_run:
         print_grid(cells, flags)
         return

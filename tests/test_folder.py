@@ -29,6 +29,11 @@ def pack(photos, **kwargs):
     return datasets.create_default_splits("Pets", data_dir)
 
 
+def pack_again(photos):
+    os.remove(photos.parent / "data" / "Pets" / "data.hdf5")
+    return pack(photos)
+
+
 def test_a_fifth_of_each_class_is_test(tmp_path, capsys):
     numbers = (50, 2, 3, 10, 1, 7, 8)
     archives.write_photos(tmp_path / "photos", numbers)
@@ -168,8 +173,7 @@ def test_a_run_knows_a_folder_that_was_packed_again_with_other_images(photos):
     before = pack(photos)
     os.rename(photos / "class0" / "005.png", photos / "class1" / "a.png")
     os.rename(photos / "class1" / "005.png", photos / "class0" / "a.png")
-    os.remove(photos.parent / "data" / "Pets" / "data.hdf5")
-    now = pack(photos)
+    now = pack_again(photos)
     assert [len(split) for split in before] == [len(split) for split in now]
     runs.check_data("RUN", runs.describe_data(*before), *before)
     with refused("RUN was trained on other data", "images or labels of Pets"):
@@ -180,8 +184,7 @@ def test_a_run_knows_photos_that_changed_under_the_same_names(photos):
     before = pack(photos)
     os.replace(photos / "class0" / "003.png", photos / "class0" / "004.png")
     shutil.copy(photos / "class0" / "004.png", photos / "class0" / "003.png")
-    os.remove(photos.parent / "data" / "Pets" / "data.hdf5")
-    now = pack(photos)
+    now = pack_again(photos)
     assert [split.ids for split in before] == [split.ids for split in now]
     with refused("RUN was trained on other data", "images or labels of Pets"):
         runs.check_data("RUN", runs.describe_data(*before), *now)
