@@ -152,6 +152,8 @@ def settings_of(config: Config, data: dict) -> dict:
         settings |= {"groups": None, "group_size": None}
     elif config.group_size is not None:
         settings["groups"] = None
+    if data.get("made_from"):  # without the hash of an archive, which depends on how and when it was compressed
+        data = data | {"made_from": re.sub(r" sha256 \w+", "", data["made_from"])}
     return settings | {name: value for name, value in data.items() if name not in ("class_names", "split")}
 
 

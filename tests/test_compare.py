@@ -488,6 +488,13 @@ def test_a_run_is_repeated_with_its_own_flags_also_if_a_value_is_0(digits):
     assert first.weight_decay == 0 and runs.settings_of(again, {}) == runs.settings_of(first, {})
 
 
+def test_the_hash_of_an_archive_makes_no_other_row():
+    """It changes with the time stamp in the gzip header. The hash of the images tells whether they are the same."""
+    made_from = [f"other archives than the original: a.gz sha256 {name}" for name in "ab"] + ["the original archives"]
+    first, again, original = (runs.settings_of(Config(), {"made_from": text}) for text in made_from)
+    assert first == again != original and runs.settings_of(Config(), {"made_from": None})["made_from"] is None
+
+
 def test_a_run_is_repeated_with_its_own_convolutions_and_a_repetition_that_fails_is_no_result(monkeypatch, tmp_path):
     """Not even if it logged a row first. It says whether it has oneDNN's, which round differently, and fails."""
     write_run(tmp_path / "again", "run", 0.5)
