@@ -101,7 +101,7 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
 
     Raises UserError if the checkpoint cannot be read, or its variables do not match the model's.
     """
-    path = str(checkpoint)
+    path = str(checkpoint).removesuffix(".index")  # which the completion of a shell may add
     try:
         if os.path.isdir(path):
             path = tf.train.latest_checkpoint(path) or path

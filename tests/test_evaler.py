@@ -80,7 +80,7 @@ def test_summaries_and_mistakes_are_pictures(batch_run):
 def test_checkpoint_and_split_can_be_chosen_and_other_results_are_kept(copied_run, data_dir, capsys):
     flags = "--dataset Digits --split train --batch_size 100 --data_dir".split()
     before = scripts.results_of(copied_run)
-    scripts.evaluate([*flags, data_dir, "--checkpoint", copied_run / "model-5"])
+    scripts.evaluate([*flags, data_dir, "--checkpoint", copied_run / "model-5.index"])
     printed = capsys.readouterr().out
     result = scripts.results_of(copied_run, "train")["accuracy"]
     assert (result["images"], result["step"]) == (1437, 5)
