@@ -116,14 +116,14 @@ class Interruption:
             self.signal = number
             print(f"{name}: stopping after this step is saved; send it again to stop at once")
 
-    def check(self, batches):
+    def until_stopped(self, batches):
         """Yield the batches; raise Stopped if a signal arrives between two. Several workers finish the test."""
         for batch in batches:
             if self.signal and self.alone:
                 raise Stopped
             yield batch
 
-    def stops(self, agreed):
+    def should_stop(self, agreed):
         """Whether to stop after this step. Several workers stop only when all have `agreed` to it within the step."""
         return agreed or (self.alone and self.signal)
 

@@ -66,7 +66,7 @@ class Network:
     )
     groups: int | None = flag(
         None,
-        f"number of groups of group norm; by default 16 for {SMALL_RESNETS[0]} to {SMALL_RESNETS[-1]}, 32 for others",
+        "number of groups of group norm; by default 16 for ResNets for small images, 32 for other networks",
         low=1,
         derived=True,
         exclusive="groups",
@@ -129,8 +129,8 @@ class Config(Network):
     )
     no_adjust_learning_rate: bool = flag(
         False,
-        "do not scale the learning rate with the images per update; by default it is multiplied by their share of "
-        "max_batch_size for momentum (arXiv 1706.02677), and by its square root for adam (arXiv 2205.10287)",
+        "use the learning rate as given; by default, with s = images per update / max_batch_size, it is multiplied by "
+        "s for momentum (arXiv 1706.02677), and by the square root of s for adam (arXiv 2205.10287)",
         ignored=True,
     )
     lr_schedule: str | None = flag(
@@ -177,8 +177,8 @@ class Config(Network):
     freeze_batch_norm: bool = flag(False, "with --checkpoint: keep batch norm's moving statistics of the checkpoint")
     log_step: int = flag(
         10,
-        "steps between rows of metrics.jsonl, which hold the mean training loss and accuracy of the last log_step "
-        "steps, at most an epoch; the console shows them beside the progress bar, and prints a line for each test",
+        "steps between rows of metrics.jsonl, at most an epoch; they hold the mean training loss and accuracy of the "
+        "last log_step steps; the console shows these beside the progress bar, and prints a line for each test",
         low=1,
         local=True,
         derived=True,

@@ -191,7 +191,7 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
         folder = archive_dir if missing_in(of_name) else of_name
         if missing_in(folder):
             files = " ".join(missing_in(folder))
-            raise UserError(f"{name}: {files} not found in {folder}, nor all archives in {of_name}")
+            raise UserError(f"{name}: {folder} lacks {files}, and {of_name} does not have all archives")
     missing = missing_in(folder)
     mirrors = ([mirror] if mirror else []) + list(module.MIRRORS)
     if missing and not mirrors:

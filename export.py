@@ -17,8 +17,8 @@ from command import UserError, ExternalError, one_line, sync
 from runs import changed_flags, read_config, versions
 from input_ops import create_input_ops, to_float
 
-# Largest difference of a logit, relative to the largest logit if it exceeds 1: float32 rounding, which is larger in
-# Keras' group norm, above all on images with large areas of one colour.
+# The largest difference of a logit that is allowed, divided by the largest logit if that exceeds 1. It is float32
+# rounding; Keras' group norm rounds more, above all on images with large areas of one colour.
 TOLERANCES = {"saved_model": 1e-5, "model.keras": 1e-4}
 CHECKED_IMAGES = 500  # of the test split
 CARD = """\

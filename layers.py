@@ -8,7 +8,7 @@ import math
 import keras
 import tensorflow as tf
 
-from ops import EPSILON, moments, number_of_replicas
+from ops import EPSILON, moments, replicas_in_sync
 
 FEW_OUTPUTS = 32  # up to this many outputs a matrix product was measured to be faster than a convolution
 
@@ -34,12 +34,12 @@ def standardize_weights(kernel: tf.Tensor, epsilon: float = EPSILON) -> tf.Tenso
 
 
 def convolve(x: tf.Tensor, kernel: tf.Tensor, strides: tuple[int, int]) -> tf.Tensor:
-    """tf.nn.conv2d with 'SAME' padding, on CPUs as a matrix product if there are fewer outputs (N H' W') than filters.
+    """tf.nn.conv2d with 'SAME' padding; on a CPU and with few outputs (N H' W'), partly by matrix products.
 
-    In this case the patches of the images take less memory than the kernel, and oneDNN takes up to three times as long
-    for the gradient of the kernel as extracting the patches and multiplying: for the last layer of convnet 10.9 ms
-    against 3.9 at batch size 8, and 40.8 ms against 17.2 at 64 (one thread of an AMD EPYC with AVX2). The product is
-    faster for the outputs up to FEW_OUTPUTS of them, and never for the gradient of x.
+    With fewer outputs than filters, the patches of the images take less memory than the kernel. The gradient of the
+    kernel is then the product of patches and dy, for which oneDNN takes up to three times as long: for the last layer
+    of convnet 10.9 ms against 3.9 at batch size 8, and 40.8 ms against 17.2 at 64 (one thread of an AMD EPYC with
+    AVX2). With at most FEW_OUTPUTS outputs the convolution is a product, too. The gradient of x is faster without.
 
     Args:
         x: [N, H, W, C], any float type.
@@ -79,7 +79,7 @@ class Dropout(keras.layers.Dropout):
     """keras.layers.Dropout with a different mask in each replica: Keras draws the same mask in all replicas."""
 
     def call(self, inputs, training=False):
-        if not training or self.rate == 0 or number_of_replicas() == 1:
+        if not training or self.rate == 0 or replicas_in_sync() == 1:
             return super().call(inputs, training=training)
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         seed = tf.random.fold_in(tf.cast(self.seed_generator.next(), tf.int64), replica)

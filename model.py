@@ -59,7 +59,10 @@ def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
 
 
 def convnet(x, conv):
-    """The original repo's network for small images: four 4×4 convolutions of stride 2, then three dense layers."""
+    """The original repo's network for small images: four 4×4 convolutions of stride 2, then three dense layers.
+
+    There the norm came after the activation, and the logits had an activation, too.
+    """
     for i, filters in enumerate((64, 128, 256, 512), 1):
         x = conv(x, filters, 4, 2, f"layer{i}", "leaky_relu")
         x = layers.Dropout(0.5, name=f"layer{i}_dropout")(x)

@@ -140,7 +140,7 @@ def _fold(positions, channels):
     """Return how many positions share a row, so that [N, P, C] becomes [N, P / fold, fold * C].
 
     fold is a power of 2 that divides P. As far as P allows, rows have more than 64 values (broadcasting over shorter
-    rows is slow; 128 if C is a power of 2), and columns at most about 1024 (longer sums lose digits in float32).
+    rows is slow; at least 128 if C is a power of 2), and columns fewer than 2048 (longer sums lose digits in float32).
     """
     if isinstance(positions, int):
         return math.gcd(positions, 1 << (max(128 // channels, positions // 1024, 1) - 1).bit_length())
@@ -394,7 +394,7 @@ class BatchNorm(_Float32Norm, keras.layers.BatchNormalization):
             self.momentum,
             self.epsilon,
             self.data_format,
-            self.synchronized and number_of_replicas() > 1,
+            self.synchronized and replicas_in_sync() > 1,
         )
         if training:
             self.moving_mean.assign(moving_mean)
@@ -402,7 +402,7 @@ class BatchNorm(_Float32Norm, keras.layers.BatchNormalization):
         return tf.cast(y, self.compute_dtype)
 
 
-def number_of_replicas():
+def replicas_in_sync():
     """Return the number of replicas; 1 outside tf.distribute.Strategy.run."""
     replica = tf.distribute.get_replica_context()
     return 1 if replica is None else replica.num_replicas_in_sync

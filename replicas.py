@@ -57,10 +57,10 @@ def start(here: int, who: Workers):
 def all_workers(who: Workers, identity: dict, timeout: float):
     """Wait for all workers and check that their configurations match; start the strategy within the block.
 
-    The chief listens at its own address in TF_CONFIG. Each other worker sends it its index and configuration, and
-    receives an error message, empty if all match. TensorFlow's own start-up waits forever for a lost worker and cannot
-    be interrupted. Within the block, a child process therefore watches the connections to the other workers, and kills
-    this process if one is lost.
+    The chief listens at its own address in TF_CONFIG. Each other worker sends its index and configuration to the chief,
+    which answers with an error message, empty if all match. TensorFlow's own start-up waits forever for a lost worker
+    and cannot be interrupted. Within the block, a child process therefore watches the connections to the other workers,
+    and kills this process if one is lost.
 
     Raises:
         UserError: in every worker, naming the first difference.
@@ -143,15 +143,15 @@ def difference(ours, theirs, index):
     return ""
 
 
-def rows_of(who: Workers, max_batch_size: int, updates: int):
+def rows_of(who: Workers, max_batch_size: int, batches: int):
     """The rows [n] int that this worker makes of the max_batch_size images of a step; None for all.
 
-    Update number u uses the u-th part of these images, and each worker makes a share of each part. A row thus belongs
-    to the same update for any number of replicas.
+    Batch number b of a step uses the b-th part of these images, and each worker makes a share of each part. A row thus
+    belongs to the same batch for any number of workers.
     """
     if len(who.addresses) == 1:
         return None
-    return np.arange(max_batch_size).reshape(updates, len(who.addresses), -1)[:, who.index].ravel()
+    return np.arange(max_batch_size).reshape(batches, len(who.addresses), -1)[:, who.index].ravel()
 
 
 def test_share(who: Workers, examples: int) -> np.ndarray:

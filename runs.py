@@ -102,7 +102,7 @@ def hash_of(train, test) -> str:
 def check_data(run_dir, data: dict, train, test, counts: bool = True) -> None:
     """Raise UserError unless the splits match `data`, the description of a run's data in config.json.
 
-    counts: whether to compare the images of each split, which differ if other images are held out now.
+    counts: whether to compare the sizes and the hash of the splits, which differ if other images are held out now.
     """
     here = describe_data(train, test)
     free = () if counts else ("train", "test", "split")
@@ -277,7 +277,7 @@ def read_run(path: Path) -> Run:
         state = "finished"
     if rows and rows[-1].get("diverged"):
         state = "diverged"
-    trained, evaluation = {}, read_evaluation(path / "evaluation.json", config)
+    trained, evaluation = {}, measured_accuracies(path / "evaluation.json", config)
     if state == "finished" and "test_loss/accuracy" in rows[-1]:  # trainer.py's last test; evaler.py repeats it
         trained = {"accuracy": rows[-1]["test_loss/accuracy"]} | last_epochs(config, data, rows)
     accuracies = trained | evaluation if state == "finished" else {}
@@ -331,7 +331,7 @@ def read_evaluations(path: Path) -> dict:
         return {stored["split"]: {name: {"step": stored["step"]} | result for name, result in results.items()}}
 
 
-def read_evaluation(path: Path, config: Config) -> dict:
+def measured_accuracies(path: Path, config: Config) -> dict:
     """{measure: accuracy} from evaluation.json, at the last step, on the split that trainer.py tested on."""
     with reading(path, "delete it and run evaler.py again"):
         results = read_evaluations(path).get("validation" if config.validation else "test", {})

@@ -31,7 +31,7 @@ warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # of cl
 
 
 class Log:
-    """Writes the row, the scalars and the console line of each step that is due, and moves the progress bar.
+    """Writes the row and the scalars of each step that is due, prints a line at each test, and moves the progress bar.
 
     images_per_second counts only the time of training: not the time inside `with log.paused()`, and not the first step,
     which traces the graph.
@@ -69,14 +69,14 @@ class Log:
     def test_due(self, step):
         return step % self.config.test_sample_step == 0 or step == self.steps
 
-    def line_due(self, step):
+    def log_step_due(self, step):
         return step % self.config.log_step == 0 or self.test_due(step)
 
     def scalars_due(self, step):
         return step % self.config.write_summary_step == 0 or self.test_due(step)
 
     def due(self, step):
-        return self.line_due(step) or self.scalars_due(step)
+        return self.log_step_due(step) or self.scalars_due(step)
 
     def needs_row(self, step):
         """Whether the row of `step` is due but missing, because its test was interrupted."""
@@ -140,7 +140,7 @@ class Log:
                 self.write_summaries(row, images)
             if self.test_due(step) or (self.bar.disable and time.monotonic() - self.printed_at > MAX_SILENCE):
                 self.print(self.line(row))
-            elif self.line_due(step):
+            elif self.log_step_due(step):
                 self.bar.set_postfix_str(f"loss {row['loss/loss']:.3f}, accuracy {100 * row['loss/accuracy']:.1f} %")
 
     def add(self, row):

@@ -5,8 +5,8 @@
     python trainer.py --resume train_dir/RUN                    # continue a run that was stopped
     tensorboard --logdir train_dir
 
-A step has max_batch_size images, so that curves of different batch sizes share an axis. It makes an update per batch of
-batch_size images on each replica, or with --accumulate one in all. Batch norm sees batch_size images.
+A step has max_batch_size images, so that curves of different batch sizes share an axis. The weights are updated after
+each batch (batch_size images on each replica), or with --accumulate once per step. Batch norm sees batch_size images.
 """
 
 import contextlib
@@ -207,7 +207,7 @@ def make_test(state, test, interruption):
     join = replicas.make_join(state.strategy, who, len(test))
 
     def test_now():
-        outputs = join(evaler.predict_all(predict, interruption.check(batches)))
+        outputs = join(evaler.predict_all(predict, interruption.until_stopped(batches)))
         result = evaler.summarize(*outputs, test.labels, test.num_classes)
         return {f"test_loss/{name}": result[name] for name in evaler.SCALARS if name in result}
 
@@ -250,7 +250,7 @@ def train_run(state, train, test, log, interruption):
             if state.save_due() and state.saved_step != step:
                 with log.paused():
                     state.save()
-            if interruption.stops(stop):
+            if interruption.should_stop(stop):
                 break
         done = int(state.step) == config.max_training_step
     if state.saved_step != int(state.step):

@@ -115,7 +115,7 @@ def read_or_reuse(path, ids, num_train):
     print(f"reading {len(ids)} examples from {path}, which is slow only this first time")
     labels, num_classes, images = read_examples(path, ids, num_train)
     with contextlib.suppress(OSError):
-        for left in glob.glob(f"{glob.escape(copy)}.*.part"):  # of a process that was killed, or will do without
+        for left in glob.glob(f"{glob.escape(copy)}.*.part"):  # of a killed process; a live one then makes no copy
             os.remove(left)
         with atomic_file(copy) as part, open(part, "wb") as file:
             np.savez(file, key=key, labels=labels, num_classes=num_classes, train=images[0], test=images[1])

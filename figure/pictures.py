@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from results import COLOURS, label
 
-NARROW = 10  # points, the height of the second panel, below the highest accuracy
+NARROW = 10  # the second panel shows at most this many points below the highest accuracy
 MANY_ROWS = 6  # with more rows, names are in a legend
 MANY_NORMS = 4  # with more norms, batch and group norm are gray, as references
 
@@ -140,7 +140,8 @@ def draw_curves(found, path):
 def curve_of(runs, key):
     """Return (steps, smallest, median, largest accuracy in %) of runs, at the steps that any of them logged.
 
-    The training accuracy of a row is that since the row before. If these are few steps, it is too noisy to draw.
+    Training accuracy soon after another row is left out: in the logs of older versions it is that of the steps since
+    the row before, which is noisy if these are few. Now it is the mean over the last log_step steps.
     """
     values = {}
     for run in runs:

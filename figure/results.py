@@ -29,7 +29,7 @@ COLOURS = {name: colour for norm, colour in COLOURS.items() for name in (norm, f
 CSV_ORDER = "dataset model norm accumulate batch_size rate groups channels_per_group seed run".split()
 LEVEL = 2  # standard errors; smaller differences are called level
 SPREAD_SEEDS = 5  # with fewer seeds, ranges mean little: with 3 each, those of equal norms are disjoint 1 time in 10
-# with fewer, the variance between seeds is accuracy * (1 - accuracy) / SEED_IMAGES, as in figure/studies/cifar10
+# the variance between seeds is at least accuracy * (1 - accuracy) / SEED_IMAGES, as in figure/studies/cifar10
 SEED_IMAGES = 5300
 DERIVED = {"peak_learning_rate", "batch_norm_momentum", "updates_per_step"}  # from the batch size
 OF_NORM = {"norm_type", "weight_standardization", "accumulate", "groups", "group_size", "base_learning_rate"}
@@ -215,7 +215,8 @@ def comparison(other, base, images):
     difference = statistics.median(other) - statistics.median(base)
     error = standard_error(other, base, images)
     seeds = min(len(base), len(other))
-    details = [f"{spread(other)} and {spread(base)} %", f"{seeds} seed{'s' * (seeds > 1)}"]
+    counts = " and ".join(map(str, dict.fromkeys([len(other), len(base)])))
+    details = [f"{spread(other)} and {spread(base)} %", f"{counts} seed{'s' * (counts != '1')}"]
     verdict = f"{100 * abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
     if abs(difference) <= LEVEL * error:
         verdict = "level with"

@@ -161,7 +161,7 @@ def test_the_rows_of_all_workers_are_the_batch(augment, digits):
         made = input_ops.create_input_ops(digits[0], 12, True, augment, seed=4, first_step=3, last_step=5, rows=rows)
         return [(images.numpy(), labels.numpy()) for images, labels in made]
 
-    rows = [replicas.rows_of(Workers(("a:1", "b:1"), i), 12, updates=3) for i in range(2)]
+    rows = [replicas.rows_of(Workers(("a:1", "b:1"), i), 12, batches=3) for i in range(2)]
     assert [list(r) for r in rows] == [[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]]  # of each update two images each
     for whole, first, second in zip(batches(None), batches(rows[0]), batches(rows[1])):
         for all_values, *parts in zip(whole, first, second):

@@ -195,7 +195,7 @@ class StoppedInTest(trainer.Interruption):
     def __init__(self, alone):
         self.signal, self.worth_saving, self.alone = None, False, alone
 
-    def check(self, batches):
+    def until_stopped(self, batches):
         yield next(iter(batches))
         self.signal = signal.SIGTERM
         raise trainer.Stopped
