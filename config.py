@@ -112,7 +112,13 @@ class Config(Network):
     max_training_step: int | None = flag(
         None, "steps to train; by default the dataset's usual number of epochs", low=1, derived=True, exclusive="length"
     )
-    epochs: int | None = flag(None, "passes over the training images", low=1, exclusive="length", ignored=True)
+    epochs: int | None = flag(
+        None,
+        "passes over the training images, each rounded up to complete steps",
+        low=1,
+        exclusive="length",
+        ignored=True,
+    )
     optimizer: str | None = flag(
         None,
         f"by default momentum (0.9), for convnet adam; gradients are clipped to a global norm of {CLIP_NORM:g}",

@@ -3,6 +3,7 @@
 python figure/compare.py --challenge figure/studies/digits --runs 3 --steps 100
 """
 
+import math
 import os
 import random
 import subprocess
@@ -105,15 +106,20 @@ def use_one_core():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
+def difference(old, new, name):
+    """Return the difference of a value in two rows; infinite if only one row has it as a number."""
+    before, after = old.get(name, math.nan), new.get(name, math.nan)
+    if math.isnan(before) and math.isnan(after):
+        return 0.0
+    return math.inf if math.isnan(before - after) else abs(before - after)
+
+
 def compare(run, repeated, data_dir):
     """Print and return the largest difference between the rows of a run and of its repetition."""
     pairs = [(row, repeated[row["step"]]) for row in run.rows if row["step"] in repeated]
     if not pairs:
         raise UserError(f"{run.path.name} logs every {run.config.log_step} steps: give --steps {run.config.log_step}")
-    differences = [
-        max((abs(old[name] - new[name]) for old, new in pairs if name in old and name in new), default=0)
-        for name in COMPARED
-    ]
+    differences = [max(difference(old, new, name) for old, new in pairs) for name in COMPARED]
     verdict = "not equal"
     if max(differences) <= TOLERANCE:
         verdict = "bitwise equal" if max(differences) == 0 else "equal except for rounding"

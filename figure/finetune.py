@@ -128,8 +128,24 @@ def table_of_rates(runs):
     return results.as_markdown(["way", *(f"rate {rate:g}" for rate in rates)], cells)
 
 
+def check_alike(runs):
+    """Raise UserError if runs of a way repeat a seed, or differ in more than seed, source and (held out) rate."""
+    first, seen = {}, {}
+    for found in runs:
+        way, validation, rate = way_of(found), found.config.validation, found.config.base_learning_rate
+        other = first.setdefault((way, validation), found)
+        free = {"checkpoint"} | ({"base_learning_rate", "peak_learning_rate"} if validation else set())
+        names = {name for name, value in found.settings.items() if value != other.settings.get(name)} - free
+        if names:
+            raise UserError(f"{found.path} and {other.path} differ in {min(names)}: move one of them to another folder")
+        twin = seen.setdefault((way, validation, rate, found.config.seed), found)
+        if twin is not found:
+            raise UserError(f"{found.path} repeats {twin.path}: move one of them to another folder")
+
+
 def text_of(runs):
     """Return the text of table.md."""
+    check_alike(runs)
     held_out = [found for found in runs if found.config.validation]
     tested = [found for found in runs if not found.config.validation]
     return (

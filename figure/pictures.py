@@ -146,8 +146,8 @@ def curve_of(runs, key):
     values = {}
     for run in runs:
         for before, row in zip([{"step": 0}, *run.rows], run.rows):
-            enough = row["step"] - before["step"] >= run.config.log_step or key.startswith("test_")
-            if key in row and enough:
+            enough = row["step"] - before["step"] >= min(run.config.log_step, run.config.write_summary_step)
+            if key in row and (enough or key.startswith("test_")):
                 values.setdefault(row["step"], []).append(100 * row[key])
     steps = sorted(values)
     return steps, *([of(values[step]) for step in steps] for of in (min, statistics.median, max))

@@ -9,7 +9,7 @@ import re
 import statistics
 from typing import NamedTuple
 
-from command import write_csv
+from command import UserError, write_csv
 from runs import MEASURES
 
 COLOURS = {
@@ -105,6 +105,7 @@ def tables(runs, called=None):
     found = []
     for dataset, model in sorted({(run.config.dataset, run.config.model) for run in runs}):
         these = [run for run in runs if (run.config.dataset, run.config.model) == (dataset, model)]
+        check_images(these)
         names = differing(these)
         cells = {}
         for run in without_repeats(these):
@@ -124,6 +125,17 @@ def tables(runs, called=None):
         short = ", ".join([name, *words])
         found.append(Table(name + shared_settings(these, names), short, seeds, rows, batch_sizes, cells))
     return found
+
+
+def check_images(runs):
+    """Raise UserError if runs with equally large splits have other images or labels. Old logs have no hash of these."""
+    first = {}
+    for run in runs:
+        data = run.stored["data"]
+        if "split" in data:
+            other = first.setdefault((run.config.validation, data["train"], data["test"]), run)
+            if data["split"] != other.stored["data"]["split"]:
+                raise UserError(f"{run.path} and {other.path} have other images or labels: make a table of each")
 
 
 def preference(run):
@@ -239,7 +251,7 @@ def sentences(table):
         return [] if None in found else found
 
     names = [row for row, measure in rows if measure == "accuracy"]
-    if len({norm for norm, _ in names}) < len(names):  # rows also differ in settings: no claim about norms
+    if any(settings for _, settings in names):  # rows also differ in settings: no claim about norms
         return []
     found = []
     for size in sorted({batch_sizes[0], min(batch_sizes, key=lambda b: abs(b - 2)), batch_sizes[-1]}):

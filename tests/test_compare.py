@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -89,7 +90,7 @@ def different(value):
 
 def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(compared, tmp_path):
     """Every flag, derived value and fact of the data of a run in turn; what makes another row is named in it."""
-    listed = "prefix data_dir train_dir log_step write_summary_step worker_timeout class_names split seed replicas "
+    listed = "prefix data_dir train_dir log_step write_summary_step worker_timeout class_names seed replicas "
     listed += "test_sample_step ckpt_save_step learning_rate no_adjust_learning_rate no_augment epochs "
     listed += "peak_learning_rate batch_norm_momentum updates_per_step"  # these and the four before follow from others
     run_dir, parts, alike = runs.read_runs([compared[0]])[1].path, ("flags", "derived", "data"), set()
@@ -101,6 +102,10 @@ def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(compared, tmp_
         value = known.get(name, different((stored["data"] | stored["flags"] | stored["derived"])[name]))
         other = {part: {**stored[part], **({name: value} if name in stored[part] else {})} for part in parts}
         (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+        if name == "split":
+            with pytest.raises(command.UserError, match="other images"):
+                results.tables(runs.read_runs([tmp_path]))
+            continue
         cells = [key for found in results.tables(runs.read_runs([tmp_path])) for key in found.cells]
         if len(cells) == 1:
             alike.add(name)
@@ -125,6 +130,9 @@ def test_datasets_and_models_have_tables_of_their_own_with_what_their_runs_share
     (longer,) = results.tables(runs.read_runs([tmp_path / "one", tmp_path / "longer"]))
     assert [row for row, _ in longer.rows] == [("batch", "steps 100"), ("group", "steps 150")]
     assert not results.sentences(longer) and "epochs" not in longer.title
+    write_run(tmp_path / "crops", "group", 0.7, norm_type="group", dataset="A", augment="crop")
+    (crops,) = results.tables(runs.read_runs([tmp_path / "one", tmp_path / "crops"]))
+    assert not results.sentences(crops)  # batch norm has no crops
     write_run(tmp_path / "larger", "group", 0.5, norm_type="group", dataset="A", max_batch_size=128, images=500)
     (larger,) = results.tables(runs.read_runs([tmp_path / "one", tmp_path / "larger"]))
     assert not any(word in larger.title for word in ("epochs", "64 images", "test images"))
@@ -239,9 +247,11 @@ def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path,
     """A panel for each batch size; write_run trains at 50 %. Training accuracy over few steps is not drawn."""
     with open(write_run(tmp_path, "two", 0.6) / "metrics.jsonl", "a") as file:
         file.write('{"step": 103, "loss/accuracy": 0.9}\n')
-    write_run(tmp_path, "eight", 0.7, batch_size=8)
+    eight = write_run(tmp_path, "eight", 0.7, batch_size=8)
     write_run(tmp_path, "sixteen", 0.75, batch_size=16)
     pictures.draw_curves([table(tmp_path)], "unused")
+    write_rows(eight, [{"step": step, "loss/accuracy": 0.5} for step in range(10, 110, 10)])  # with --log_step 50
+    assert pictures.curve_of([runs.read_run(eight)], "loss/accuracy")[0] == list(range(10, 110, 10))
     for axes, size, tested in zip(figures[0].subfigs[0].axes, (2, 8, 16), (60, 70, 75)):
         thin, thick = sorted(axes.lines, key=lambda line: line.get_linewidth())
         assert axes.get_title() == f"batch size {size}" and thick.get_label() == "batch"
@@ -515,6 +525,15 @@ def test_a_repetition_says_what_may_have_changed_its_bits(digits, data_dir):
     run = runs.read_runs([scripts.REPO / "figure" / "studies" / "digits"])[0]._replace(stored=now)
     changes = [change.split(", is")[0] for change in challenge.list_changes(run, data_dir)]
     assert changes == ["keras was 3.0", f"avx512 was {avx512}"]
+
+
+@pytest.mark.parametrize(
+    "old, new, expected",
+    [({"loss": 2.5}, {"loss": 2.0}, 0.5), ({"loss": 2.5}, {}, math.inf), ({"loss": 2.5}, {"loss": math.nan}, math.inf)],
+)
+def test_a_row_that_diverged_differs_from_one_that_did_not(old, new, expected):
+    assert challenge.difference(old, new, "loss") == challenge.difference(new, old, "loss") == expected
+    assert challenge.difference(new, new, "loss") == challenge.difference({}, {}, "loss") == 0
 
 
 def test_a_run_without_rows_is_not_challenged(call, data_dir, tmp_path):

@@ -14,6 +14,7 @@ import finetune
 
 import datasets
 import runs
+from command import UserError
 
 STUDY = scripts.REPO / "figure" / "studies" / "finetune"
 
@@ -66,6 +67,12 @@ def test_a_run_that_is_not_of_the_grid_is_not_in_the_table(cifar10, tmp_path):
     cell = task.cell("group", 0)
     cell.settings = run.settings  # which are of the whole of CIFAR10
     assert [found.path for found in task.train([cell])] == [run.path]
+    with pytest.raises(UserError, match="max_training_step"):
+        finetune.text_of(runs.read_runs([folder]))
+    shutil.rmtree(folder / "stray")
+    shutil.copytree(run.path, folder / "copy")
+    with pytest.raises(UserError, match="copy"):
+        finetune.text_of(runs.read_runs([folder]))
 
 
 @pytest.mark.parametrize("flags, said", [("--seeds 9", "--seeds"), ("--jobs 3", "--jobs"), ("", "no run folder in")])
