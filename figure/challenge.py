@@ -44,9 +44,11 @@ def challenge(folder, number, steps, data_dir):
 
 
 def find_problem(run, data_dir):
-    """Return why a run cannot be trained here (no rows, other data, no checkpoint to start from), '' if it can."""
+    """Return why a run cannot be trained here (no rows, several hosts, other data, no checkpoint), '' if it can."""
     if not run.rows:
         return "no logged rows"
+    if run.config.num_replicas != (run.config.replicas or 1):
+        return "trained by several workers"
     try:
         splits = datasets.create_default_splits(run.config.dataset, data_dir, validation=run.config.validation)
         runs.check_data("the run", run.stored["data"] | {"made_from": splits[0].made_from}, *splits)

@@ -536,6 +536,10 @@ def test_a_row_that_diverged_differs_from_one_that_did_not(old, new, expected):
     assert challenge.difference(new, new, "loss") == challenge.difference({}, {}, "loss") == 0
 
 
+def test_a_run_of_several_workers_is_not_challenged_by_one(tmp_path):
+    assert "several workers" in challenge.find_problem(runs.read_run(write_run(tmp_path, "run", 0.5, num_replicas=2)), "")
+
+
 def test_a_run_without_rows_is_not_challenged(call, data_dir, tmp_path):
     run_dir = write_run(tmp_path, "run", 0.5, dataset="Digits")
     write_rows(run_dir, [])
