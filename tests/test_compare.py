@@ -537,7 +537,8 @@ def test_a_row_that_diverged_differs_from_one_that_did_not(old, new, expected):
 
 
 def test_a_run_of_several_workers_is_not_challenged_by_one(tmp_path):
-    assert "several workers" in challenge.find_problem(runs.read_run(write_run(tmp_path, "run", 0.5, num_replicas=2)), "")
+    run = runs.read_run(write_run(tmp_path, "run", 0.5, num_replicas=2))
+    assert "several workers" in challenge.find_problem(run, "")
 
 
 def test_a_run_without_rows_is_not_challenged(call, data_dir, tmp_path):
