@@ -57,9 +57,8 @@ def draw_rows(axes, table):
         if points[-1][0] == batch_sizes[-1]:
             ends.append((middle[-1], name, colour))
         else:
-            place = ((5, -8), "left") if len(sizes) > 2 else ((-6, -3), "right")  # beside a dot, below a line
-            at = dict(zip(("xytext", "ha"), place), textcoords="offset points")
-            axes.annotate(name, (sizes[-1], middle[-1]), color=colour, fontsize=8, **at)
+            at = {"xytext": (5, -8), "ha": "left"} if len(sizes) > 2 else {"xytext": (-6, -3), "ha": "right"}
+            axes.annotate(name, (sizes[-1], middle[-1]), textcoords="offset points", color=colour, fontsize=8, **at)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batch_sizes, [str(size) for size in batch_sizes])
     axes.set_xlabel("batch size (images that batch norm sees)")
