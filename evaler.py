@@ -58,7 +58,7 @@ def make_predictor(model, strategy=None):
         probability = tf.reduce_max(tf.nn.softmax(logits), axis=1)
         return loss, best[:, 0], tf.reduce_any(best == labels[:, tf.newaxis], axis=1), probability
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(autograph=False, reduce_retracing=True)
     def predict_batch(images, labels):
         return replicas.map_parts(strategy, predict, images, labels)
 
@@ -143,7 +143,7 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=N
     size = min(batch_size or evaluation_batch(train.network_shape), len(train))
     steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
 
-    @tf.function
+    @tf.function(autograph=False)
     def batch_statistics(images):
         model(images, training=False)  # without dropout
 
@@ -193,9 +193,11 @@ def predict_files(model, dataset, files, batch_size):
         batch_size: files in memory at once; results do not depend on it.
     """
     count = min(PREDICTED_CLASSES, dataset.num_classes)
-    classify = tf.function(
-        lambda images: tf.math.top_k(tf.nn.softmax(model(images, training=False)), count), reduce_retracing=True
-    )
+
+    @tf.function(autograph=False, reduce_retracing=True)
+    def classify(images):
+        return tf.math.top_k(tf.nn.softmax(model(images, training=False)), count)
+
     images = read_images(files, dataset)
     while batch := list(itertools.islice(images, batch_size)):
         probabilities, classes = (values.numpy() for values in classify(tf.stack([image for _, image in batch])))

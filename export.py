@@ -148,7 +148,7 @@ def write_saved_model(model, test, path) -> None:
     module.trainable_weights = [variable.value for variable in model.trainable_variables]
     module.state = [variable.value for variable in model.non_trainable_variables]
 
-    @tf.function
+    @tf.function(autograph=False)
     def serve(images, training=False):
         logits = model(to_float(images), training=training)
         return {"logits": logits, "probabilities": tf.nn.softmax(logits)}

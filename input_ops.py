@@ -22,6 +22,7 @@ RATIOS = (1, 2, 4, 8)  # by which the JPEG decoder can shrink an image
 DECODER_MARGIN = 2  # pixels at the edge of a decoded window whose colours lack the neighbours outside
 
 
+@tf.autograph.experimental.do_not_convert  # which takes seconds
 def create_input_ops(
     dataset: hdf5.Dataset,
     batch_size: int,

@@ -169,7 +169,7 @@ def make_join(strategy, who: Workers, examples: int):
     shares = [test_share(Workers(who.addresses, i), examples) for i in range(len(who.addresses))]
     most = -(-examples // len(who.addresses))
 
-    @tf.function
+    @tf.function(autograph=False)
     def gather(values):
         joined = strategy.run(lambda: tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0))
         return strategy.experimental_local_results(joined)[0]  # [replicas, most, arrays]

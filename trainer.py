@@ -176,7 +176,7 @@ def make_train_step(state):
     def update_by_sums(state):
         return update(state, *(variable.read_value() for variable in state.sums))
 
-    @tf.function(jit_compile=config.jit_compile or None)
+    @tf.function(autograph=False, jit_compile=config.jit_compile or None)  # autograph takes seconds
     def train_step(images, labels, stop=False):
         in_replicas(start_step)
         if batches == 1:
@@ -184,15 +184,20 @@ def make_train_step(state):
             return finite, loss, in_replicas(end_step, stop)
         images = tf.reshape(images, [batches, images.shape[0] // batches, *images.shape[1:]])
         labels = tf.reshape(labels, [batches, labels.shape[0] // batches])
+
+        def accumulate_batch(i):
+            in_replicas(accumulate, images[i], labels[i])
+            return [i + 1]
+
+        def update_batch(i, finite, loss):
+            return i + 1, *in_replicas(update_by_batch, images[i], labels[i])
+
         if config.accumulate:
-            for i in tf.range(batches):
-                in_replicas(accumulate, images[i], labels[i])
+            tf.while_loop(lambda i: i < batches, accumulate_batch, [0])
             finite, loss = in_replicas(update_by_sums)
-        else:
-            finite, loss = True, 0.0
-            for i in tf.range(batches):
-                if finite:  # skip the updates after one that failed
-                    finite, loss = in_replicas(update_by_batch, images[i], labels[i])
+        else:  # the loop ends after an update that failed
+            start = 0, True, 0.0
+            _, finite, loss = tf.while_loop(lambda i, finite, loss: finite & (i < batches), update_batch, start)
         return finite, loss, in_replicas(end_step, stop)
 
     return train_step

@@ -17,6 +17,7 @@ import download
 two = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)  # for test_replicas.py
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has its commands ignore it
 
 
 def pytest_xdist_auto_num_workers():
