@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import difflib
 import errno
+import gc
 import io
 import os
 import platform
@@ -308,9 +309,12 @@ def import_tensorflow():
     sys.stderr.flush()
     stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
+    gc.disable()  # collection would take a fifth of the import, and find nothing
     try:
         import tensorflow  # noqa: F401
     finally:
+        gc.freeze()  # later collections skip TensorFlow's modules
+        gc.enable()
         if hides:
             del sys.modules["sklearn"]
         os.dup2(stderr, 2)

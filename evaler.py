@@ -146,15 +146,13 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=N
     @tf.function(autograph=False)
     def batch_statistics(images):
         model(images, training=False)  # without dropout
+        return [(norm.moving_mean.value.read_value(), norm.moving_variance.value.read_value()) for norm in norms]
 
+    batches = create_input_ops(train, size, True, augment, seed, last_step=steps)
     with by_batch(model, momentum=0.0) as norms:  # each batch overwrites the moving statistics
-        moments = [[] for _ in norms]
-        for images, _ in create_input_ops(train, size, True, augment, seed, last_step=steps):
-            batch_statistics(images)
-            for found, norm in zip(moments, norms):
-                found.append((norm.moving_mean.numpy(), norm.moving_variance.numpy()))
-    for norm, found in zip(norms, moments):
-        means, variances = (np.array(values, np.float64) for values in zip(*found))
+        moments = [batch_statistics(images) for images, _ in batches]
+    for norm, found in zip(norms, zip(*moments)):
+        means, variances = (np.array([tensor.numpy() for tensor in tensors], np.float64) for tensors in zip(*found))
         norm.moving_mean.assign(means.mean(axis=0))
         count = size * math.prod(norm.input.shape[1:-1])  # values per channel; ops.batch_norm divides by count - 1
         norm.moving_variance.assign(variances.mean(axis=0) * (count - 1) / count + means.var(axis=0))

@@ -301,13 +301,14 @@ def draw_mistakes(path, split, result, most=25):
     """Save the mistakes with the largest loss as a PNG, each with its id, label, prediction and probability."""
     wrong = np.flatnonzero(result["predictions"] != split.labels)
     worst = wrong[np.argsort(-result["losses"][wrong], kind="stable")][:most]
-    figure = Figure(figsize=(11, 12), layout="constrained")
-    figure.suptitle(f"{split.name}: the {len(worst)} worst of {len(wrong)} mistakes in {len(split)} images")
+    figure = Figure(figsize=(11, 12))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93, hspace=0.3)
+    figure.suptitle(f"{split.name}: the {len(worst)} worst of {len(wrong)} mistakes in {len(split)} images", y=0.995)
     images = split.read(worst) if len(worst) else []
     if split.encoded:
         images = [tf.io.decode_jpeg(jpeg, channels=3).numpy() for jpeg in images]
     for number, (position, image) in enumerate(zip(worst, images), 1):
-        axes = figure.add_subplot(5, 5, number)
+        axes = figure.add_subplot(5, 5, number, xticks=[], yticks=[])
         shown = to_uint8(image)
         axes.imshow(shown if shown.shape[-1] == 3 else shown[..., 0], cmap="gray")
         label = split.class_names[split.labels[position]]
