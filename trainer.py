@@ -196,8 +196,9 @@ def make_train_step(state):
             tf.while_loop(lambda i: i < batches, accumulate_batch, [0])
             finite, loss = in_replicas(update_by_sums)
         else:  # the loop ends after an update that failed
-            start = 0, True, 0.0
-            _, finite, loss = tf.while_loop(lambda i, finite, loss: finite & (i < batches), update_batch, start)
+            _, finite, loss = tf.while_loop(
+                lambda i, finite, loss: finite & (i < batches), update_batch, [0, True, 0.0]
+            )
         return finite, loss, in_replicas(end_step, stop)
 
     return train_step

@@ -126,13 +126,12 @@ def test_statistics_of_the_test_batch_are_those_of_training(copied_run, data_dir
     results = scripts.evaluate_digits(data_dir, copied_run, "--batch_statistics", "batch")
     assert results["by_batch"]["batch_size"] == 4 and results["by_batch"]["images"] == 360
     model, test, correct = scripts.network_of(copied_run), digits[1], 0
-    order = np.random.RandomState(3).permutation(360)
     before = [weight.numpy() for weight in model.weights]
     again = evaler.evaluate_by_batch(model, test, 4, seed=3)
     for old, weight in zip(before, model.weights):
         np.testing.assert_array_equal(weight.numpy(), old)
     compute = tf.function(lambda images: model(images, training=True), autograph=False)
-    for rows in np.split(order, 90):
+    for rows in np.split(np.random.RandomState(3).permutation(360), 90):
         logits = compute(test.images()[rows].astype(np.float32) / 255)
         correct += int((np.argmax(logits, axis=1) == test.labels[rows]).sum())
     assert again["accuracy"] == results["by_batch"]["accuracy"] == correct / 360 != results["accuracy"]["accuracy"]
