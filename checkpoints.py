@@ -41,12 +41,12 @@ class State:
     `sums` accumulates the mean loss and gradients of a step for --accumulate.
     """
 
-    def __init__(self, model, weights, optimizer, config, strategy):
-        self.model, self.weights, self.optimizer = model, weights, optimizer
+    def __init__(self, model, optimizer, config, strategy):
+        self.model, self.optimizer, self.weights = model, optimizer, optimizer.variables
         self.config, self.strategy = config, strategy
         with strategy.scope():  # only the variables that replicas use: each one made here costs a collective
             self.totals = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
-            summed = [0.0, *weights] if config.accumulate else []
+            summed = [0.0, *self.weights] if config.accumulate else []
             self.sums = [tf.Variable(tf.zeros_like(v), trainable=False) for v in summed]
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
         self.recent = tf.Variable(tf.zeros([config.log_step, 3], tf.float64), trainable=False)

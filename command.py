@@ -13,7 +13,6 @@ import dataclasses
 import difflib
 import errno
 import gc
-import io
 import os
 import platform
 import re
@@ -265,9 +264,8 @@ def write_atomically(path, text, part=None):
 
 def write_csv(path, names, rows):
     """Write a CSV file atomically: a line of names, and a line per row."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([names, *rows])
-    write_atomically(path, text.getvalue())
+    with atomic_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        csv.writer(file, lineterminator="\n").writerows([names, *rows])
 
 
 def sync(path):

@@ -456,7 +456,7 @@ def parse_network(argv=None):
     size, classes = flags.pop("image_size"), flags.pop("classes")
     if len(size) > 3:
         raise UserError(f"--image_size {' '.join(map(str, size))}: give height, width and channels only")
-    image_shape = (size[0], size[min(1, len(size) - 1)], size[2] if len(size) == 3 else 3)
+    image_shape = tuple(size) if len(size) == 3 else (size[0], size[-1], 3)
     config = spell_out(Config(**flags))
     if config.accumulate:
         raise UserError(f"--norm_type {flags['norm_type']}: +acc changes the training, not the model: remove +acc")

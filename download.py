@@ -212,13 +212,6 @@ def find_archives(name, module, folder, archive_dir, mirror, checksum, timeout):
     return folder, missing, others
 
 
-def check_known(name, data_dir):
-    """Raise UserError unless `name` is one of datasets.NAMES."""
-    if name not in datasets.NAMES:
-        datasets.folder_of(name, data_dir)  # raises for a name in another case
-        raise UserError(f"dataset {name!r} is none of {' '.join(datasets.NAMES)}: for your own images add --image_dir")
-
-
 def prepare(
     name, data_dir=datasets.DATA_DIR, archive_dir=None, mirror=None, checksum=True, keep_archives=False, timeout=TIMEOUT
 ):
@@ -226,7 +219,6 @@ def prepare(
 
     Raises UserError for a mistake of the user, OSError for an error of the network or the disk.
     """
-    check_known(name, data_dir)
     folder, module = datasets.folder_of(name, data_dir), datasets.module_of(name)
 
     def fetch_and_pack():
@@ -270,7 +262,7 @@ def prepare_folder(
 
 def check_no_data(folder):
     """Raise UserError if `folder` has data that download.py did not pack."""
-    for file in datasets.own.FILES:
+    for file in datasets.own.DATA_FILES:
         path = os.path.join(folder, file)
         if os.path.exists(path):
             raise UserError(f"{path} is damaged or was not packed by download.py: delete it, or choose another name")
@@ -309,9 +301,7 @@ def check_origin(name, folder, origin):
     """Raise UserError if `folder` was packed with other flags."""
 
     def words(value):
-        if isinstance(value, list):
-            return " ".join(map(str, value))
-        return "none" if value is None else value
+        return " ".join(map(str, value)) if isinstance(value, list) else value or "none"
 
     packed = hdf5.read_origin(folder)
     for flag, value in origin.items():
@@ -322,9 +312,9 @@ def check_origin(name, folder, origin):
             )
 
 
-def load_splits(name, data_dir, validation=None, fetch=True):
+def load_splits(name, data_dir, validation=None, may_fetch=True):
     """Return (train, test) of a dataset; if it is missing and may be downloaded without asking, prepare it first."""
-    if fetch and datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, data_dir):
+    if may_fetch and datasets.module_of(name).FETCHED_ON_FIRST_USE and not datasets.is_prepared(name, data_dir):
         print(f"{name} is not in {data_dir}: preparing it first")
         prepare(name, data_dir)
     return datasets.create_default_splits(name, data_dir, validation=validation)
@@ -395,8 +385,9 @@ def main():
         folders = args.image_dir, args.test_image_dir
         prepare_folder(args.dataset[0], *folders, args.image_size, args.skip_broken, args.data_dir)
         return
-    for name in args.dataset:  # all names before the first download
-        check_known(name, args.data_dir)
+    for name in [name for name in args.dataset if name not in datasets.NAMES]:  # before the first download
+        datasets.folder_of(name, args.data_dir)  # raises UserError for a name in another case
+        raise UserError(f"dataset {name!r} is none of {' '.join(datasets.NAMES)}: for your own images add --image_dir")
     options = args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout
     for name in args.dataset:
         prepare(name, args.data_dir, *options)

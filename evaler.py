@@ -127,7 +127,7 @@ def by_batch(model, momentum):
             norm.momentum, norm.use_batch_statistics = before, False
 
 
-def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=None):
+def reestimate_batch_statistics(model, train, batch_size, augment=None, seed=0):
     """Set the moving statistics of every BatchNorm to those of training images with the current weights.
 
     Meanwhile each norm normalizes by its batch. The moving mean becomes the mean over all batches, and the moving
@@ -137,10 +137,10 @@ def reestimate_batch_statistics(model, train, augment=None, seed=0, batch_size=N
     Args:
         model: the model to change.
         train: the training split, of which REESTIMATION_IMAGES are used.
+        batch_size: images per batch, at most all of `train`.
         augment, seed: those of the run, so that the images are like those in training.
-        batch_size: images per batch; by default evaluation_batch().
     """
-    size = min(batch_size or evaluation_batch(train.network_shape), len(train))
+    size = min(batch_size, len(train))
     steps = max(1, min(len(train), REESTIMATION_IMAGES) // size)
 
     @tf.function(autograph=False)
@@ -296,7 +296,7 @@ def measure_all(flags, config, model, train, split, name):
         ("reestimate_small", "reestimated_small", small),
     ):
         if choice in flags.batch_statistics:
-            reestimate_batch_statistics(model, train, config.augment, config.seed, size)
+            reestimate_batch_statistics(model, train, size, config.augment, config.seed)
             how = {"batch_size": size, "augment": config.augment}
             measured[measure] = evaluate(model, split, flags.batch_size) | how
             print_result(f"{name}{runs.MEASURES[measure]}", measured[measure], split.class_names)
@@ -343,8 +343,8 @@ def main(flags):
     write_csv(run_dir / f"classes{suffix}.csv", ("class", "images", "accuracy"), classes)
     results = {measure: summary_of(found) for measure, found in measured.items()}
     runs.write_evaluation(run_dir, split_name, step, checkpoint, split.class_names, results)
-    files = f"classes{suffix}.csv, confusion{suffix}.png, mistakes{suffix}.png"
-    print(f"wrote evaluation.json, {files} and TensorBoard summaries to {run_dir}")
+    written = f"classes{suffix}.csv, confusion{suffix}.png, mistakes{suffix}.png"
+    print(f"wrote evaluation.json, {written} and TensorBoard summaries to {run_dir}")
     if flags.export is not None:  # in float32: in bfloat16 no two implementations agree within export.TOLERANCES
         network = create_model(dataclasses.replace(config, dtype="float32"), train.network_shape, train.num_classes)
         network.set_weights(model.get_weights())

@@ -102,7 +102,7 @@ class StandardizedConv2D(Conv2D):
     """Conv2D that applies standardize_weights to its kernel before each use."""
 
     def convolution_op(self, inputs, kernel):
-        return super().convolution_op(inputs, standardize_weights(tf.convert_to_tensor(kernel)))
+        return super().convolution_op(inputs, standardize_weights(kernel))
 
 
 @keras.saving.register_keras_serializable("group_norm")

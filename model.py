@@ -40,8 +40,7 @@ def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
     Raises:
         UserError: if the images are too small for the network or its groups.
     """
-    policy = {"float32": "float32", "bfloat16": "mixed_bfloat16"}[config.dtype]
-    keras.config.set_dtype_policy(policy)
+    keras.config.set_dtype_policy({"float32": "float32", "bfloat16": "mixed_bfloat16"}[config.dtype])
     name, image = config.model, keras.Input(image_shape, name="image")
     conv = functools.partial(conv2d, config=config)
     try:

@@ -4,7 +4,6 @@
     x = ops.GroupNorm(groups=8)(x)                                       # a layer for any Keras model
 
 Group Normalization: Wu & He, arXiv 1803.08494. Batch Normalization: Ioffe & Szegedy, arXiv 1502.03167.
-Weight Standardization: Qiao et al., arXiv 1903.10520.
 """
 
 import math

@@ -6,8 +6,9 @@
 
 A replica processes batch_size images per update, and an update uses the mean gradient of all replicas. Every process
 makes only its own rows of each batch, which depend on seed and step alone, and each of its replicas takes a part of
-them. Within a step, replicas differ only in batch norm's moving statistics and in `totals`. Both are averaged at the
-end of a step, so that all processes are equal between steps, and only the chief writes.
+them. Within a step, replicas differ only in batch norm's moving statistics and in `totals`, which are averaged at its
+end, and with --accumulate in `sums`, which the next step resets. All processes are therefore equal between steps, and
+only the chief writes.
 """
 
 import contextlib

@@ -304,7 +304,7 @@ def draw_mistakes(path, split, result, most=25):
     figure = Figure(figsize=(11, 12))
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93, hspace=0.3)
     figure.suptitle(f"{split.name}: the {len(worst)} worst of {len(wrong)} mistakes in {len(split)} images", y=0.995)
-    images = split.read(worst) if len(worst) else []
+    images = split.read(worst)
     if split.encoded:
         images = [tf.io.decode_jpeg(jpeg, channels=3).numpy() for jpeg in images]
     for number, (position, image) in enumerate(zip(worst, images), 1):

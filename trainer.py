@@ -89,10 +89,9 @@ class Optimizer:
 def make_state(model, config, strategy=None):
     """The state of training before its first step, with the variables that each replica of `strategy` needs."""
     strategy = strategy or tf.distribute.get_strategy()
-    weights = [variable.value for variable in model.trainable_variables]
     with strategy.scope():
-        optimizer = Optimizer(config.optimizer, weights)
-    return checkpoints.State(model, weights, optimizer, config, strategy)
+        optimizer = Optimizer(config.optimizer, [variable.value for variable in model.trainable_variables])
+    return checkpoints.State(model, optimizer, config, strategy)
 
 
 def loss_and_gradients(state, images, labels):
@@ -311,7 +310,7 @@ def main(flags, run_dir):
         if flags.checkpoint:
             runs.run_dir_of(flags.checkpoint)  # raises UserError, before a download
         alone = len(who.addresses) == 1  # several workers must not download the same dataset
-        train, test = download.load_splits(flags.dataset, flags.data_dir, flags.validation, fetch=alone)
+        train, test = download.load_splits(flags.dataset, flags.data_dir, flags.validation, may_fetch=alone)
         config = derive(flags, train)
     print_plan(config, train, test)
     if len(test) < len(who.addresses):

@@ -25,16 +25,16 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
     """Return the folder of dataset `name`. Raises UserError if the name is misspelled or not allowed."""
     if name in NAMES:
         return os.path.join(os.path.abspath(data_dir), name.lower())
-    is_free = not os.path.isdir(os.path.join(data_dir, str(name)))
-    letters = re.sub("[^a-z0-9]", "", str(name).lower())
+    is_free = not os.path.isdir(os.path.join(data_dir, name))
+    letters = re.sub("[^a-z0-9]", "", name.lower())
     for known in NAMES:
         likely = (known.lower(), *OTHER_NAMES.get(known, ()))
-        if known.lower() == str(name).lower() or (is_free and letters in likely):
+        if known.lower() == name.lower() or (is_free and letters in likely):
             raise UserError(f"dataset {name!r}: did you mean {known}?")
-    if os.sep in str(name) and os.path.isdir(str(name)):
+    if os.sep in name and os.path.isdir(name):
         command = f"python download.py --dataset MY_DATA --image_dir {shlex.quote(name)}"
         raise UserError(f"dataset {name!r} is a folder: pack its images with `{command}`, then use --dataset MY_DATA")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", str(name)):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
         known = " ".join(NAMES)
         raise UserError(f"dataset name {name!r}: use {known}, or a folder named by letters, digits, '_' and '-'")
     return os.path.join(os.path.abspath(data_dir), name)
@@ -59,9 +59,8 @@ def defaults_of(name: str) -> dict:
 
 
 def is_prepared(name: str, data_dir: str = DATA_DIR) -> bool:
-    """Return whether `name` can be read: it is completely packed, or a user's own data with its id.txt."""
-    folder = folder_of(name, data_dir)
-    return hdf5.is_packed(folder) or (name not in NAMES and own.has_files(folder))
+    """Return whether dataset `name` is completely packed."""
+    return hdf5.is_packed(folder_of(name, data_dir))
 
 
 def create_default_splits(

@@ -7,7 +7,7 @@
     id          the ids, bytes [N]; id.txt has them too, one per line
     class_names strings [classes]
     recipe      the origin as JSON: {"made_from": words} or, for a folder of images, the flags of download.py
-    attribute `packed`: the mark of a complete file, written last
+    attributes  `sha256` of the images; `packed`: the mark of a complete file, written last
 
 The file is written under another name, synced and renamed. Files without the mark are ignored.
 """
@@ -273,8 +273,8 @@ class Dataset:
         if self.encoded:
             raise TypeError(f"{self.name} holds JPEG files of many sizes: use read()")
         if self._images is None:
-            in_memory = isinstance(self.image, np.ndarray)
-            self._images = self.read(np.arange(len(self))) if in_memory else self._read_rows(self.rows)
+            is_array = isinstance(self.image, np.ndarray)
+            self._images = self.read(np.arange(len(self))) if is_array else self._read_rows(self.rows)
         return self._images
 
     def _read_rows(self, rows):

@@ -21,21 +21,16 @@ from command import UserError, reading, atomic_file
 from datasets.hdf5 import IDS, Dataset, empty, open_array, repeated
 
 EPOCHS, FLIPPED, FETCHED_ON_FIRST_USE = 30, False, False
-FILES = ("data.hy", "data.hdf5")
+DATA_FILES = ("data.hy", "data.hdf5")
 SPLIT_SEED = 123
 MANY_IDS, CACHE = 5000, ".cache.npz"
 BLOCK = 1 << 20  # bytes per read of the copy
 LARGEST_FLOAT = 20.0  # larger float images were probably not scaled for a network
 
 
-def has_files(folder):
-    """Return whether `folder` has the files of a user's own dataset."""
-    return os.path.isfile(os.path.join(folder, IDS)) and any(os.path.isfile(os.path.join(folder, f)) for f in FILES)
-
-
 def open_own(folder, name):
     """Return (train, test), two Datasets in memory. Raises UserError for wrong data, with the id and the value."""
-    found = [os.path.join(folder, file) for file in FILES if os.path.isfile(os.path.join(folder, file))]
+    found = [os.path.join(folder, file) for file in DATA_FILES if os.path.isfile(os.path.join(folder, file))]
     if len(found) > 1:
         raise UserError(f"dataset {name}: {folder} has both data.hy and data.hdf5: keep one of them")
     if not found:
@@ -108,7 +103,7 @@ def read_or_reuse(path, ids, num_train):
     copy, status = path + CACHE, os.stat(path)
     names = hashlib.sha256("\n".join([str(num_train), *ids]).encode()).hexdigest()
     key = f"{status.st_size} {status.st_mtime_ns} {names}"
-    with contextlib.suppress(OSError, KeyError, ValueError, zipfile.BadZipFile), np.load(copy) as stored:
+    with contextlib.suppress(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile), np.load(copy) as stored:
         if stored["key"] == key:
             images = tuple(read_once(stored.zip, split) for split in ("train", "test"))
             return stored["labels"], int(stored["num_classes"]), images

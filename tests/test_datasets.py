@@ -252,7 +252,6 @@ def test_archives_whose_parts_do_not_fit(tmp_path, name, change, file, arguments
 )
 def test_own_data(tmp_path, file, shape, dtype):
     ids, images, labels = archives.make_own(tmp_path / "Mine", shape=shape, dtype=dtype, file=file, classes=3)
-    assert datasets.is_prepared("Mine", tmp_path) and not datasets.is_prepared("Other", tmp_path)
     splits = datasets.create_default_splits("Mine", tmp_path)
     assert [len(split) for split in splits] == [16, 4] and set(splits[0].ids + splits[1].ids) == set(ids)
     for split in splits:

@@ -56,7 +56,7 @@ def test_statistics_are_reestimated_over_training_images_as_the_run_saw_them(bat
 
     def loss(augment, size):
         checkpoints.load_weights(model, run_dir)
-        evaler.reestimate_batch_statistics(model, train, augment, 3, size)
+        evaler.reestimate_batch_statistics(model, train, size, augment, 3)
         return evaler.evaluate(model, test)["loss"]
 
     large, small = (scripts.results_of(run_dir)[name]["loss"] for name in ("reestimated", "reestimated_small"))
