@@ -61,12 +61,10 @@ def find_problem(run, data_dir):
 
 def flags_of(config):
     """Return the flags of trainer.py for a run of a configuration, derived values included."""
-    values = {"learning_rate": config.base_learning_rate}
+    names = [field.name for field in FIELDS if "help" in field.metadata and field.name not in SET_ELSEWHERE]
+    values = {name: getattr(config, name) for name in names} | {"learning_rate": config.base_learning_rate}
     if config.norm_type == "group" and config.group_size is None:
         values["groups"] = config.groups
-    for field in FIELDS:
-        if "help" in field.metadata and field.name not in SET_ELSEWHERE:
-            values[field.name] = getattr(config, field.name)
     words = []
     for name, value in values.items():
         if value is not None and value is not False:  # 0.0 == False
@@ -86,16 +84,18 @@ def repeat(run, steps, data_dir):
             env=os.environ | ({"TF_ENABLE_ONEDNN_OPTS": onednn} if onednn else {}),
             preexec_fn=use_one_core,
         )
+
+        def rows_so_far():
+            return {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
+
         try:
-            rows = {}
-            while process.poll() is None and max(rows, default=0) < steps:
+            while process.poll() is None and max(rows_so_far(), default=0) < steps:
                 time.sleep(0.2)
-                rows = {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
             failed = process.poll() and run.state != "diverged"
         finally:
             process.terminate()
             process.wait()
-        rows = {row["step"]: row for made in runs.read_runs([folder]) for row in made.rows}
+        rows = rows_so_far()
         if failed or not rows:
             log.seek(0)
             raise ExternalError(f"{run.path.name} failed: {one_line(log.read()[-400:])}")
@@ -111,7 +111,7 @@ def use_one_core():
 def difference(old, new, name):
     """Return the difference of a value in two rows; infinite if only one row has it as a number."""
     before, after = old.get(name, math.nan), new.get(name, math.nan)
-    if math.isnan(before) and math.isnan(after):
+    if before == after or (math.isnan(before) and math.isnan(after)):
         return 0.0
     return math.inf if math.isnan(before - after) else abs(before - after)
 

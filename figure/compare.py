@@ -76,7 +76,7 @@ def parse_flags(argv=None):
     given, passed = parser.names_given(argv), training_parser().names_given(rest)
     if flags.challenge or flags.from_logs:
         mode, known = ("challenge", ("runs", "steps", "data_dir")) if flags.challenge else ("from_logs", ("called",))
-        useless = [name for name in given if name not in (mode, *known)] + rest
+        useless = [f"--{name}" for name in given if name not in (mode, *known)] + rest
         if useless:
             raise UserError(f"--{mode} trains no grid, so {useless[0]} has no effect: omit it")
         return flags, rest
@@ -159,12 +159,10 @@ def check_train_dir(train_dir, cells, runs, split):
 
     Norms that are not in this grid may have another rate and other groups, so that each can have its best rate.
     """
-    free = results.DERIVED | {"norm_type", "weight_standardization", "accumulate", "batch_size"}
     for found in runs:
         alike = next((cell.settings for cell in cells if cell.norm == found.norm), None)
-        settings = alike or cells[0].settings
-        of_norm = {"groups", "group_size", "base_learning_rate"} if alike is None else set()
-        for name in sorted((settings.keys() | found.settings.keys()) - free - of_norm):
+        settings, free = (alike, set()) if alike else (cells[0].settings, results.OF_NORM)
+        for name in sorted((settings.keys() | found.settings.keys()) - results.DERIVED - free - {"batch_size"}):
             here, other = settings.get(name), found.settings.get(name)
             if here != other:
                 raise UserError(

@@ -18,7 +18,7 @@ import numpy as np
 import compare  # first: it finds the modules of the repo
 import datasets
 import results
-from command import ArgumentParser, UserError, run, within
+from command import ArgumentParser, UserError, run, within, write_atomically
 from datasets import create_default_splits, hdf5
 from runs import MEASURES, read_run, read_runs
 
@@ -198,7 +198,7 @@ def main():
         found += after.train([cell(way, seed, rates[way]) for seed in range(flags.seeds) for way in WAYS])
     text = text_of(found)
     print(text)
-    (Path(flags.train_dir) / "table.md").write_text(text)
+    write_atomically(Path(flags.train_dir) / "table.md", text)
 
 
 if __name__ == "__main__":

@@ -111,10 +111,9 @@ def tables(runs, called=None):
         for run in without_repeats(these):
             for measure in run.accuracies or ["accuracy"]:
                 cells.setdefault((row_of(run, names), measure, run.config.batch_size), []).append(run)
-        order = list(COLOURS)
-        places = {measure: place for place, measure in enumerate(MEASURES)}
+        norms, measures = list(COLOURS), list(MEASURES)
         rows = {key[:2] for key in cells}
-        rows = sorted(rows, key=lambda row: (order.index(row[0][0]), natural_key(row[0][1]), places[row[1]]))
+        rows = sorted(rows, key=lambda row: (norms.index(row[0][0]), natural_key(row[0][1]), measures.index(row[1])))
         batch_sizes = sorted({run.config.batch_size for run in these})
         name = f"{called or dataset}, {model}"
         numbers = {len({run.config.seed for run in alike if run.accuracies}) for alike in cells.values()}
@@ -150,7 +149,7 @@ def without_repeats(runs):
         first = kept.setdefault((as_key(run.settings), run.config.seed), run)
         if first is not run:
             print(f"skipped {run.path}: {first.path} has the same settings and seed {run.config.seed}")
-    return [run for run in runs if any(run is other for other in kept.values())]
+    return list(kept.values())
 
 
 def epochs_of(run):
@@ -226,14 +225,13 @@ def comparison(other, base, images):
     """
     difference = statistics.median(other) - statistics.median(base)
     error = standard_error(other, base, images)
-    seeds = min(len(base), len(other))
     counts = " and ".join(map(str, dict.fromkeys([len(other), len(base)])))
     details = [f"{spread(other)} and {spread(base)} %", f"{counts} seed{'s' * (counts != '1')}"]
     verdict = f"{100 * abs(difference):.1f} points {'above' if difference >= 0 else 'below'}"
     if abs(difference) <= LEVEL * error:
         verdict = "level with"
         details.insert(0, f"{round(100 * difference, 1) + 0.0:+.1f} points, standard error {100 * error:.1f}")
-    if seeds >= SPREAD_SEEDS:
+    if min(len(base), len(other)) >= SPREAD_SEEDS:
         apart = min(other) > max(base) or min(base) > max(other)
         details.append("the ranges " + ("do not overlap" if apart else "overlap"))
     return f"{verdict} batch ({', '.join(details)})"
@@ -267,7 +265,7 @@ def sentences(table):
 
 def as_row(run):
     """Return the row of a run in results.csv: accuracies in 0 ... 1, rate at max_batch_size images per update."""
-    config, data, source = run.config, run.settings, run.stored.get("source") or {}  # empty if trained outside git
+    config, settings, source = run.config, run.settings, run.stored.get("source") or {}  # empty if trained outside git
     speeds = [row["images_per_second"] for row in run.rows if "images_per_second" in row]
     return {
         "dataset": config.dataset,
@@ -277,8 +275,8 @@ def as_row(run):
         "accumulate": config.accumulate,
         "seed": config.seed,
         "rate": config.base_learning_rate,
-        "groups": data["groups"],
-        "channels_per_group": data["group_size"],
+        "groups": settings["groups"],
+        "channels_per_group": settings["group_size"],
         "epochs": f"{epochs_of(run):.3g}",
         "state": run.state,
         **{measure: run.accuracies.get(measure) for measure in MEASURES},

@@ -22,15 +22,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import numpy as np
 
+from compare import PR_SET_PDEATHSIG, PRCTL, ROOT, available_cores  # first: it finds the modules of the repo
 import datasets
 import runs
 from command import ArgumentParser, UserError, ExternalError, run
-from compare import PR_SET_PDEATHSIG, PRCTL, available_cores
 
 WAYS = {"1 worker": 1, "2 independent": 2, "2 workers": 2}  # name: number of processes
 NEVER = "1000000"  # steps

@@ -135,7 +135,7 @@ def forward_and_backward(function, shape):
     shapes = shape, shape[-1:], shape[-1:], shape
     x, gamma, beta, dy = (tf.constant(rng.standard_normal(s), tf.float32) for s in shapes)
 
-    @tf.function
+    @tf.function(autograph=False)
     def compute(x, gamma, beta, dy):
         with tf.GradientTape() as tape:
             tape.watch([x, gamma, beta])
@@ -272,6 +272,7 @@ def print_trainer(quick, data_dir):
         print(f"{batch_size:>10}{group:>17.1f}{batch:>17.1f}  {ratio(speeds, 'group', 'batch')}")
 
 
+@tf.autograph.experimental.do_not_convert  # which takes seconds
 def decoded_alone(photographs, is_training):
     """Return batches that read and decode what create_input_ops does, on all cores, and skip the rest of it."""
 

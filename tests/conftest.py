@@ -66,6 +66,4 @@ def figures(monkeypatch):
 @pytest.fixture(scope="session")
 def group_run(data_dir, tmp_path_factory):
     """(folder, what it printed) of a run of 9 steps that logged, tested and saved at intervals that do not divide 9."""
-    flags = "--norm_type group --weight_standardization --batch_size 8 --learning_rate 0.01 --prefix mine".split()
-    flags += "--max_training_step 9 --log_step 2 --write_summary_step 4 --test_sample_step 5 --ckpt_save_step 4".split()
-    return scripts.recorded(scripts.train, data_dir, tmp_path_factory.mktemp("group_run"), *flags)
+    return scripts.recorded(scripts.train, data_dir, tmp_path_factory.mktemp("group_run"), *scripts.GROUP_RUN)

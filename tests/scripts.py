@@ -34,6 +34,8 @@ from model import create_model
 REPO = Path(__file__).resolve().parent.parent
 TIMINGS = ("images_per_second",)
 SMALL = ("--dataset", "Digits", "--model", "resnet8", "--max_batch_size", 32)
+GROUP_RUN = "--norm_type group --weight_standardization --batch_size 8 --learning_rate 0.01 --prefix mine".split()
+GROUP_RUN += "--max_training_step 9 --log_step 2 --write_summary_step 4 --test_sample_step 5 --ckpt_save_step 4".split()
 STEP = "step/.ATTRIBUTES/VARIABLE_VALUE"  # of a checkpoint
 
 
@@ -136,6 +138,19 @@ def state_of(*flags):
     _, configuration, train, _ = configure(*flags)
     keras.utils.set_random_seed(configuration.seed)
     return trainer.make_state(create_model(configuration, train.network_shape, train.num_classes), configuration)
+
+
+def untrained_run(run_dir, *flags, scale=1):
+    """A run folder of a network that nothing was taught, whose logits are `scale` times those of a new one."""
+    state, (given, configuration, train, test) = state_of(*flags), configure(*flags)
+    run_dir.mkdir(parents=True)
+    runs.write_config(run_dir, given, configuration, runs.describe_data(train, test))
+    kernel = state.model.get_layer("logits").kernel
+    kernel.assign(scale * kernel)
+    state.open(run_dir, writes=True)
+    state.step.assign(7)
+    state.save()
+    return run_dir
 
 
 def build(name="resnet8", shape=(32, 32, 3), classes=10, **flags):

@@ -24,6 +24,7 @@ import command
 import runs
 
 GRID = "--dataset Digits --model resnet8 --max_batch_size 16 --seeds 1".split()
+SMALL_GRID = [*GRID, *"--norm_type batch group+ws --batch_size 8 --max_training_step 6 --validation 200".split()]
 
 
 def write_run(folder, name, accuracy, steps=100, diverged=False, evaluation=None, images=10_000, **settings):
@@ -88,12 +89,12 @@ def different(value):
     return not value if isinstance(value, bool) else f"other_{value}" if isinstance(value, str) else (value or 0) + 3
 
 
-def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(compared, tmp_path):
+def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(begun, tmp_path):
     """Every flag, derived value and fact of the data of a run in turn; what makes another row is named in it."""
     listed = "prefix data_dir train_dir log_step write_summary_step worker_timeout class_names seed replicas "
     listed += "test_sample_step ckpt_save_step learning_rate no_adjust_learning_rate no_augment epochs "
     listed += "peak_learning_rate batch_norm_momentum updates_per_step"  # these and the four before follow from others
-    run_dir, parts, alike = runs.read_runs([compared[0]])[1].path, ("flags", "derived", "data"), set()
+    run_dir, parts, alike = scripts.only_run(begun[0]), ("flags", "derived", "data"), set()
     shutil.copytree(run_dir, tmp_path / "run")
     stored = json.loads((run_dir / "config.json").read_text())
     (tmp_path / "other").mkdir()
@@ -278,6 +279,7 @@ def test_results_and_pictures_come_from_logs_alone(call, tmp_path):
     for name in ("batch_size.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert "/nowhere" in call(compare.main, "--from_logs", tmp_path, "/nowhere", code=2)
+    assert "so --batch_size has" in call(compare.main, "--from_logs", tmp_path, "--batch_size", 2, code=2)
 
 
 @pytest.mark.parametrize(
@@ -403,23 +405,25 @@ def test_batch_norm_is_evaluated_until_it_has_its_rows(norm, evaluation, needed,
 
 
 @pytest.fixture(scope="module")
-def compared(data_dir, tmp_path_factory):
-    """The folder of a small grid, what it printed, and its flags; batch norm's run was there, but not evaluated."""
-    train_dir = tmp_path_factory.mktemp("compared")
-    flags = "--norm_type batch group+ws --batch_size 8 --max_training_step 6 --validation 200".split()
-    flags = [*GRID, *flags, "--data_dir", data_dir, "--train_dir", train_dir]
-    batch, _ = grid(data_dir, *flags)
-    scripts.run_here(*batch.flags)
-    before = {path: path.stat().st_mtime_ns for path in train_dir.glob("*/*")}
+def begun(data_dir, tmp_path_factory):
+    """(folder, flags) of a small grid, in which the run of group+ws has begun, without a step."""
+    train_dir = tmp_path_factory.mktemp("begun")
+    flags = [*SMALL_GRID, "--data_dir", data_dir, "--train_dir", train_dir]
+    (_, group), *splits = compare.make_grid(*compare.parse_flags([*map(str, flags)]))
+    given, _ = parse_training(group.flags)
+    runs.write_config(runs.make_run_dir(group.config), given, group.config, runs.describe_data(*splits))
+    return train_dir, flags
+
+
+def test_what_is_missing_is_trained_and_evaluated_and_no_more(data_dir, tmp_path, call):
+    """On the images held out; batch norm's run is there, but not evaluated. --dry_run says what is missing, and changes
+    nothing."""
+    flags = [*SMALL_GRID, "--data_dir", data_dir, "--train_dir", tmp_path]
+    scripts.run_here(*grid(data_dir, *flags)[0].flags)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*")}
     printed = scripts.run("figure/compare.py", *flags)
     assert len(before) > 4 and {path: path.stat().st_mtime_ns for path in before} == before
-    return train_dir, printed, flags
-
-
-def test_what_is_missing_is_trained_and_evaluated_and_no_more(compared, call):
-    """On the images held out. --dry_run says what is missing, and changes nothing."""
-    train_dir, printed, flags = compared
-    batch, group = found = runs.read_runs([train_dir])
+    batch, group = found = runs.read_runs([tmp_path])
     assert [(run.norm, run.config.batch_size) for run in found] == [("batch", 8), ("group+ws", 8)]
     assert set(batch.evaluation) == {"accuracy", "reestimated", "by_batch"} and set(group.evaluation) == {"accuracy"}
     for run in found:
@@ -427,11 +431,10 @@ def test_what_is_missing_is_trained_and_evaluated_and_no_more(compared, call):
         assert f"{100 * run.evaluation['accuracy']:.1f}" in printed
         assert scripts.results_of(run.path, "validation")["accuracy"]["images"] == 200
     assert "At batch size 8 group+ws is" in printed and "1 seed)" in printed
-    evaluation = (group.path / "evaluation.json").rename(train_dir / "evaluation.json")
+    (group.path / "evaluation.json").unlink()
     plan = call(compare.main, *flags, "--dry_run")
     assert "done   batch, batch size 8, seed 0" in plan and "to do  group+ws, batch size 8, seed 0" in plan
     assert not (group.path / "evaluation.json").exists()
-    evaluation.rename(group.path / "evaluation.json")
 
 
 def is_free(run_dir):
@@ -480,12 +483,12 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
         ("--norm_type batch --groups 8", "--groups"),
         ("--epochs 2", "--epochs"),
         ("--checkpoint nowhere", "not in a run folder"),
-        ("--max_training_step 7", "6"),
+        ("--max_training_step 7", "max_training_step 6"),
         ("--learning_rate 0.5", "base_learning_rate 0.2"),
     ],
 )
-def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, compared, call):
-    train_dir, _, known = compared
+def test_wrong_requests_end_in_one_line_before_anything_is_trained(flags, said, begun, call):
+    train_dir, known = begun
     before = sorted(train_dir.glob("*/*"))
     assert said in call(compare.main, *known, *flags.split(), code=2)
     assert sorted(train_dir.glob("*/*")) == before
@@ -534,15 +537,12 @@ def test_a_repetition_says_what_may_have_changed_its_bits(digits, data_dir):
 def test_a_row_that_diverged_differs_from_one_that_did_not(old, new, expected):
     assert challenge.difference(old, new, "loss") == challenge.difference(new, old, "loss") == expected
     assert challenge.difference(new, new, "loss") == challenge.difference({}, {}, "loss") == 0
+    assert challenge.difference({"loss": math.inf}, {"loss": math.inf}, "loss") == 0
 
 
-def test_a_run_of_several_workers_is_not_challenged_by_one(tmp_path):
-    run = runs.read_run(write_run(tmp_path, "run", 0.5, num_replicas=2))
-    assert "several workers" in challenge.find_problem(run, "")
-
-
-def test_a_run_without_rows_is_not_challenged(call, data_dir, tmp_path):
-    run_dir = write_run(tmp_path, "run", 0.5, dataset="Digits")
+def test_a_run_of_several_workers_or_without_rows_is_not_challenged(call, data_dir, tmp_path):
+    run_dir = write_run(tmp_path, "run", 0.5, dataset="Digits", num_replicas=2)
+    assert "several workers" in challenge.find_problem(runs.read_run(run_dir), data_dir)
     write_rows(run_dir, [])
     said = call(compare.main, "--challenge", tmp_path, "--data_dir", data_dir, code=2)
     assert "none of the 1 runs" in said

@@ -22,6 +22,14 @@ IMAGES = np.random.default_rng(1).random((70, 8, 8, 3)).astype("float32")  # two
 IMAGES[64:] *= 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_batch():
+    """Norms are converted with 64 images, which takes a quarter of the time of 256."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "CONVERSION_IMAGES", 64)
+        yield
+
+
 @pytest.fixture(scope="module")
 def batch_run(data_dir, tmp_path_factory):
     """A network trained with batch norm for a moment."""
@@ -241,6 +249,6 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_the_rest(batch_run, d
 def test_dropout_keeps_the_states_that_the_seed_of_the_new_run_gave_it(data_dir, tmp_path):
     """Keras numbers them through a process, in which this network is the second, and that of the old run the third."""
     flags = "--model", "convnet", "--norm_type", "group"
-    old = scripts.train(data_dir, tmp_path, *flags, "--max_training_step", 1)
+    old = scripts.untrained_run(tmp_path / "run", *scripts.SMALL, "--data_dir", data_dir, *flags)
     _, _, changed = start_from(old, data_dir, *flags)
     assert changed == {f"seed_generator{number}/seed_generator_state" for number in ("", "_1", "_2", "_3")}

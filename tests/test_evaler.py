@@ -19,7 +19,7 @@ import download
 import evaler
 import ops
 import summaries
-from runs import describe_data, read_config, write_config
+from runs import describe_data, find_run, read_config, write_config
 from input_ops import create_input_ops
 from model import create_model
 
@@ -77,7 +77,7 @@ def test_summaries_and_mistakes_are_pictures(batch_run):
     assert tf.io.decode_png(picture).shape == (int(height), int(width), 3)
 
 
-def test_checkpoint_and_split_can_be_chosen_and_other_results_are_kept(copied_run, data_dir, capsys):
+def test_checkpoint_and_split_can_be_chosen_and_other_results_are_kept(copied_run, data_dir, capsys, figures):
     flags = "--dataset Digits --split train --batch_size 100 --data_dir".split()
     before = scripts.results_of(copied_run)
     scripts.evaluate([*flags, data_dir, "--checkpoint", copied_run / "model-5.index"])
@@ -89,12 +89,11 @@ def test_checkpoint_and_split_can_be_chosen_and_other_results_are_kept(copied_ru
     assert scripts.results_of(copied_run, "train")["accuracy"] == result
 
 
-def test_the_newest_run_of_the_dataset_is_taken(batch_run, data_dir, capsys, tmp_path):
+def test_the_newest_run_of_the_dataset_is_taken(batch_run, tmp_path):
     for name in ("older", "newer"):
         shutil.copytree(batch_run[0], tmp_path / name)
     (tmp_path / "newer" / "checkpoint").touch()
-    scripts.evaluate(["--dataset", "Digits", "--data_dir", data_dir, "--train_dir", tmp_path])
-    assert f"{tmp_path / 'newer'}/model-12: resnet8, batch norm, step 12" in capsys.readouterr().out
+    assert find_run(tmp_path, "Digits") == tmp_path / "newer"
 
 
 def test_testing_is_in_inference_mode_and_learns_nothing(data_dir, digits):
@@ -121,29 +120,25 @@ def test_reestimation_joins_the_variances_within_and_between_batches_and_drops_n
     assert norm.momentum == 0.7 and not norm.use_batch_statistics
 
 
-def test_statistics_of_the_test_batch_are_those_of_training(copied_run, data_dir, digits):
-    """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves."""
-    results = scripts.evaluate_digits(data_dir, copied_run, "--batch_statistics", "batch")
-    assert results["by_batch"]["batch_size"] == 4 and results["by_batch"]["images"] == 360
-    model, test, correct = scripts.network_of(copied_run), digits[1], 0
-    before = [weight.numpy() for weight in model.weights]
-    again = evaler.evaluate_by_batch(model, test, 4, seed=3)
-    for old, weight in zip(before, model.weights):
-        np.testing.assert_array_equal(weight.numpy(), old)
-    compute = tf.function(lambda images: model(images, training=True), autograph=False)
-    for rows in np.split(np.random.RandomState(3).permutation(360), 90):
-        logits = compute(test.images()[rows].astype(np.float32) / 255)
-        correct += int((np.argmax(logits, axis=1) == test.labels[rows]).sum())
-    assert again["accuracy"] == results["by_batch"]["accuracy"] == correct / 360 != results["accuracy"]["accuracy"]
-
-
-def test_synchronized_batch_norm_is_tested_on_batches_of_all_replicas(copied_run, data_dir):
-    """Two replicas that normalize over 4 images each normalized over 8."""
+def test_statistics_of_the_test_batch_are_those_of_training(copied_run, data_dir, digits, figures):
+    """--batch_statistics batch: each image normalized with the others of its batch, as in training; nothing moves. Two
+    synchronized replicas that normalized over 4 images each normalized over 8."""
     stored = json.loads((copied_run / "config.json").read_text())
     stored["flags"]["sync_batch_norm"], stored["derived"]["num_replicas"] = True, 2
     (copied_run / "config.json").write_text(json.dumps(stored))
     results = scripts.evaluate_digits(data_dir, copied_run, "--batch_statistics", "batch", "reestimate_small")
     assert results["by_batch"]["batch_size"] == results["reestimated_small"]["batch_size"] == 8
+    assert results["by_batch"]["images"] == 360
+    model, test, correct = scripts.network_of(copied_run), digits[1], 0
+    before = [weight.numpy() for weight in model.weights]
+    again = evaler.evaluate_by_batch(model, test, 8, seed=3)
+    for old, weight in zip(before, model.weights):
+        np.testing.assert_array_equal(weight.numpy(), old)
+    compute = tf.function(lambda images: model(images, training=True), autograph=False)
+    for rows in np.split(np.random.RandomState(3).permutation(360), 45):
+        logits = compute(test.images()[rows].astype(np.float32) / 255)
+        correct += int((np.argmax(logits, axis=1) == test.labels[rows]).sum())
+    assert again["accuracy"] == results["by_batch"]["accuracy"] == correct / 360 != results["accuracy"]["accuracy"]
 
 
 def test_top5_accuracy_where_there_are_many_classes(capsys):
@@ -281,8 +276,7 @@ def test_a_run_is_opened_on_its_own_classes_alone(tmp_path, capsys, monkeypatch)
     flags = ["--dataset", "FRUIT", "--data_dir", str(data_dir), "--train_dir", str(train_dir)]
     download.prepare_folder("FRUIT", str(photos), data_dir=str(data_dir))
     training = ["--model", "resnet8", "--max_batch_size", "4", "--max_training_step", "1"]
-    scripts.run_here(*flags, *training)
-    run_dir, image = scripts.only_run(train_dir), str(photos / "class2" / "000.png")
+    run_dir, image = scripts.untrained_run(train_dir / "run", *flags, *training), str(photos / "class2" / "000.png")
     (data_dir / "FRUIT" / "data.hdf5").unlink()
     monkeypatch.chdir(tmp_path)
     download.prepare_folder("FRUIT", "photos", data_dir=str(data_dir))

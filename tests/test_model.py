@@ -22,9 +22,9 @@ RESNET8 = [("resnet8", norm_type) for norm_type in config.NORM_TYPES]
 
 
 @functools.cache
-def built(name, shape=(32, 32, 3), classes=10, norm_type="batch"):
+def built(name, shape=(32, 32, 3), classes=10, norm_type="batch", **flags):
     """A network that is built once for all the tests that only look at it."""
-    return build(name, shape, classes, norm_type=norm_type)
+    return build(name, shape, classes, norm_type=norm_type, **flags)
 
 
 def images(number, shape=(32, 32, 3), seed=0):
@@ -209,7 +209,7 @@ def test_channels_of_a_network_are_those_of_its_norms(name):
     ],
 )
 def test_groups_of_every_norm(name, flags, groups):
-    norms = of_type(build(name, norm_type="group", **flags), NORMS)
+    norms = of_type(built(name, norm_type="group", **flags), NORMS)
     assert norms and all(layer.groups == groups(layer.gamma.shape[0]) for layer in norms)
 
 
@@ -221,7 +221,7 @@ def test_weight_standardization_and_momentum_reach_every_layer(norm_type, standa
     model = build("resnet8", **flags)
     convolutions = of_type(model, keras.layers.Conv2D)
     assert {isinstance(layer, layers.StandardizedConv2D) for layer in convolutions} == {standardized}
-    wanted = {"momentum": 0.7, "epsilon": 1e-5}
+    wanted = {"momentum": 0.7, "epsilon": 1e-5, "synchronized": False}
     if norm_type == "batch+renorm":
         wanted |= {"renorm": True, "renorm_momentum": 0.7, "renorm_clipping": {"rmin": 1 / 3, "rmax": 3.0, "dmax": 5.0}}
     for layer in of_type(model, NORMS):

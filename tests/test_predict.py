@@ -16,7 +16,6 @@ import datasets
 import download
 import evaler
 from config import EVALUATION_BATCH
-from runs import describe_data, write_config
 from datasets import folder
 from input_ops import create_input_ops, image_of_file
 
@@ -24,17 +23,9 @@ CLASSES = ("ant", "bee", "cat, or kitten", "dog", "eel", "fox")
 
 
 def make_run(train_dir, name, data_dir, scale=100):
-    """A run folder of a network that nothing was taught, but that tells images apart; with the scale 0 it does not."""
+    """A run folder of a network that tells images apart; with the scale 0 it does not."""
     flags = ("--dataset", name, "--data_dir", data_dir, "--model", "resnet8", "--norm_type", "group")
-    state, (given, config, train, test) = scripts.state_of(*flags), scripts.configure(*flags)
-    run_dir = train_dir / name
-    run_dir.mkdir(parents=True)
-    write_config(run_dir, given, config, describe_data(train, test))
-    state.model.get_layer("logits").kernel.assign(scale * state.model.get_layer("logits").kernel)
-    state.open(run_dir, writes=True)
-    state.step.assign(7)
-    state.save()
-    return run_dir
+    return scripts.untrained_run(train_dir / name, *flags, scale=scale)
 
 
 def probabilities(network, images):

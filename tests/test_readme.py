@@ -37,11 +37,11 @@ SHOWN = [name for name in STUDIES if name not in ("recipe", "rates")]  # these t
 def test_the_tables_are_those_of_the_logs(name):
     folder = scripts.REPO / "figure" / "studies" / name
     written, found = (folder / "table.md").read_text(), runs.read_runs([folder])
-    for table in results.tables(found, "CALLED"):
-        for line in results.markdown(table).splitlines()[2:] + results.sentences(table):
+    for table in results.tables(found):
+        lines = results.markdown(table).splitlines()[2:]
+        for line in lines + results.sentences(table):
             assert line in written, line
-    for table in results.tables(found) if name in SHOWN else ():
-        for line in results.markdown(table).splitlines()[2:]:
+        for line in lines if name in SHOWN else ():
             assert line in RESULTS, f"figure/studies/README.md lacks or changes this line of {name}: {line}"
 
 

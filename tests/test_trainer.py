@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 from unittest import mock
@@ -138,13 +139,7 @@ def test_speed_counts_neither_the_first_step_nor_what_is_not_training(digits, tm
     assert [row["images_per_second"] for row in scripts.metrics(tmp_path, without=())] == [32 * 2 / 4, 32 * 3 / 8]
 
 
-def test_a_checkpoint_is_written_in_time_whatever_a_step_takes(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0)
-    run_dir = scripts.train(data_dir, tmp_path, "--max_training_step", 3)
-    assert len(list(run_dir.glob("model-*.index"))) == 3
-
-
-def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, capsys, monkeypatch, tmp_path):
+def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, capsys, figures, monkeypatch, tmp_path):
     """--validation tests on training images that are left out, each class in proportion; evaler.py does the same."""
     whole, _ = datasets.create_default_splits("Digits", data_dir)
     train, held = datasets.create_default_splits("Digits", data_dir, validation=200)
@@ -176,14 +171,14 @@ def test_held_out_images_are_neither_trained_on_nor_the_test_split(data_dir, cap
     assert "step 2 of 2" in capsys.readouterr().out
 
 
-def test_own_dataset_trains_and_evaluates_with_no_code_touched(tmp_path):
+def test_own_dataset_trains_and_evaluates_with_no_code_touched(figures, tmp_path):
     """The original repo's layout, by name alone."""
     images, labels = np.random.default_rng(0).integers(0, 64, (60, 12, 10, 3), np.uint8), np.arange(60) % 2
     images[labels == 1, :, :5] += 150
     archives.write_own(tmp_path / "data" / "MY_SHAPES", [str(i) for i in range(60)], images, np.eye(2)[labels])
     flags = ("--dataset", "MY_SHAPES", "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
     training = "--norm_type group --model resnet8 --batch_size 4 --max_batch_size 8 --max_training_step 40"
-    scripts.run_here(*flags, *training.split(), "--learning_rate", 0.1)
+    scripts.run_here(*flags, *training.split(), "--test_sample_step", 40, "--learning_rate", 0.1)
     scripts.evaluate(flags)
     result = scripts.results_of(scripts.only_run(tmp_path / "runs"))["accuracy"]
     assert (result["images"], result["accuracy"]) == (12, 1.0)
@@ -201,19 +196,17 @@ class StoppedInTest(trainer.Interruption):
         raise trainer.Stopped
 
 
-def test_a_stopped_test_is_made_up_for(data_dir, tmp_path, monkeypatch):
+def test_a_stopped_test_is_made_up_for(group_run, data_dir, tmp_path, monkeypatch):
     """A signal in a test stops it between batches; the run goes on and ends like one left alone, that row included."""
-    flags = "--norm_type batch --batch_size 8 --max_training_step 6 --log_step 2 --test_sample_step 3".split()
-    alone = scripts.train(data_dir, tmp_path / "alone", *flags)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "Interruption", StoppedInTest)
         with pytest.raises(SystemExit) as ended:
-            scripts.train(data_dir, tmp_path / "stopped", *flags)
+            scripts.train(data_dir, tmp_path, *scripts.GROUP_RUN)
     assert ended.value.code == 128 + signal.SIGTERM
-    run_dir = scripts.only_run(tmp_path / "stopped")
-    assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
+    run_dir = scripts.only_run(tmp_path)
+    assert [row["step"] for row in scripts.metrics(run_dir)] == [2, 4]
     scripts.run_here("--resume", run_dir)
-    scripts.assert_same_runs(run_dir, alone)
+    scripts.assert_same_runs(run_dir, group_run[0])
 
 
 def start(data_dir, train_dir, *flags):
@@ -221,7 +214,7 @@ def start(data_dir, train_dir, *flags):
     return scripts.start("trainer.py", *flags)
 
 
-def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, tmp_path):
+def test_a_run_is_evaluated_while_it_trains_and_a_signal_saves_it(data_dir, figures, tmp_path):
     flags = "--max_training_step 100000 --ckpt_save_step 10 --test_sample_step 11".split()
     process = start(data_dir, tmp_path / "my runs", *flags)
     scripts.read_until(process, "step     11/")
@@ -251,8 +244,10 @@ def test_a_signal_before_the_first_step_and_a_second_one_end_the_process_at_once
     assert not list(scripts.only_run(tmp_path).glob("model-*"))
 
 
-def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, tmp_path):
-    flags = "--norm_type none --learning_rate 1e9 --max_training_step 50 --ckpt_save_step 1".split()
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(data_dir, monkeypatch, tmp_path):
+    """A checkpoint is due after each step, as if it had taken 10 minutes, whatever --ckpt_save_step is."""
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_SECONDS", 0)
+    flags = "--norm_type none --learning_rate 1e9 --max_training_step 50".split()
     with scripts.refused("1e+09", "--learning_rate", kind=trainer.ExternalError) as error:
         scripts.train(data_dir, tmp_path, *flags)
     run_dir = scripts.only_run(tmp_path)
@@ -275,29 +270,24 @@ def test_a_step_ends_with_the_update_that_failed(tmp_path):
         scripts.run_here(*flags, "--data_dir", tmp_path / "data", "--train_dir", tmp_path / "runs")
 
 
-def test_a_run_is_saved_before_its_last_row(data_dir, monkeypatch, tmp_path):
-    """Which makes it a finished one: a kill or a full disk between the two must leave a checkpoint to continue."""
+def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, capsys, monkeypatch, tmp_path):
+    """No checkpoint fits, and nothing is left that would count as one. Then all fits but the last row, which makes a
+    run a finished one: it must have a checkpoint by then, to be continued."""
 
     def fail(log, row, images):
         raise OSError(28, "No space left on device")
 
+    with scripts.full_disk(400_000), scripts.refused("--resume", kind=trainer.ExternalError):
+        scripts.train(data_dir, tmp_path, "--max_training_step", 2, "--ckpt_save_step", 1)
+    run_dir = scripts.only_run(tmp_path)
+    assert tf.train.latest_checkpoint(run_dir) is None
     with monkeypatch.context() as patch, scripts.refused("--resume", kind=trainer.ExternalError):
         patch.setattr(summaries.Log, "write", fail)
-        scripts.train(data_dir, tmp_path, "--max_training_step", 2)
-    run_dir = scripts.only_run(tmp_path)
+        scripts.run_here("--resume", run_dir)
     assert scripts.checkpoint(run_dir)[scripts.STEP] == 2 and not scripts.metrics(run_dir)
     scripts.run_here("--resume", run_dir)
     assert [row["step"] for row in scripts.metrics(run_dir)] == [2]
-
-
-def test_a_full_disk_ends_in_one_line_and_can_be_continued(data_dir, capsys, tmp_path):
-    """No checkpoint fits, and nothing is left that would count as one."""
-    with scripts.full_disk(400_000), scripts.refused("--resume", kind=trainer.ExternalError):
-        scripts.train(data_dir, tmp_path, "--max_training_step", 4, "--ckpt_save_step", 1)
-    run_dir = scripts.only_run(tmp_path)
-    assert tf.train.latest_checkpoint(run_dir) is None
-    scripts.run_here("--resume", run_dir)
-    assert "done: 4 steps" in capsys.readouterr().out
+    assert "done: 2 steps" in capsys.readouterr().out
     assert not list(run_dir.glob("*temp*"))
 
 
@@ -346,14 +336,14 @@ def test_a_run_folder_on_nfs_can_be_locked(monkeypatch, tmp_path):
         pass
 
 
-def test_a_finished_run_stays_as_it_is(data_dir, capsys, tmp_path):
-    run_dir = scripts.train(data_dir, tmp_path, "--max_training_step", 2)
+def test_a_finished_run_stays_as_it_is(group_run, data_dir, capsys, tmp_path):
+    run_dir = shutil.copytree(group_run[0], tmp_path / "run")
     before, rows, points = scripts.checkpoint(run_dir), scripts.metrics(run_dir), scripts.scalars(run_dir)
     with runs.lock(run_dir), scripts.refused(run_dir, "another process"):
         scripts.run_here("--resume", run_dir)
     capsys.readouterr()
     scripts.run_here("--resume", run_dir)
-    assert "done: 2 steps" in capsys.readouterr().out
+    assert "done: 9 steps" in capsys.readouterr().out
     assert scripts.metrics(run_dir) == rows and sorted(scripts.scalars(run_dir)) == sorted(points)
     for name, value in scripts.checkpoint(run_dir).items():
         np.testing.assert_array_equal(value, before[name])
