@@ -385,9 +385,11 @@ def main():
         folders = args.image_dir, args.test_image_dir
         prepare_folder(args.dataset[0], *folders, args.image_size, args.skip_broken, args.data_dir)
         return
-    for name in [name for name in args.dataset if name not in datasets.NAMES]:  # before the first download
-        datasets.folder_of(name, args.data_dir)  # raises UserError for a name in another case
-        raise UserError(f"dataset {name!r} is none of {' '.join(datasets.NAMES)}: for your own images add --image_dir")
+    for name in args.dataset:  # all names before the first download
+        if name not in datasets.NAMES:
+            datasets.folder_of(name, args.data_dir)  # raises UserError for a name in another case
+            known = " ".join(datasets.NAMES)
+            raise UserError(f"dataset {name!r} is none of {known}: for your own images add --image_dir")
     options = args.archive_dir, args.mirror, not args.no_checksum, args.keep_archives, args.timeout
     for name in args.dataset:
         prepare(name, args.data_dir, *options)

@@ -30,7 +30,7 @@ def batch_run(data_dir, tmp_path_factory):
     train_dir = tmp_path_factory.mktemp("batch_run")
     training = "--norm_type batch --augment crop --seed 3 --batch_size 4 --max_training_step 12 --ckpt_save_step 5"
     run_dir = scripts.train(data_dir, train_dir, *training.split())
-    choices = "--batch_statistics", "reestimate", "reestimate_small"
+    choices = "--batch_statistics", "reestimate", "reestimate_small", "batch"
     return run_dir, scripts.recorded(scripts.evaluate_digits, data_dir, run_dir, *choices)[1]
 
 
@@ -45,6 +45,7 @@ def test_it_agrees_with_the_trainers_last_test(batch_run):
     result = results["accuracy"]
     assert result["accuracy"] == last["test_loss/accuracy"] and result["loss"] == last["test_loss/loss"]
     assert (result["images"], result["step"]) == (360, 12)
+    assert results["by_batch"]["batch_size"] == 4  # that of training
     for measure in ("accuracy", "reestimated", "reestimated_small"):
         assert f"accuracy {100 * results[measure]['accuracy']:.2f} %" in printed
 
