@@ -102,11 +102,12 @@ def test_small_updates_take_one_thread_an_operation(data_dir, tmp_path):
     assert out.splitlines()[-1] == "bitwise", error
 
 
-def test_onednn_is_on_unless_the_user_says_no(monkeypatch):
+def test_onednn_is_on_and_keeps_its_kernels_unless_the_user_says_no(monkeypatch):
     """On x86; other processors keep TensorFlow's own default."""
-    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
-    command.import_tensorflow()
-    assert os.environ["TF_ENABLE_ONEDNN_OPTS"] == "0"
-    monkeypatch.delenv("TF_ENABLE_ONEDNN_OPTS")
-    command.import_tensorflow()
-    assert os.environ.get("TF_ENABLE_ONEDNN_OPTS") == ("1" if platform.machine() in ("x86_64", "AMD64") else None)
+    here = "1" if platform.machine() in ("x86_64", "AMD64") else None
+    for name, other, default in ("ENABLE_ONEDNN_OPTS", "0", here), ("MKL_OPTIMIZE_PRIMITIVE_MEMUSE", "1", "0"):
+        for given, expected in ({f"TF_{name}": other}, other), ({}, default):
+            monkeypatch.delenv(f"TF_{name}", raising=False)
+            os.environ |= given
+            command.import_tensorflow()
+            assert os.environ.get(f"TF_{name}") == expected
