@@ -295,15 +295,16 @@ def import_tensorflow():
 
     Keras imports scikit-learn if it is installed, which takes a second that no script needs: it is hidden meanwhile.
 
-    TF_CPP_MIN_LOG_LEVEL, if set, still controls later messages. TF_ENABLE_ONEDNN_OPTS becomes 1 unless set: on CPUs
-    without AVX-512 TensorFlow does not use oneDNN's convolutions by default, but they are up to 5 times as fast.
-    TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE becomes 0 unless set: by default TensorFlow saves memory by setting up oneDNN's
-    kernels for the gradients of a convolution again for each batch (tensorflow#21690), which takes long for small ones.
+    TF_CPP_MIN_LOG_LEVEL, if set, still controls later messages. Two variables get a value on x86, unless they have one.
+    TF_ENABLE_ONEDNN_OPTS becomes 1: on CPUs without AVX-512 TensorFlow does not use oneDNN's convolutions by default,
+    but they are up to 5 times as fast. TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE becomes 0: to save memory, TensorFlow
+    otherwise sets up oneDNN's kernels for the gradients of a convolution again for each batch (tensorflow#21690), which
+    takes long for small batches.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if platform.machine() in ("x86_64", "AMD64"):
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    os.environ.setdefault("TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE", "0")
+        os.environ.setdefault("TF_MKL_OPTIMIZE_PRIMITIVE_MEMUSE", "0")
     hides = "sklearn" not in sys.modules
     if hides:
         sys.modules["sklearn"] = None  # importing it now raises ImportError

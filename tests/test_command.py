@@ -104,9 +104,9 @@ def test_small_updates_take_one_thread_an_operation(data_dir, tmp_path):
 
 def test_onednn_is_on_and_keeps_its_kernels_unless_the_user_says_no(monkeypatch):
     """On x86; other processors keep TensorFlow's own default."""
-    here = "1" if platform.machine() in ("x86_64", "AMD64") else None
-    for name, other, default in ("ENABLE_ONEDNN_OPTS", "0", here), ("MKL_OPTIMIZE_PRIMITIVE_MEMUSE", "1", "0"):
-        for given, expected in ({f"TF_{name}": other}, other), ({}, default):
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    for name, other, default in ("ENABLE_ONEDNN_OPTS", "0", "1"), ("MKL_OPTIMIZE_PRIMITIVE_MEMUSE", "1", "0"):
+        for given, expected in ({f"TF_{name}": other}, other), ({}, default if x86 else None):
             monkeypatch.setattr(os, "environ", given)
             command.import_tensorflow()
             assert os.environ.get(f"TF_{name}") == expected
