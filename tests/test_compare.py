@@ -548,8 +548,8 @@ def test_a_run_of_several_workers_or_without_rows_is_not_challenged(call, data_d
     assert "none of the 1 runs" in said
 
 
-def test_a_published_run_of_digits_is_trained_again(call, data_dir):
-    """Its first 20 steps, bitwise or to within the tolerance of another processor."""
+def test_a_published_run_of_digits_is_trained_again(call, tmp_path):
+    """Its first 20 steps, bitwise or to within the tolerance of another processor; Digits is packed first."""
     study = scripts.REPO / "figure" / "studies" / "digits"
-    flags = "--runs", 1, "--steps", 20, "--data_dir", data_dir
+    flags = "--runs", 1, "--steps", 20, "--data_dir", tmp_path
     assert "of 1 are bitwise equal" in call(compare.main, "--challenge", study, *flags)
