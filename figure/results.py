@@ -280,7 +280,7 @@ def as_row(run):
         "epochs": f"{epochs_of(run):.3g}",
         "state": run.state,
         **{measure: run.accuracies.get(measure) for measure in MEASURES},
-        "training_accuracy": None if run.training_accuracy is None else f"{run.training_accuracy:.4f}",
+        "training_accuracy": None if run.training_accuracy is None else f"{run.training_accuracy:.5f}",
         "images_per_second": f"{statistics.median(speeds):.0f}" if speeds else None,
         "commit": (source.get("commit") or "") + "+changed" * bool(source.get("changed")),
         "run": run.path.name,
