@@ -274,7 +274,7 @@ def test_results_and_pictures_come_from_logs_alone(call, tmp_path):
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert len(rows) == 10
     expected = {"norm": "batch", "batch_size": "4", "rate": "0.1", "epochs": "8", "accuracy": "0.5", "by_batch": "0.6"}
-    assert rows["b4"] | expected | {"training_accuracy": "0.5000", "seed": "0"} == rows["b4"]
+    assert rows["b4"] | expected | {"training_accuracy": "0.50000", "seed": "0"} == rows["b4"]
     assert rows["b4"]["commit"] == "" and rows["b8"]["commit"] == "abc+changed"
     for name in ("batch_size.png", "curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
