@@ -109,8 +109,9 @@ def _normalize_groups(x, gamma, beta, groups, epsilon, position_axis, fold):
         def gradient(dy):
             sum_dy = over_positions(tf.reduce_sum, dy)
             sum_dy_centred = over_positions(tf.reduce_sum, dy * centred)
-            offset = group_mean(scale * sum_dy) / rows  # [N, 1, G, 1]
-            slope = group_mean(scale * sum_dy_centred) * tf.square(inverse_std) / rows  # [N, 1, G, 1]
+            # divide_no_nan: a graph may move the constant of a plain division into the sums, depending on N
+            offset = tf.math.divide_no_nan(group_mean(scale * sum_dy), rows)  # [N, 1, G, 1]
+            slope = tf.math.divide_no_nan(group_mean(scale * sum_dy_centred) * tf.square(inverse_std), rows)
             with tf.control_dependencies([slope, offset]):  # dy is last used here, so the product can take its memory
                 dx = dy * wide_scale - wide(offset)
             dx -= centred * wide(slope)
