@@ -108,7 +108,8 @@ def load_weights(model, checkpoint) -> tuple[str, int]:
         reader = tf.train.load_checkpoint(path)
         shapes = reader.get_variable_to_shape_map()
     except (ValueError, tf.errors.OpError):
-        raise UserError(f"{checkpoint} is no readable checkpoint: give RUN_FOLDER or RUN_FOLDER/model-1000") from None
+        remedy = "give a run folder with files model-*.index, or RUN_FOLDER/model-1000"
+        raise UserError(f"no checkpoint can be read from {checkpoint}: {remedy}") from None
     stored = {name: tuple(shape) for name, shape in shapes.items() if name.startswith("model/")}
     variables = {
         f"model/{name.replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE": variable

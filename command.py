@@ -150,7 +150,7 @@ def reading(path, remedy="replace this file"):
         # OSErrors of parsers have no number, or EINVAL from a seek to an impossible position.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {one_line(error, 300)}): {remedy}") from error
 
 
 MISTAKES = {"gn": "group", "bn": "batch", "ln": "layer", "in": "instance", "groupnorm": "group", "batchnorm": "batch"}
@@ -172,8 +172,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser without abbreviations; errors are one line on stderr with exit code 2."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, passed_on=(), **kwargs):  # passed_on: flags of another parser, for hints
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.passed_on = passed_on
 
     def names_given(self, argv=None):
         """The names of the flags in the command line, including those given with their default values."""
@@ -204,9 +205,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def with_hint(self, message):
         """The message, followed by 'did you mean ...?' for a common mistake, or a flag that is close to a valid one."""
-        flags = [name for action in self._actions for name in action.option_strings]
+        flags = [*self._option_string_actions, *self.passed_on]
         value = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        flag = re.search(r"unrecognized arguments: .*?(--\w+)", message)
+        flag = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
         meant = None
         if value:
             meant = MISTAKES.get(value[1].lower())
@@ -266,6 +267,12 @@ def write_csv(path, names, rows):
     """Write a CSV file atomically: a line of names, and a line per row."""
     with atomic_file(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
         csv.writer(file, lineterminator="\n").writerows([names, *rows])
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a figure of matplotlib as a PNG file atomically."""
+    with atomic_file(path) as part:
+        figure.savefig(part, format="png", dpi=dpi)
 
 
 def sync(path):

@@ -415,6 +415,9 @@ def parse_evaluation(argv=None):
     exported = "also write the network to this new folder, in files that load without this repo, with a README.md"
     parser.add_argument("--export", metavar="DIR", help=exported)
     flags = parser.parse_args(argv)
+    for path in flags.predict or ():
+        if os.path.isfile(os.path.join(path, "config.json")):
+            raise UserError(f"--predict {path} is a run folder: give it first: evaler.py RUN --predict PATH")
     if flags.predict:
         without_effect, why = ("split", "batch_statistics", "validation", "export"), "with --predict"
     elif flags.export is not None:

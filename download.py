@@ -5,8 +5,8 @@
     python download.py --dataset NAME --image_dir DIR --image_size 64 64    # DIR/<class>/<image>, your own dataset
 
 Your images are converted to 8-bit RGB, with transparent parts on white; images of more than 8 bits per channel are
-refused, except for JPEG 2000 and AVIF, which are reduced to 8 bits. Packed datasets are skipped. An interrupted
-download continues where it stopped.
+refused, except for AVIF and coloured JPEG 2000, which are reduced to 8 bits. Packed datasets are skipped. An
+interrupted download continues where it stopped.
 """
 
 import fcntl

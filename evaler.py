@@ -18,7 +18,7 @@ import math
 import os
 import sys
 
-from command import UserError, complain, run, start, write_csv
+from command import UserError, complain, run, save_figure, start, write_csv
 from config import parse_evaluation
 
 FLAGS = start(__name__, parse_evaluation)  # flags first: TensorFlow takes seconds to import
@@ -304,6 +304,7 @@ def measure_all(flags, config, model, train, split, name):
 
 
 def main(flags):
+    tf.get_logger().setLevel("ERROR")  # no warnings about a graph for each of --batch_statistics
     files = folder.find_images(flags.predict or [])
     if flags.output is not None:
         check_output(flags.output, files)
@@ -337,7 +338,7 @@ def main(flags):
         confusion = summaries.draw_confusion(result["confusion"], split.class_names)
         tf.summary.image(f"evaluation_{split_name}/confusion", summaries.as_pixels(confusion))
     suffix = "" if split_name == "test" else f"_{split_name}"
-    confusion.savefig(run_dir / f"confusion{suffix}.png", dpi=200)
+    save_figure(confusion, run_dir / f"confusion{suffix}.png", dpi=200)
     summaries.draw_mistakes(run_dir / f"mistakes{suffix}.png", split, result)
     classes = zip(split.class_names, result["confusion"].sum(axis=1), result["per_class_accuracy"])
     write_csv(run_dir / f"classes{suffix}.csv", ("class", "images", "accuracy"), classes)

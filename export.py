@@ -14,6 +14,7 @@ import tensorflow as tf
 import layers
 import ops
 from command import UserError, ExternalError, one_line, sync
+from config import check_path
 from runs import changed_flags, read_config, versions
 from input_ops import create_input_ops, to_float
 
@@ -98,6 +99,7 @@ image = image.crop((left, top, left + 224, top + 224))"""
 
 def check_folder(folder) -> None:
     """Raise UserError unless `folder` is new and can be created."""
+    check_path(folder)
     if os.path.lexists(folder):
         raise UserError(f"--export {folder} exists: give a new folder")
     parent = Path(folder).absolute().parent

@@ -21,6 +21,7 @@ from tensorboard.plugins.hparams import api as hparams
 from tqdm import tqdm
 
 import runs
+from command import save_figure
 from input_ops import create_input_ops
 
 FIRST_TAGS = {"accuracy/test": "test_loss/accuracy", "accuracy/training": "loss/accuracy"}  # TensorBoard's first cards
@@ -318,4 +319,4 @@ def draw_mistakes(path, split, result, most=25):
         title = f"{name[-28:]}\ntrue {label:.20}\npredicted {prediction:.14} {probability}"
         axes.set_title(title, fontsize=8, parse_math=False)
         axes.axis("off")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)

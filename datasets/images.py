@@ -32,7 +32,7 @@ def open_image(file, name):
 
     Raises UserError, with `name` for the file, if it cannot be read or has more than 8 bits per channel.
     """
-    with reading(name), Image.open(file) as image:
+    with reading(name, "replace it, or convert it to JPEG or PNG"), Image.open(file) as image:
         # Pillow silently keeps the upper 8 bits of RGB;16, and of a PPM file with values above 255. In a TIFF file
         # with 16 bits in planes it takes each byte for a pixel.
         layouts = [str(tile[3]) for tile in image.tile]

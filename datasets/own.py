@@ -34,7 +34,8 @@ def open_own(folder, name):
     if len(found) > 1:
         raise UserError(f"dataset {name}: {folder} has both data.hy and data.hdf5: keep one of them")
     if not found:
-        raise UserError(f"dataset {name}: {folder} has neither data.hy nor data.hdf5: see README.md or use --image_dir")
+        pack = f"pack images with `python download.py --dataset {name} --image_dir DIR`, or see README.md"
+        raise UserError(f"dataset {name}: {folder} has neither data.hy nor data.hdf5: {pack}")
     train_ids, test_ids = read_splits(folder)
     ids, path = train_ids + test_ids, found[0]
     labels, num_classes, images = read_or_reuse(path, ids, len(train_ids))

@@ -49,7 +49,8 @@ PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1
 
 def parse_flags(argv=None):
     """Return (flags, the other flags, which are for trainer.py)."""
-    parser = ArgumentParser(description=__doc__)
+    trainer = training_parser()
+    parser = ArgumentParser(passed_on=trainer._option_string_actions, description=__doc__)
     parser.add_argument("--dataset", help="as in trainer.py")
     norms = {"choices": NORM_NAMES, "default": ["batch", "group", "group+ws"]}
     named = "norms to compare, as in trainer.py: +ws is weight standardization, and +acc one update per step"
@@ -73,7 +74,10 @@ def parse_flags(argv=None):
     parser.add_argument("--runs", type=within(int, low=1), default=3, help="of --challenge: number of random runs")
     parser.add_argument("--steps", type=within(int, low=1), default=100, help="of --challenge: steps of each run")
     flags, rest = parser.parse_known_args(argv)
-    given, passed = parser.names_given(argv), training_parser().names_given(rest)
+    unknown = trainer.parse_known_args(rest)[1]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given, passed = parser.names_given(argv), trainer.names_given(rest)
     if flags.challenge or flags.from_logs:
         mode, known = ("challenge", ("runs", "steps", "data_dir")) if flags.challenge else ("from_logs", ("called",))
         useless = [f"--{name}" for name in given if name not in (mode, *known)] + rest

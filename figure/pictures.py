@@ -5,6 +5,7 @@ import statistics
 
 from matplotlib.figure import Figure
 
+from command import save_figure
 from results import COLOURS, label
 
 NARROW = 10  # the second panel shows at most this many points below the highest accuracy
@@ -102,7 +103,7 @@ def draw_batch_sizes(found, path):
             name_ends(right, ends)
     if any(table.seeds > 1 for table in found):
         figure.supxlabel("lines: medians; bands: from the smallest to the largest of the seeds", fontsize=8)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def draw_curves(found, path):
@@ -134,7 +135,7 @@ def draw_curves(found, path):
             axes.set_xlabel("step")
             axes.tick_params(labelbottom=True)
         part.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def curve_of(runs, key):

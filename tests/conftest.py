@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import scripts  # first: it quietens TensorFlow as it loads
@@ -57,9 +58,9 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are drawn, in place of files."""
+    """The figures that are drawn; their files are empty."""
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure) or Path(path).touch())
     return drawn
 
 

@@ -475,8 +475,9 @@ def test_a_run_that_diverges_is_a_row_and_a_crash_is_reported(data_dir, tmp_path
     "flags, said",
     [
         ("--norm_type grupo", "grupo"),
-        ("--dataset NO_SUCH", "NO_SUCH"),
-        ("--batch_sise 4", "--batch_sise"),
+        ("--dataset NO_SUCH", "download.py --dataset NO_SUCH --image_dir DIR"),
+        ("--dry-run", "did you mean --dry_run?"),
+        ("--learning-rate 4", "did you mean --learning_rate?"),
         ("--seed=7", "--seeds"),
         ("--steps 20", "--max_training_step"),
         ("--groups 7", "7 groups"),

@@ -208,7 +208,7 @@ def test_the_confusion_picture_shows_shares_of_each_label():
     assert picture.shape == (1, 360, 400, 3) and picture.dtype == np.uint8
 
 
-def test_the_worst_mistakes_come_first(digits, figures):
+def test_the_worst_mistakes_come_first(digits, figures, tmp_path):
     """Of four mistakes the three of the largest loss; a right prediction of larger loss is none."""
     split = dataclasses.replace(digits[1].subset(np.arange(30)), ids=[f"test/shot_$0_and_$9_{i}" for i in range(30)])
     predictions, losses = split.labels.copy(), np.full(30, 0.1)
@@ -216,7 +216,7 @@ def test_the_worst_mistakes_come_first(digits, figures):
         predictions[position], losses[position] = (split.labels[position] + 1) % 10, loss
     losses[8] = 50.0
     result = {"predictions": predictions, "losses": losses, "probabilities": np.linspace(0.3, 0.59, 30)}
-    summaries.draw_mistakes("unused", split, result, most=3)
+    summaries.draw_mistakes(tmp_path / "a.png", split, result, most=3)
     (figure,) = figures
     assert figure.get_suptitle() == "Digits: the 3 worst of 4 mistakes in 30 images"
     for axes, position, percent in zip(figure.axes, (17, 26, 4), (47, 56, 34), strict=True):
@@ -244,7 +244,8 @@ def test_requests_that_do_not_suit_the_runs_are_refused(batch_run, data_dir, tmp
         ("--train_dir", tmp_path / "empty", ["Digits", tmp_path / "empty"]),
         ("--train_dir", tmp_path / "damaged", ["config.json"]),
         ("--checkpoint", tmp_path / "a[1]", ["a[1]", "* ? [ ]"]),
-        ("--checkpoint", run_dir / "model-77", ["model-77", "RUN_FOLDER"]),
+        ("--checkpoint", run_dir / "model-77", ["model-77", "model-*.index", "RUN_FOLDER"]),
+        ("--predict", run_dir, [f"{run_dir} is a run folder", "RUN --predict"]),
         ("--checkpoint", tmp_path / "other" / "model-12", ["model-12", "missing"]),
         ("--checkpoint", tmp_path / "group", ["--batch_statistics reestimate", "--norm_type group"]),
     ):

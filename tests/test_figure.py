@@ -1,7 +1,6 @@
 """figure/: the benchmarks compare what they say, and run as users run them."""
 
 import json
-import os
 import re
 import signal
 from pathlib import Path
@@ -69,10 +68,6 @@ def test_a_dataset_that_is_missing_is_named(tmp_path):
         speed.main(speed.parse_flags(["trainer", "--data_dir", str(tmp_path)]))
 
 
-on_linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no processes pinned to a core here")
-
-
-@on_linux
 def test_two_workers_are_measured(tmp_path):
     (network,) = scaling.QUICK_NETWORKS
     scaling.pack(network, tmp_path)
@@ -94,7 +89,6 @@ def test_speeds_are_of_rows_written_while_all_runs_train(tmp_path, monkeypatch):
     assert scaling.speeds([], tmp_path, [tmp_path / "0", tmp_path / "1"], 2) == [70, 8]
 
 
-@on_linux
 def test_scaling_ends_its_workers_when_it_is_ended():
     with start("figure/scaling.py", "--quick") as script:
         try:

@@ -160,6 +160,6 @@ def test_an_image_that_does_not_decode_is_named_in_one_line(tmp_path, name, capl
     """Of 12 samples per pixel, tag 277 of a TIFF file, Pillow would log a line of its own."""
     Image.new("RGB", (5, 4)).save(tmp_path / name)
     data, tag = (tmp_path / name).read_bytes(), struct.pack("<HHI", 277, 3, 1)
-    with refused(name):
+    with refused(name, "convert it to JPEG or PNG"):
         loaded(tmp_path / name, data.replace(tag + b"\3", tag + b"\14") if name == "0.tif" else b"BM no image")
     assert caplog.records == []

@@ -10,11 +10,13 @@ import keras
 import numpy as np
 import pytest
 import scripts
+from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 import datasets
 import download
 import evaler
+from command import save_figure
 from config import EVALUATION_BATCH
 from datasets import folder
 from input_ops import create_input_ops, image_of_file
@@ -241,13 +243,14 @@ def test_paths_that_cannot_be_predicted(pets, tmp_path):
             predict(run_dir, data_dir, images / "ant", "--output", output)
 
 
-def test_a_table_goes_where_a_link_leads_or_stays_as_it_was(pets, tmp_path, capsys):
-    """capsys: what is printed must need no disk."""
-    run_dir, data_dir, images = pets
+def test_a_table_goes_where_a_link_leads_and_a_table_or_picture_is_not_half_written(pets, tmp_path, capsys):
+    run_dir, data_dir, images = pets  # capsys: what is printed must need no disk
     (tmp_path / "real.csv").write_text("old")
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
     with scripts.full_disk(0), pytest.raises(OSError, match="too large"):
         predict(run_dir, data_dir, images / "ant", "--output", tmp_path / "link.csv")
+    with scripts.full_disk(0), pytest.raises(OSError, match="too large"):
+        save_figure(Figure(), tmp_path / "real.csv")
     assert (tmp_path / "real.csv").read_text() == "old" and len(os.listdir(tmp_path)) == 2
     predict(run_dir, data_dir, images / "ant" / "00.png", "--output", tmp_path / "link.csv")
     assert (tmp_path / "link.csv").is_symlink()

@@ -100,7 +100,7 @@ def test_the_variance_between_seeds_is_that_of_the_short_budget():
 
 
 def test_every_command_parses(monkeypatch):
-    """Each python command in a block of README.md or of the studies' page has flags that its script knows."""
+    """Each python command in a block of these pages names a script, and flags that the script knows (PARSERS)."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     lines = [re.sub(r"^(TF_\w+=('[^']*'|\d) )?", "", line) for block in blocks for line in block.splitlines()]
     commands = [line for line in lines if re.match(r"(\.venv/bin/)?python \S+\.py", line)]
