@@ -32,7 +32,7 @@ WEIGHT_DECAY = {"adam": 0.0, "momentum": 1e-4}
 MAX_BATCH_SIZE = 64  # images per step, unless the dataset has its own default
 MEMORY_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SMALL_DATASET = 10_000  # a user's folders with fewer training images get a smaller default network
-CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the original repo
+CLIP_NORM = 20.0  # gradients are clipped to this global norm, as in the 2018 repo
 EVALUATION_BATCH = 250  # images: fast, and a divisor of most test splits
 EVALUATION_PIXELS = 2**20  # of an evaluation batch at most, so that it needs less memory than a step of training
 PREDICTED_CLASSES = 5  # per image, with --predict
@@ -166,7 +166,7 @@ class Config(Network):
         "bfloat16 is Keras' mixed precision, in which statistics, gamma, beta and logits stay float32",
         choices=("float32", "bfloat16"),
     )
-    jit_compile: bool = flag(False, "compile the training step with XLA")
+    jit_compile: bool = flag(False, "compile the updates with XLA")
     seed: int = flag(0, "seed of initialization, image order, augmentation and dropout", low=0, ignored=True)
     validation: int | None = flag(
         None,
@@ -289,7 +289,7 @@ def number_of_replicas(here: int | None) -> int:
 def training_parser() -> ArgumentParser:
     parser = ArgumentParser(description="Train a classifier with the normalization and batch size of your choice.")
     parser.add_flags(Config)
-    parser.add_argument("--resume", metavar="RUN_DIR", help="continue this run with its own flags")
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="continue this run with its own flags")
     return parser
 
 
@@ -390,7 +390,7 @@ def parse_evaluation(argv=None):
     """The flags of evaler.py."""
     parser = ArgumentParser(description="Evaluate a run on a complete split, in inference mode.")
     run = parser.add_mutually_exclusive_group()
-    run.add_argument("run", nargs="?", metavar="RUN", help="the run folder; by default the newest in --train_dir")
+    run.add_argument("run", nargs="?", metavar="RUN_FOLDER", help="by default the newest run in --train_dir")
     run.add_argument("--train_dir", default="train_dir", help="folder that holds the run folders, or one run folder")
     run.add_argument("--checkpoint", help="evaluate this checkpoint; by default the newest of the run")
     parser.add_argument("--dataset", help="evaluate the newest run of this dataset")
@@ -442,7 +442,7 @@ def parse_network(argv=None):
     parser = ArgumentParser(description="Print the layers, shapes and parameter counts of a model.")
     parser.add_flags(Network)
     positive = within(int, low=1)
-    shape = "height, width and channels; one number is both height and width; by default 3 channels"
+    shape = "height, width (or one number for both), and channels (3 if not given)"
     parser.add_argument("--image_size", type=positive, nargs="+", default=[32], metavar="N", help=shape)
     parser.add_argument("--classes", type=within(int, low=2), default=10, help="number of classes")
     parser.add_argument(
@@ -450,7 +450,7 @@ def parse_network(argv=None):
         nargs="*",
         type=positive,
         metavar="BATCH_SIZE",
-        help="also measure the peak memory of a training step with batch norm, group norm and group+ws; by default at "
+        help="also measure the peak memory of an update with batch norm, group norm and group+ws; by default at "
         f"batch sizes {' '.join(map(str, MEMORY_BATCH_SIZES))}",
     )
     flags = vars(parser.parse_args(argv))

@@ -263,7 +263,7 @@ def check_request(flags, run_dir, config):
         raise UserError(f"--dataset {flags.dataset}, but {run_dir} is a run of {config.dataset}: remove --dataset")
     further = [choice for choice in flags.batch_statistics if choice != "moving"]
     if further and config.norm_type != "batch":
-        raise UserError(f"--batch_statistics {further[0]}, but {run_dir} has --norm_type {config.norm_type}: remove it")
+        raise UserError(f"{run_dir} has --norm_type {config.norm_type}: remove --batch_statistics {further[0]}")
     if flags.validation is not None and flags.validation != config.validation:
         held_out = config.validation or 0
         remedy = f"give --validation {held_out}" if held_out else "evaluate on the test split"

@@ -1,8 +1,8 @@
-"""The classifiers: the original repo's convnet, the ResNets of He et al. (arXiv 1512.03385), and their blocks.
+"""The classifiers: the 2018 repo's convnet, the ResNets of He et al. (arXiv 1512.03385), and their blocks.
 
 python model.py --model resnet50 --image_size 224 224 3         # a table of layers, shapes and parameters
 python model.py --model resnet20 --norm_type group --groups 4
-python model.py --model resnet50 --image_size 224 --memory      # also the memory of a training step by batch size
+python model.py --model resnet50 --image_size 224 --memory      # also the memory of an update by batch size
 """
 
 import functools
@@ -58,7 +58,7 @@ def create_model(config, image_shape: tuple, num_classes: int) -> keras.Model:
 
 
 def convnet(x, conv):
-    """The original repo's network for small images: four 4×4 convolutions of stride 2, then three dense layers.
+    """The 2018 repo's network for small images: four 4×4 convolutions of stride 2, then three dense layers.
 
     There the norm came after the activation, and the logits had an activation, too.
     """

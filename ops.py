@@ -277,7 +277,7 @@ def check_groups(shape: tuple, axis: int, groups: int) -> None:
         raise ValueError(f"{channels} channels cannot be split into {groups} groups; use one of {divisors(channels)}")
     sizes = [size for i, size in enumerate(shape) if i not in (0, axis)]
     if None not in sizes and math.prod(sizes) * channels == groups:
-        raise ValueError(f"each of {groups} groups has a single value, which becomes 0: use fewer, or more pixels")
+        raise ValueError(f"groups of a single value become 0: use fewer than {groups} groups, or more pixels")
 
 
 def divisors(number: int) -> str:

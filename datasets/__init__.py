@@ -36,7 +36,7 @@ def folder_of(name: str, data_dir: str = DATA_DIR) -> str:
         raise UserError(f"dataset {name!r} is a folder: pack its images with `{command}`, then use --dataset MY_DATA")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
         known = " ".join(NAMES)
-        raise UserError(f"dataset name {name!r}: use {known}, or a folder named by letters, digits, '_' and '-'")
+        raise UserError(f"dataset name {name!r}: use {known}, or a name of letters, digits, '_' and '-'")
     return os.path.join(os.path.abspath(data_dir), name)
 
 

@@ -306,7 +306,7 @@ class Dataset:
         return images if np.array_equal(unique, rows) else images[inverse]
 
     def get_data(self, id):
-        """Return (image, label) of an id, as the original repo does. Raises UserError for an unknown id.
+        """Return (image, label) of an id, as the 2018 repo does. Raises UserError for an unknown id.
 
         image: float32 [h, w, c], uint8 images scaled to 0 ... 1. label: one-hot float32 [num_classes].
         """

@@ -1,4 +1,4 @@
-"""A user's own dataset, datasets/YOUR_DATASET/, in the layout of the original repo.
+"""A user's own dataset, datasets/YOUR_DATASET/, in the layout of the 2018 repo.
 
     data.hy or data.hdf5      one group per id, with `image` [h, w, c] or [h, w] and `label`, one-hot [classes]
     id.txt                    the ids, one per line

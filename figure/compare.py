@@ -6,9 +6,9 @@
     python figure/compare.py --from_logs figure/studies/cifar10         # table and pictures from logs, no training
     python figure/compare.py --challenge figure/studies/digits          # does your machine reproduce these numbers?
 
-Every cell of the grid is a run folder of trainer.py, evaluated by evaler.py at its last step. Finished runs are kept,
+Each run has a run folder of trainer.py, and is evaluated by evaler.py at its last step. Finished runs are kept,
 interrupted runs are resumed, and the others are trained, --jobs of them at the same time. Other flags are passed to
-trainer.py. Writes table.md, results.csv, batch_size.png and curves.png to --train_dir.
+trainer.py (default here: --epochs 8). Writes table.md, results.csv, batch_size.png and curves.png to --train_dir.
 """
 
 import contextlib
@@ -174,7 +174,7 @@ def check_train_dir(train_dir, cells, runs, split):
                     f"give another --train_dir"
                 )
         if found.stored["data"].get("split", split) != split:
-            raise UserError(f"{train_dir} has a run on other images ({found.path.name}): give another --train_dir")
+            raise UserError(f"{train_dir} has a run on different images ({found.path.name}): give another --train_dir")
 
 
 def check_memory(jobs, train, test):

@@ -127,14 +127,14 @@ def tables(runs, called=None):
 
 
 def check_images(runs):
-    """Raise UserError if runs with equally large splits have other images or labels. Old logs have no hash of these."""
+    """Raise UserError if runs with equally large splits have different images or labels. Old logs have no hash."""
     first = {}
     for run in runs:
         data = run.stored["data"]
         if "split" in data:
             other = first.setdefault((run.config.validation, data["train"], data["test"]), run)
             if data["split"] != other.stored["data"]["split"]:
-                raise UserError(f"{run.path} and {other.path} have other images or labels: make a table of each")
+                raise UserError(f"{run.path} and {other.path} have different images or labels: make a table of each")
 
 
 def preference(run):

@@ -1,7 +1,7 @@
-"""Measure speed as ratios: the norms alone, training steps, trainer.py, and ImageNet's input.
+"""Measure speed as ratios: the norms alone, updates of the weights, trainer.py, and ImageNet's input.
 
     python figure/speed.py alone            # the norms alone
-    python figure/speed.py steps            # training steps
+    python figure/speed.py steps            # updates of the weights
     python figure/speed.py trainer          # images per second of trainer.py on CIFAR10, and of the input alone
     python figure/speed.py imagenet         # ImageNet's input, compared with decoding alone
     python figure/speed.py steps --quick    # fewer cases and rounds
@@ -103,7 +103,7 @@ def machine():
 
 
 def transpose_formula(x, gamma, beta):
-    """Group norm as in the original repo: transpose to [N, C, H, W], split to [N, G, C / G, H, W], and back."""
+    """Group norm as in the 2018 repo: transpose to [N, C, H, W], split to [N, G, C / G, H, W], and back."""
     n, h, w, c = x.shape
     x = tf.reshape(tf.transpose(x, [0, 3, 1, 2]), [n, GROUPS, c // GROUPS, h, w])
     mean, variance = tf.nn.moments(x, [2, 3, 4], keepdims=True)
@@ -218,8 +218,8 @@ def peak_memory():
 
 
 def print_memory(model, image_shape, num_classes, batch_sizes):
-    """Print the peak memory of a training step by norm and batch size, for model.py --memory."""
-    print(f"peak memory of a training step of {model} in GB, without TensorFlow itself, by norm:")
+    """Print the peak memory of an update by norm and batch size, for model.py --memory."""
+    print(f"peak memory of an update of {model} in GB, without TensorFlow itself, by norm:")
     print(f"{'batch size':>10}" + "".join(f"{norm:>8}" for norm in MEMORY_NORMS))
     network = {"model": model, "image_shape": image_shape, "num_classes": num_classes}
     for batch_size in batch_sizes:
@@ -230,7 +230,7 @@ def print_memory(model, image_shape, num_classes, batch_sizes):
 
 def print_steps(quick):
     columns = [("group", "batch"), ("group+ws", "batch"), ("group", "none")]
-    print(f"{machine()}\nA training step with Adam; others: the time divided by that of group norm")
+    print(f"{machine()}\nAn update with Adam; others: the time divided by that of group norm")
     ratios = "".join(f"{f'{a} / {b}':<18}" for a, b in columns)
     print(f"{'model':<10}{'batch':>6}{'group, images/s':>17}  {ratios}others")
     for model, size, batch_size in [STEPS[1], STEPS[3]] if quick else STEPS:
