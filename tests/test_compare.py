@@ -104,7 +104,7 @@ def test_runs_share_a_cell_if_they_differ_in_what_is_listed_alone(begun, tmp_pat
         other = {part: {**stored[part], **({name: value} if name in stored[part] else {})} for part in parts}
         (tmp_path / "other" / "config.json").write_text(json.dumps(other))
         if name == "split":
-            with pytest.raises(command.UserError, match="other images"):
+            with pytest.raises(command.UserError, match="different images"):
                 results.tables(runs.read_runs([tmp_path]))
             continue
         cells = [key for found in results.tables(runs.read_runs([tmp_path])) for key in found.cells]
@@ -371,7 +371,7 @@ def test_runs_of_other_settings_do_not_belong_beside_a_grid(data_dir):
     beside = [cell for change in changes for cell in grid(data_dir, *flags, *change)]
     compare.check_train_dir("runs", cells, [run_of(cell, 1, []) for cell in beside], "hash")
     other = run_of(cells[0], 1, [])._replace(stored={"data": {"split": "another hash"}})
-    with scripts.refused("other images", "--train_dir"):
+    with scripts.refused("different images", "--train_dir"):
         compare.check_train_dir("runs", cells, [other], "hash")
     for change, said in (
         (("--groups", 4), "groups 4, where this grid has 16"),
