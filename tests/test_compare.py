@@ -250,7 +250,7 @@ def test_the_curves_are_test_accuracy_thick_and_training_accuracy_thin(tmp_path,
         file.write('{"step": 103, "loss/accuracy": 0.9}\n')
     eight = write_run(tmp_path, "eight", 0.7, batch_size=8)
     write_run(tmp_path, "sixteen", 0.75, batch_size=16)
-    pictures.draw_curves([table(tmp_path)], "unused")
+    pictures.draw_curves([table(tmp_path)], tmp_path / "unused")
     write_rows(eight, [{"step": step, "loss/accuracy": 0.5} for step in range(10, 110, 10)])  # with --log_step 50
     assert pictures.curve_of([runs.read_run(eight)], "loss/accuracy")[0] == list(range(10, 110, 10))
     for axes, size, tested in zip(figures[0].subfigs[0].axes, (2, 8, 16), (60, 70, 75)):
