@@ -172,9 +172,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser without abbreviations; errors are one line on stderr with exit code 2."""
 
-    def __init__(self, passed_on=(), **kwargs):  # passed_on: flags of another parser, for hints
+    def __init__(self, passes_to=None, **kwargs):  # passes_to: the parser of the flags that are unknown here
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        self.passed_on = passed_on
+        self.passes_to = passes_to or self
 
     def names_given(self, argv=None):
         """The names of the flags in the command line, including those given with their default values."""
@@ -205,7 +205,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def with_hint(self, message):
         """The message, followed by 'did you mean ...?' for a common mistake, or a flag that is close to a valid one."""
-        flags = [*self._option_string_actions, *self.passed_on]
+        flags = self._option_string_actions | self.passes_to._option_string_actions
         value = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         flag = re.search(r"unrecognized arguments: .*?(--[\w-]+)", message)
         meant = None

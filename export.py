@@ -99,7 +99,7 @@ image = image.crop((left, top, left + 224, top + 224))"""
 
 def check_folder(folder) -> None:
     """Raise UserError unless `folder` is new and can be created."""
-    check_path(folder)
+    check_path(f"--export {folder}")
     if os.path.lexists(folder):
         raise UserError(f"--export {folder} exists: give a new folder")
     parent = Path(folder).absolute().parent

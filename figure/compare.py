@@ -50,7 +50,7 @@ PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1
 def parse_flags(argv=None):
     """Return (flags, the other flags, which are for trainer.py)."""
     trainer = training_parser()
-    parser = ArgumentParser(passed_on=trainer._option_string_actions, description=__doc__)
+    parser = ArgumentParser(passes_to=trainer, description=__doc__)
     parser.add_argument("--dataset", help="as in trainer.py")
     norms = {"choices": NORM_NAMES, "default": ["batch", "group", "group+ws"]}
     named = "norms to compare, as in trainer.py: +ws is weight standardization, and +acc one update per step"

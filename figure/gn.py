@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 from matplotlib.figure import Figure
 
-from command import ArgumentParser, run
+from command import ArgumentParser, run, save_figure
 
 N, C, POSITIONS, GROUPS = 5, 6, 5, 2
 SHARED, OTHER = "#2f7fc1", "#f2f2f2"
@@ -55,7 +55,7 @@ def main():
         draw(figure, column, norm_type)
     figure.subplots_adjust(left=0.01, right=0.98, bottom=0.03, top=0.95, wspace=0.02)
     path = Path(__file__).with_suffix(".png")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     print(f"wrote {path}")
 
 

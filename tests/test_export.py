@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run_dir, data_d
     shutil.copy(run_dir / "config.json", tmp_path / "unfinished")
     monkeypatch.setattr(export, "write", None)
     for place in (tmp_path / "old", tmp_path / "link", ".", tmp_path / "none" / "new", tmp_path / "a[1]"):
-        with scripts.refused(place):
+        with scripts.refused("--export", place):
             scripts.evaluate(flags_of(run_dir, data_dir, place))
     with scripts.refused(tmp_path / "unfinished", "checkpoint"):
         scripts.evaluate(flags_of(tmp_path / "unfinished", data_dir, tmp_path / "new"))
